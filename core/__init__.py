@@ -1,0 +1,1 @@
+"""The extraction engine: streams in, committed activation shards out."""

@@ -1,0 +1,321 @@
+"""The output folder: shard files, commit records and the index, written so that no crash can lose or repeat a sample.
+
+    <out>/run.json                    the plan; create-only
+    <out>/tpu_0/stream.json           which samples this folder holds; create-only
+    <out>/tpu_0/shard_0001.pkl.gz     a window's activations; create-only (several sites: tpu_0/<site>/shard_0001.…)
+    <out>/tpu_0/samples_0001.jsonl.gz its sample table: token ids, lengths, previews, labels; create-only
+    <out>/tpu_0/shard_0001.json       the commit record, written after the files it names; create-only
+    <out>/tpu_0/metadata.json         an index derived from the records; may be rebuilt at any time
+
+A window is committed when its record exists, and readers believe only what a record names. Every byte follows from
+plan, stream and window, so whoever writes a name a second time writes the same content or steps back.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core.errors import RunError, UsageError
+from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
+from core.plan import RunPlan, StreamPlan, canonical_json, content_hash, differing_fields
+from core.sinks import FileDigest, digest_stream
+from core.windows import StreamPlace
+
+RECORD_NAME = re.compile(r"shard_(\d{4,})\.json")
+RUN_FILE = "run.json"
+STREAM_FILE = "stream.json"
+INDEX_FILE = "metadata.json"
+# Reading the records of a long run back is latency, not bandwidth.
+_READ_THREADS = 16
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as its commit record names it; `name` is relative to the worker's folder, `site` None for the table."""
+
+    name: str
+    site: str | None
+    bytes: int
+    crc32c: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What one committed window holds. It carries no time and no name of who wrote it: same window, same bytes.
+
+    `next_place` is where the next window begins; None when the stream ends with this one. Every record of the stream
+    makes `samples_per_record` samples, `sample_idx` = position × samples_per_record + prediction.
+    """
+
+    window: int
+    plan_hash: str
+    stream_hash: str
+    first_sample_idx: int
+    last_sample_idx: int
+    next_place: StreamPlace | None
+    n_samples: int
+    n_tokens: int
+    n_truncated: int
+    samples_per_record: int
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+    widths: dict[str, int]
+    dtype: str
+    files: tuple[StoredFile, ...]
+    bad_records: tuple[dict[str, Any], ...] = field(default=())
+
+    def to_bytes(self) -> bytes:
+        """The record as stored."""
+        return canonical_json(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "CommitRecord":
+        """Reads a stored record; raises ValueError when a field is missing, unknown or of the wrong shape."""
+        try:
+            fields = json.loads(data)
+            if fields["next_place"] is not None:
+                fields["next_place"] = StreamPlace(**fields["next_place"])
+            fields["files"] = tuple(StoredFile(**file) for file in fields["files"])
+            for name in ("sites", "layers", "bad_records"):
+                fields[name] = tuple(fields[name])
+            return cls(**fields)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"not a commit record: {error}") from error
+
+
+@dataclass(frozen=True)
+class SpooledFile:
+    """A finished file on the local disk, waiting to be stored under `name` in the worker's folder."""
+
+    name: str
+    site: str | None
+    path: Path
+    digest: FileDigest
+
+
+def shard_stem(window: int) -> str:
+    """`shard_0001` for window 1."""
+    return f"shard_{window:04d}"
+
+
+def table_name(window: int) -> str:
+    """The name of a window's sample table."""
+    return f"samples_{window:04d}.jsonl.gz"
+
+
+def site_file_name(window: int, site: str, sites: Sequence[str], suffix: str) -> str:
+    """Where one site's file of a window lies in the worker's folder: in a folder of its own when there are several."""
+    name = shard_stem(window) + suffix
+    return name if len(sites) == 1 else f"{site}/{name}"
+
+
+class ActivationStorage:
+    """One worker's folder in the output.
+
+    Args:
+      plan, stream: what the folder is for.
+      folder: the worker's folder, such as `tpu_0`.
+      primary: where a commit counts.
+      mirror: a local copy kept beside a remote primary, or None.
+      spool: where files are written before they are stored.
+      index_extra: further fields of metadata.json.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        stream: StreamPlan,
+        folder: str,
+        *,
+        primary: ObjectStore,
+        spool: LocalStore,
+        mirror: ObjectStore | None = None,
+        index_extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.plan_hash = content_hash(plan.to_json())
+        self.stream_hash = content_hash(stream.to_json())
+        self.folder = folder
+        self.spool = spool
+        self._plan = plan
+        self._stream = stream
+        self._primary = primary
+        self._mirror = mirror
+        self._index_extra = index_extra or {}
+        self._records: list[CommitRecord] = []
+        self._lock = threading.Lock()
+        self._claimed = False
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of the files that the records name."""
+        return sum(file.bytes for record in self._records for file in record.files)
+
+    @property
+    def committed_samples(self) -> int:
+        """Samples of all committed windows."""
+        return sum(record.n_samples for record in self._records)
+
+    @property
+    def last_record(self) -> CommitRecord | None:
+        """The record of the last committed window."""
+        return self._records[-1] if self._records else None
+
+    @property
+    def committed_shards(self) -> int:
+        """Committed windows."""
+        return len(self._records)
+
+    @property
+    def url(self) -> str:
+        """Where the worker's folder is."""
+        return f"{self._primary.url}/{self.folder}"
+
+    def open(self) -> list[CommitRecord]:
+        """What is committed in the folder, in window order; nothing is written before the first `store`.
+
+        Raises UsageError when the folder holds another plan or stream.
+        """
+        for name, wanted in self._identities():
+            self._refuse_other(name, wanted)
+        self._records = read_records(self._primary, self.folder)
+        for record in self._records:
+            if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
+                raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written for another plan: verify it")
+        return list(self._records)
+
+    def _identities(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(RUN_FILE, self._plan.to_json()), (f"{self.folder}/{STREAM_FILE}", self._stream.to_json())]
+
+    def _claim(self) -> None:
+        """Writes what the folder is for, once; raises UsageError when another run did so first."""
+        with self._lock:
+            if self._claimed:
+                return
+            for store in self._stores():
+                for name, wanted in self._identities():
+                    if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
+                        self._refuse_other(name, wanted, store)
+            self._claimed = True
+
+    def store(self, window: int, file: SpooledFile) -> StoredFile:
+        """Stores one finished file under its name, and returns what stands there now.
+
+        Another file may already stand there without a commit record: a worker on other hardware, whose rounding
+        differs, died before it could commit. It holds the same samples, so it is kept, and the record names it.
+        """
+        self._claim()
+        name = f"{self.folder}/{file.name}"
+        info = ObjectInfo(file.digest.bytes, file.digest.crc32c)
+        mine = StoredFile(file.name, file.site, file.digest.bytes, file.digest.crc32c, file.digest.sha256)
+        outcome = self._primary.create_file(name, file.path, info)
+        if self._mirror is not None:
+            self._mirror.create_file(name, file.path, info)
+        file.path.unlink(missing_ok=True)
+        return mine if outcome is not Created.ALREADY_DIFFERENT else self._standing(window, file)
+
+    def commit(self, record: CommitRecord) -> CommitRecord:
+        """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
+        name = f"{self.folder}/{shard_stem(record.window)}.json"
+        data = record.to_bytes()
+        if self._primary.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
+            data = self._primary.read_bytes(name)
+        standing = CommitRecord.from_bytes(data)
+        if standing.next_place != record.next_place:
+            raise RunError(f"{self.url}: window {record.window} was committed with other samples: verify the folder")
+        if self._mirror is not None:
+            self._mirror.create_bytes(name, data)
+        self._records.append(standing)
+        return standing
+
+    def write_index(self) -> None:
+        """Rebuilds metadata.json from the records."""
+        data = canonical_json(index_of(self._records) | self._index_extra)
+        for store in self._stores():
+            store.replace_bytes(f"{self.folder}/{INDEX_FILE}", data)
+
+    def _stores(self) -> list[ObjectStore]:
+        return [self._primary, *([self._mirror] if self._mirror is not None else [])]
+
+    def _refuse_other(self, name: str, wanted: dict[str, Any], store: ObjectStore | None = None) -> None:
+        store = store or self._primary
+        try:
+            stored = json.loads(store.read_bytes(name))
+        except FileNotFoundError:
+            return
+        except ValueError as error:
+            raise RunError(f"{store.url}/{name} is not JSON ({error}): use another --output_dir") from error
+        differences = differing_fields(stored, wanted)
+        if differences:
+            raise UsageError(
+                f"{store.url}/{name} holds another run ({'; '.join(differences)}): "
+                "use the same flags, another --worker_id or another --output_dir"
+            )
+
+    def _standing(self, window: int, file: SpooledFile) -> StoredFile:
+        """What stands under a name whose content is not ours: as its record says, else as the bytes are."""
+        try:
+            record = CommitRecord.from_bytes(self._primary.read_bytes(f"{self.folder}/{shard_stem(window)}.json"))
+            return next(stored for stored in record.files if stored.name == file.name)
+        except FileNotFoundError:
+            with self._primary.open(f"{self.folder}/{file.name}") as stream:
+                digest = digest_stream(stream)
+            return StoredFile(file.name, file.site, digest.bytes, digest.crc32c, digest.sha256)
+
+
+def read_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
+    """The commit records of a worker's folder in window order; raises RunError when one is unreadable or missing."""
+    names = {}
+    for name in store.list(f"{folder}/"):
+        match = RECORD_NAME.fullmatch(name.removeprefix(f"{folder}/"))
+        if match:
+            names[int(match.group(1))] = name
+    missing = sorted(set(range(1, max(names, default=0) + 1)) - names.keys())
+    if missing:
+        raise RunError(f"{store.url}/{folder}: window {missing[0]} has no commit record but later ones have")
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        return list(pool.map(lambda window: _read_record(store, names[window], window), sorted(names)))
+
+
+def _read_record(store: ObjectStore, name: str, window: int) -> CommitRecord:
+    try:
+        record = CommitRecord.from_bytes(store.read_bytes(name))
+    except ValueError as error:
+        raise RunError(f"{store.url}/{name}: {error}") from error
+    if record.window != window:
+        raise RunError(f"{store.url}/{name}: it is the record of window {record.window}")
+    return record
+
+
+def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
+    """The content of metadata.json: totals, and one entry for each shard file."""
+    shards = [
+        {
+            "shard_id": record.window,
+            "filename": file.name,
+            "file_size": file.bytes,
+            "site": file.site,
+            "layers": list(record.layers),
+            "samples_per_layer": {str(layer): record.n_samples for layer in record.layers},
+            "first_sample_idx": record.first_sample_idx,
+            "last_sample_idx": record.last_sample_idx,
+            "total_tokens": record.n_tokens,
+            "dtype": record.dtype,
+        }
+        for record in records
+        for file in record.files
+        if file.site is not None
+    ]
+    return {
+        "total_shards": len(records),
+        "total_activations": sum(r.n_samples * len(r.layers) * len(r.sites) for r in records),
+        "total_unique_samples": sum(record.n_samples for record in records),
+        "total_tokens": sum(record.n_tokens for record in records),
+        "total_bytes": sum(file.bytes for record in records for file in record.files),
+        "shards": shards,
+    }

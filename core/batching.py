@@ -1,0 +1,165 @@
+"""Packing: samples of a window into rows, rows into steps of static shape.
+
+Axis letters: B rows of a step, T tokens of a row, S samples of a window.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+# The vector unit of a TPU and the attention blocks are 128 wide: other row lengths would be padded on the device.
+ROW_MULTIPLE = 128
+SMALLEST_PACKED_ROW = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a step: the window's samples that share it, in row order, and its padded length."""
+
+    length: int
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one device step computes: `rows` of equal length, filled up to `n_rows` with empty ones."""
+
+    length: int
+    n_rows: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class StepArrays:
+    """The device inputs of a step. Padding has token 0, segment 0 and position 0; segments count from 1 in a row."""
+
+    tokens: Int32[np.ndarray, "B T"]
+    segment_ids: Int32[np.ndarray, "B T"]
+    positions: Int32[np.ndarray, "B T"]
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How rows are laid out; part of what is compiled.
+
+    Attributes:
+      rows_per_step: rows of a full step over all devices.
+      row_multiple: every step has a multiple of this many rows (the number of data-parallel devices).
+      row_lengths: ascending; the last one holds the longest sample.
+      pack: several samples to a row; otherwise one.
+    """
+
+    rows_per_step: int
+    row_multiple: int
+    row_lengths: tuple[int, ...]
+    pack: bool
+
+
+def default_row_lengths(max_seq_length: int) -> tuple[int, ...]:
+    """Powers of two times 128 below `max_seq_length`, then `max_seq_length` rounded up to a multiple of 128."""
+    longest = -(-max_seq_length // ROW_MULTIPLE) * ROW_MULTIPLE
+    lengths = []
+    length = ROW_MULTIPLE
+    while length < longest:
+        lengths.append(length)
+        length *= 2
+    return (*lengths, longest)
+
+
+def plan_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
+    """Lays samples of `lengths` tokens into rows, longest row first.
+
+    Best-fit decreasing: a sample goes to the open row that it fills best, else opens a row of the shortest length that
+    holds it. Packed rows are at least SMALLEST_PACKED_ROW long while the longest sample allows, so that short samples
+    share rows; what is then left unfilled is cut to the shortest length that still fits.
+    """
+    floor = min(SMALLEST_PACKED_ROW, shape.row_lengths[-1]) if shape.pack else 0
+    members: list[list[int]] = []
+    open_rows = _OpenRows()
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        row, room = open_rows.take(lengths[index]) if shape.pack else (None, 0)
+        if row is None:
+            row, room = len(members), _shortest(shape.row_lengths, max(lengths[index], floor))
+            members.append([])
+        members[row].append(index)
+        open_rows.add(row, room - lengths[index])
+    fills = [sum(lengths[index] for index in row) for row in members]
+    rows = [Row(_shortest(shape.row_lengths, fill), tuple(row)) for fill, row in zip(fills, members, strict=True)]
+    return sorted(rows, key=lambda row: -row.length)
+
+
+class _OpenRows:
+    """Rows by the room they have left. Bit r of `_rooms` says that some row has room r: the best fit is one shift."""
+
+    def __init__(self) -> None:
+        self._by_room: dict[int, deque[int]] = defaultdict(deque)
+        self._rooms = 0
+
+    def add(self, row: int, room: int) -> None:
+        self._by_room[room].append(row)
+        self._rooms |= 1 << room
+
+    def take(self, length: int) -> tuple[int | None, int]:
+        """The row with the least room that holds `length`, and that room; None when no row does."""
+        fitting = self._rooms >> length
+        if not fitting:
+            return None, 0
+        room = length + (fitting & -fitting).bit_length() - 1
+        rows = self._by_room[room]
+        row = rows.popleft()
+        if not rows:
+            self._rooms &= ~(1 << room)
+        return row, room
+
+
+def _shortest(row_lengths: tuple[int, ...], length: int) -> int:
+    return next(candidate for candidate in row_lengths if candidate >= length)
+
+
+def plan_steps(lengths: Sequence[int], shape: BatchShape) -> list[Step]:
+    """Groups the rows of a window into steps of one row length each, longest rows first.
+
+    A full step has `rows_per_step` rows. What is left of a row length is halved down (4, 2, 1 × row_multiple) instead
+    of being padded to a full step: few static shapes, little padding.
+    """
+    rows = plan_rows(lengths, shape)
+    steps = []
+    for length in sorted({row.length for row in rows}, reverse=True):
+        same = [row for row in rows if row.length == length]
+        while same:
+            n_rows = _step_rows(len(same), shape)
+            steps.append(Step(length, n_rows, tuple(same[:n_rows])))
+            same = same[n_rows:]
+    return steps
+
+
+def _step_rows(n_left: int, shape: BatchShape) -> int:
+    n_rows = shape.rows_per_step
+    while n_rows > n_left and n_rows % (2 * shape.row_multiple) == 0:
+        n_rows //= 2
+    return n_rows
+
+
+def step_arrays(step: Step, token_ids: Sequence[Int32[np.ndarray, "T"]]) -> StepArrays:
+    """The token, segment and position arrays of a step, (n_rows, length) each; `token_ids` is indexed by sample."""
+    tokens, segments, positions = (np.zeros((step.n_rows, step.length), np.int32) for _ in range(3))
+    for row_index, sample, start, stop in sample_spans(step, [len(ids) for ids in token_ids]):
+        tokens[row_index, start:stop] = token_ids[sample]
+        segments[row_index, start:stop] = segments[row_index, start - 1] + 1 if start else 1
+        positions[row_index, start:stop] = np.arange(stop - start)
+    return StepArrays(tokens, segments, positions)
+
+
+def sample_spans(step: Step, lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
+    """Where each sample of a step lies: (row, sample, first token, one past the last token)."""
+    spans = []
+    for row_index, row in enumerate(step.rows):
+        start = 0
+        for sample in row.samples:
+            stop = start + lengths[sample]
+            spans.append((row_index, sample, start, stop))
+            start = stop
+    return spans

@@ -1,0 +1,68 @@
+"""How every command starts and ends: absl's argparse bridge in, exit code and one-line error out."""
+
+import argparse
+import logging as standard_logging
+import sys
+from collections.abc import Callable
+
+from absl import app, logging
+from absl.flags import argparse_flags
+
+from core.errors import RunError, UsageError
+from qwen2_jax.errors import ModelError
+
+_FORMAT = standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+
+
+def run_command(
+    run: Callable[[argparse.Namespace], int | None],
+    build_parser: Callable[[], argparse_flags.ArgumentParser],
+) -> None:
+    """Parses the command line, runs `run(args)` and exits with its code.
+
+    `args` must carry `verbose`: errors are one line on stderr without it, and keep their stack trace with it.
+    Exit codes: what `run` returns (None is 0), 2 for usage, 1 for every other failure, 130 after Ctrl-C.
+    """
+
+    def main(args: argparse.Namespace) -> int:
+        _log_plainly(args.verbose)
+        try:
+            return run(args) or 0
+        except (RunError, ModelError) as error:
+            if args.verbose:
+                raise
+            return _report(error)
+        except KeyboardInterrupt:
+            print("interrupted: run the same command again to continue", file=sys.stderr)
+            return 130
+
+    def parse(argv: list[str]) -> argparse.Namespace:
+        return build_parser().parse_args(argv[1:])
+
+    app.run(main, flags_parser=parse)
+
+
+def _log_plainly(verbose: bool) -> None:
+    """Messages are for people: time and text, on stderr."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
+    logging.get_absl_handler().setFormatter(_FORMAT)
+    # JAX reports at INFO every accelerator that this machine does not have.
+    standard_logging.getLogger("jax").setLevel(standard_logging.DEBUG if verbose else standard_logging.WARNING)
+
+
+def log_to_file(path: str | None) -> None:
+    """Writes what is logged to `path` as well; raises UsageError when it cannot be opened."""
+    if path is None:
+        return
+    try:
+        handler = standard_logging.FileHandler(path)
+    except OSError as error:
+        raise UsageError(f"--log_file {path}: {error.strerror}") from error
+    handler.setFormatter(_FORMAT)
+    logging.get_absl_logger().addHandler(handler)
+
+
+def _report(error: Exception) -> int:
+    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    return error.exit_code if isinstance(error, RunError) else UsageError.exit_code

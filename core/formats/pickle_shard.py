@@ -1,0 +1,70 @@
+"""The default format: a pickle of {layer: [{sample_idx, activation, shape, text_preview}, …]}.
+
+Readable with `pickle` and numpy alone (bfloat16 needs ml_dtypes too). Our own reader admits arrays and plain
+containers only: a pickle from elsewhere cannot run code here.
+"""
+
+import importlib
+import pickle
+from typing import Any, BinaryIO
+
+from core.formats.base import ShardContent, StoredShard, stored_sample
+from core.sinks import Sink
+
+# numpy 1 and 2 write different module names for the same two functions.
+_ALLOWED = {
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.numeric", "_frombuffer"),
+    ("numpy.core.numeric", "_frombuffer"),
+    ("ml_dtypes", "bfloat16"),
+}
+# Protocol 5 pickles of numpy 2 name a module that numpy 1 does not have; 4 is read by both.
+PROTOCOL = 4
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles arrays and plain containers; anything else raises UnpicklingError naming it."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The object a pickle names, when it is on the list."""
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, which is neither an array nor a plain container")
+        return getattr(importlib.import_module(module), name)
+
+
+class PickleFormat:
+    """See the module."""
+
+    name = "pickle"
+    compressible = True
+
+    def suffix(self) -> str:
+        """The file name's ending without compression."""
+        return ".pkl"
+
+    def write(self, content: ShardContent, sink: Sink) -> None:
+        """Streams the pickle: at most one array is copied at a time."""
+        shard = {
+            layer: [stored_sample(content, slot, sample) for sample in range(len(content.samples))]
+            for slot, layer in enumerate(content.layers)
+        }
+        pickler = pickle.Pickler(sink, protocol=PROTOCOL)
+        # The memo would keep a copy of every array until the end, and make the bytes depend on object identities.
+        pickler.fast = True
+        pickler.dump(shard)
+
+    def read(self, stream: BinaryIO) -> StoredShard:
+        """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
+        try:
+            shard = RestrictedUnpickler(stream).load()
+            layers = {layer: [item["activation"] for item in items] for layer, items in shard.items()}
+            orders = {tuple(item["sample_idx"] for item in items) for items in shard.values()}
+            shapes_agree = all(item["shape"] == item["activation"].shape for items in shard.values() for item in items)
+        except (pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"not a readable pickle shard: {error}") from error
+        if len(orders) != 1 or not shapes_agree:
+            raise ValueError("its layers hold different samples, or a shape that is not its array's")
+        return StoredShard(orders.pop(), layers)

@@ -1,0 +1,99 @@
+"""safetensors: raw tensors behind a JSON header, so one sample of one layer can be read without the rest.
+
+Tensors: `layer_{i}` (N, D) in the stored dtype (bfloat16 exact), `token_ids` (N,) int32, `sample_idx` (S,) int64 and
+`sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Previews and labels are in the header.
+The header is written here rather than by the safetensors package, whose writers copy every tensor first.
+Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, header, tensors back to back).
+"""
+
+import itertools
+import json
+from typing import BinaryIO
+
+import numpy as np
+
+from core.formats.base import DTYPES, ShardContent, StoredShard
+from core.sinks import Sink
+
+_NAMES = {
+    DTYPES["float16"]: "F16",
+    DTYPES["bfloat16"]: "BF16",
+    DTYPES["float32"]: "F32",
+    np.dtype(np.int32): "I32",
+    np.dtype(np.int64): "I64",
+}
+# Tensors behind the header start on this boundary, and wider dtypes come first, so that all of them are aligned.
+_ALIGNMENT = 8
+
+
+class SafetensorsFormat:
+    """See the module."""
+
+    name = "safetensors"
+    compressible = False
+
+    def suffix(self) -> str:
+        """The file name's ending."""
+        return ".safetensors"
+
+    def write(self, content: ShardContent, sink: Sink) -> None:
+        """Streams header and tensors."""
+        tensors: dict[str, np.ndarray] = {
+            "sample_idx": np.array([sample.sample_idx for sample in content.samples], np.int64),
+            "sample_offsets": content.offsets.astype(np.int64),
+            "token_ids": np.concatenate([sample.token_ids for sample in content.samples]).astype(np.int32),
+        }
+        for slot, layer in enumerate(content.layers):
+            tensors[f"layer_{layer}"] = content.activations[slot]
+        sink.write(_header(tensors, _metadata(content)))
+        for tensor in tensors.values():
+            sink.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
+
+    def read(self, stream: BinaryIO) -> StoredShard:
+        """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
+        try:
+            tensors = _read_tensors(stream.read())
+            offsets = tensors["sample_offsets"]
+            sample_idx = tuple(int(index) for index in tensors["sample_idx"])
+            layers = {
+                int(name.removeprefix("layer_")): [tensor[start:stop] for start, stop in itertools.pairwise(offsets)]
+                for name, tensor in tensors.items()
+                if name.startswith("layer_")
+            }
+        except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a readable safetensors shard: {error!r}") from error
+        return StoredShard(sample_idx, dict(sorted(layers.items())))
+
+
+def _metadata(content: ShardContent) -> dict[str, str]:
+    return {
+        "site": content.site,
+        "layers": json.dumps(list(content.layers)),
+        "text_previews": json.dumps([sample.text_preview for sample in content.samples], ensure_ascii=False),
+        "labels": json.dumps([sample.labels for sample in content.samples], ensure_ascii=False, sort_keys=True),
+    }
+
+
+def _header(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for name, tensor in tensors.items():
+        span = [position, position + tensor.nbytes]
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        position = span[1]
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_tensors(data: bytes) -> dict[str, np.ndarray]:
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:header_end])
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            raw = np.frombuffer(data, np.uint8, stop - start, header_end + start)
+            tensors[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return tensors

@@ -1,0 +1,377 @@
+"""Objects of a Google Cloud Storage bucket."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import functools
+import io
+import ipaddress
+import itertools
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+from urllib.parse import quote, urlsplit
+
+from core.errors import RunError, UsageError
+from core.object_store.base import Created, ObjectInfo, RetryPolicy, bytes_info, check_name
+
+UPLOAD_CHUNK = 8 << 20  # a multiple of 256 KiB, as resumable uploads demand
+SIGN_IN = "run `gcloud auth application-default login`, or give the machine's service account access to the bucket"
+_WRITER = "writer"
+
+
+class _UploadLostError(Exception):
+    """The server no longer knows a resumable upload: start it again."""
+
+
+class GcsStore:
+    """A folder of a bucket, through gcsfs's plain JSON API, whose preconditions make creation exclusive.
+
+    Every object carries in its custom metadata a nonce of the call that wrote it. A create-only upload whose reply was
+    lost is answered "exists" when it is repeated; the nonce then tells our own object from another writer's.
+    """
+
+    def __init__(self, url: str, retry: RetryPolicy) -> None:
+        _, _, path = url.rstrip("/").partition("://")
+        self.bucket, _, self.prefix = path.partition("/")
+        if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self.bucket):
+            raise UsageError(f"{url}: {self.bucket!r} is no bucket name; write gs://BUCKET/FOLDER")
+        if self.prefix:
+            check_name(self.prefix)
+        self.url = f"gs://{path}"
+        self.retry = retry
+        self._owner = os.getpid()
+        self._connection = _connect(retry)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GcsStore, (self.url, self.retry)
+
+    def create_bytes(self, name: str, data: bytes) -> Created:
+        """See `ObjectStore`. Verified against the stored size and checksum."""
+
+        def upload(metadata: dict[str, str], target: str) -> None:
+            self._fs.pipe_file(target, data, mode="create", metadata=metadata, chunksize=UPLOAD_CHUNK)
+
+        created = self._create(name, bytes_info(data), upload)
+        if created is Created.ALREADY_SAME and self.read_bytes(name) != data:
+            return Created.ALREADY_DIFFERENT
+        return created
+
+    def create_file(self, name: str, local_path: Path, info: ObjectInfo) -> Created:
+        """See `ObjectStore`. Verified against the stored size and checksum; the local file stays."""
+
+        def upload(metadata: dict[str, str], target: str) -> None:
+            self._fs.put_file(
+                str(local_path),
+                target,
+                mode="create",
+                metadata=metadata,
+                chunksize=UPLOAD_CHUNK,
+                content_type="application/octet-stream",
+            )
+
+        return self._create(name, info, upload)
+
+    def replace_bytes(self, name: str, data: bytes) -> None:
+        """See `ObjectStore`."""
+        with self._errors("write", name):
+            self._fs.pipe_file(f"{self.bucket}/{self._key(name)}", data, chunksize=UPLOAD_CHUNK)
+
+    def read_bytes(self, name: str) -> bytes:
+        """See `ObjectStore`. One request: meant for records; stream shards through `open`."""
+        with self._errors("read", name):
+            for _ in range(self.retry.tries):
+                headers, data = self._media(name, {})
+                if _matches_hash(headers.getall("x-goog-hash", []), data):
+                    return data
+        raise RunError(f"cannot read {self.url}/{name}: its bytes do not match its checksum; the object is damaged")
+
+    def open(self, name: str) -> BinaryIO:
+        """See `ObjectStore`. Reads ranges of the generation that is there now; a replaced object is an error."""
+        found = self._stat(name)
+        if found is None:
+            raise FileNotFoundError(f"{self.url}/{name}")
+        stream = _GcsStream(functools.partial(self._read_range, name, found["generation"]), int(found["size"]))
+        return cast(BinaryIO, io.BufferedReader(stream, UPLOAD_CHUNK))
+
+    def info(self, name: str) -> ObjectInfo | None:
+        """See `ObjectStore`."""
+        found = self._stat(name)
+        return None if found is None else _metadata_info(found)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See `ObjectStore`."""
+        root = f"{self.prefix}/" if self.prefix else ""
+        query = {"prefix": root + prefix, "fields": "items(name),nextPageToken", "maxResults": "1000"}
+        names: list[str] = []
+        with self._errors("list", prefix or "."):
+            while True:
+                page = self._fs.call("GET", "b/{}/o", self.bucket, json_out=True, **query)
+                names += [item["name"].removeprefix(root) for item in page.get("items", [])]
+                if "nextPageToken" not in page:
+                    # A name that ends in a slash is the placeholder that consoles write for an empty folder.
+                    return sorted(name for name in names if not name.endswith("/"))
+                query["pageToken"] = page["nextPageToken"]
+
+    def delete(self, name: str) -> None:
+        """See `ObjectStore`."""
+        self._delete(name, {})
+
+    def free_bytes(self) -> int | None:
+        """See `ObjectStore`: a bucket has no limit."""
+        return None
+
+    @property
+    def _fs(self) -> Any:
+        # The event loop thread of gcsfs does not survive a fork; a connection made before it would wait for ever.
+        if self._owner != os.getpid():
+            self._owner, self._connection = os.getpid(), _connect(self.retry)
+        return self._connection
+
+    def _key(self, name: str) -> str:
+        check_name(name)
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def _create(self, name: str, want: ObjectInfo, upload: Callable[[dict[str, str], str], None]) -> Created:
+        nonce = uuid.uuid4().hex
+        for _ in range(2):
+            taken = self._upload_once(name, functools.partial(upload, {_WRITER: nonce}))
+            found = self._stat(name)
+            if found is None:
+                raise RunError(f"{self.url}/{name} was written but is not there: something else deletes objects there")
+            same, ours = _metadata_info(found) == want, found.get("metadata", {}).get(_WRITER) == nonce
+            if same:
+                return Created.CREATED if ours or not taken else Created.ALREADY_SAME
+            if not ours and taken:
+                return Created.ALREADY_DIFFERENT
+            if not ours:
+                # Ours was there and another's is now: nothing here may be deleted.
+                raise RunError(f"{self.url}/{name} was replaced while it was written; see who else writes there")
+            self._delete(name, {"ifGenerationMatch": found["generation"]})
+        raise RunError(f"{self.url}/{name} arrived damaged twice and was removed; check memory, disk and network")
+
+    def _upload_once(self, name: str, upload: Callable[[str], None]) -> bool:
+        """Upload create-only; True if the name was taken (perhaps by a lost reply's own object)."""
+        with self._errors("create", name):
+            for _ in range(self.retry.tries):
+                try:
+                    upload(f"{self.bucket}/{self._key(name)}")
+                except FileExistsError:
+                    return True
+                except FileNotFoundError as exc:
+                    raise self._no_bucket() from exc
+                except _UploadLostError:
+                    continue
+                return False
+            raise RunError(f"the server lost the upload {self.retry.tries} times; run again to resume")
+
+    def _stat(self, name: str) -> dict[str, Any] | None:
+        with self._errors("look up", name):
+            try:
+                return self._fs.call("GET", "b/{}/o/{}", self.bucket, self._key(name), json_out=True)
+            except FileNotFoundError:
+                return None
+
+    def _delete(self, name: str, condition: dict[str, str]) -> None:
+        with self._errors("delete", name), contextlib.suppress(FileNotFoundError, FileExistsError):
+            self._fs.call("DELETE", "b/{}/o/{}", self.bucket, self._key(name), **condition)
+
+    def _read_range(self, name: str, generation: str, first: int, last: int) -> bytes:
+        with self._errors("read", name):
+            _, data = self._media(name, {"Range": f"bytes={first}-{last}"}, generation=generation)
+        if len(data) != last - first + 1:
+            raise RunError(f"cannot read {self.url}/{name}: {len(data)} bytes came instead of {last - first + 1}")
+        return data
+
+    def _media(self, name: str, headers: dict[str, str], **query: str) -> tuple[Any, bytes]:
+        target = f"{self._fs._location}/download/storage/v1/b/{self.bucket}/o/{quote(self._key(name), safe='')}"
+        try:
+            return self._fs.call("GET", target, headers=headers, alt="media", **query)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}/{name}") from None
+
+    def _no_bucket(self) -> RunError:
+        return RunError(f"there is no bucket {self.bucket}; check the name, or make it: gcloud storage buckets create")
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except RunError as exc:
+            raise RunError(f"cannot {verb} {self.url}/{name}: {exc}") from exc
+
+
+class _GcsStream(io.RawIOBase):
+    """A seekable object; `fetch(first, last)` returns those bytes, both ends included."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        super().__init__()
+        self._fetch, self._size, self._position = fetch, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(start + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._take(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        return b"".join(iter(lambda: self._take(8 * UPLOAD_CHUNK), b""))
+
+    def _take(self, limit: int) -> bytes:
+        end = min(self._position + limit, self._size)
+        if end <= self._position:
+            return b""
+        data = self._fetch(self._position, end - 1)
+        self._position = end
+        return data
+
+
+def _connect(retry: RetryPolicy) -> Any:
+    """A gcsfs file system whose every request is repeated by our policy instead of gcsfs's fixed one."""
+    endpoint = _emulator()
+    if endpoint:
+        # gcsfs decides on import whether to speak gRPC, which emulators of the JSON API do not.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    import aiohttp
+    from gcsfs.core import GCSFileSystem
+    from google.auth.exceptions import GoogleAuthError
+
+    timeout = aiohttp.ClientTimeout(sock_connect=retry.connect_timeout_s, sock_read=retry.read_timeout_s)
+    try:
+        fs = GCSFileSystem(
+            token="anon" if endpoint else "google_default",
+            endpoint_url=endpoint,
+            use_listings_cache=False,
+            requests_timeout=timeout,
+            skip_instance_cache=True,
+        )
+    except GoogleAuthError as exc:
+        raise RunError(f"no Google Cloud credentials were found; {SIGN_IN}") from exc
+    once = getattr(GCSFileSystem._request, "__wrapped__", GCSFileSystem._request)
+    fs._request = functools.partial(_request, functools.partial(once, fs), retry)
+    return fs
+
+
+def _emulator() -> str | None:
+    host = os.environ.get("STORAGE_EMULATOR_HOST", "")
+    if host in ("", "default"):
+        return None
+    url = host if "://" in host else f"http://{host}"
+    parts = urlsplit(url)
+    if parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+        return url.rstrip("/")
+    raise UsageError(f"STORAGE_EMULATOR_HOST={host}: plain http is for loopback only; use https or 127.0.0.1")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def _request(once: Callable[..., Any], retry: RetryPolicy, method: str, path: str, *args: Any, **kw: Any) -> Any:
+    """gcsfs's single request, repeated while it fails for reasons that pass.
+
+    Sending a chunk of a resumable upload again is safe: the server skips the bytes that it has.
+    Raises FileNotFoundError (404), FileExistsError (412), _UploadLostError, and RunError for all the rest.
+    """
+    in_session = "upload_id=" in path
+    if in_session and method == "DELETE":
+        return await _cancel_upload(once, path, **kw)
+    for failures in itertools.count(1):
+        try:
+            async with asyncio.timeout(None if method == "GET" else retry.write_timeout_s):
+                return await once(method, path, *args, **kw)
+        except FileExistsError:
+            raise
+        except Exception as exc:
+            code = _status(exc)
+            if in_session and code in (404, 410):
+                raise _UploadLostError from exc
+            if code == 404:
+                raise
+            if failures >= retry.tries or not _may_pass(exc, code):
+                raise RunError(_explain(exc, code, failures)) from exc
+        await asyncio.sleep(retry.delay_s(failures))
+    raise AssertionError("unreachable")
+
+
+async def _cancel_upload(once: Callable[..., Any], path: str, **kw: Any) -> tuple[int, dict[str, str], None, bytes]:
+    """gcsfs cancels a failed upload before it raises what failed; a failure of the courtesy must not replace that."""
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(5):
+            await once("DELETE", path, **kw)
+    return 499, {}, None, b""
+
+
+def _status(exc: Exception) -> int | None:
+    """The HTTP status behind an exception of gcsfs; None for a failure of the connection."""
+    from requests.exceptions import ProxyError
+
+    if isinstance(exc, FileNotFoundError):
+        return 404
+    if isinstance(exc, ProxyError):
+        return 502
+    if isinstance(exc, ValueError):
+        return 400
+    if isinstance(exc, OSError) and str(exc).startswith("Forbidden"):
+        return 403
+    code = str(getattr(exc, "code", ""))
+    return int(code) if code.isdigit() else None
+
+
+def _may_pass(exc: Exception, code: int | None) -> bool:
+    from aiohttp import ClientError
+    from google.auth.exceptions import GoogleAuthError
+    from requests.exceptions import RequestException
+
+    if isinstance(exc.__cause__, GoogleAuthError):
+        return exc.__cause__.retryable
+    if isinstance(exc, GoogleAuthError):
+        return exc.retryable
+    if code is not None:
+        return code in (408, 429) or code >= 500
+    return isinstance(exc, ClientError | RequestException | TimeoutError | ConnectionError)
+
+
+def _explain(exc: Exception, code: int | None, tries: int) -> str:
+    from google.auth.exceptions import GoogleAuthError
+
+    reason = " ".join(str(exc).split())[:200] or type(exc).__name__
+    if code == 401 or isinstance(exc, GoogleAuthError) or isinstance(exc.__cause__, GoogleAuthError):
+        return f"not signed in to Google Cloud, or no longer ({reason}); {SIGN_IN}"
+    if code == 403:
+        return f"access denied ({reason}); give the account the role Storage Object Admin on the bucket"
+    if code is not None and code < 500 and code not in (408, 429):
+        return f"refused with {code} ({reason})"
+    failed = f"HTTP {code}" if code else type(exc).__name__
+    return f"{failed} on each of {tries} tries ({reason}); check the network, then run again to resume"
+
+
+def _metadata_info(found: dict[str, Any]) -> ObjectInfo:
+    return ObjectInfo(int(found["size"]), base64.b64decode(found["crc32c"]).hex())
+
+
+def _matches_hash(headers: list[str], data: bytes) -> bool:
+    values = (part.strip() for header in headers for part in header.split(","))
+    stored = [part.removeprefix("crc32c=") for part in values if part.startswith("crc32c=")]
+    return all(base64.b64decode(value).hex() == bytes_info(data).crc32c for value in stored)

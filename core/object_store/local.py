@@ -1,0 +1,291 @@
+"""Objects as files of a local or mounted disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from core.errors import RunError
+from core.object_store.base import Created, ObjectInfo, check_name, file_info
+
+_TEMPORARY = re.compile(r"\.tmp~(?P<host>[^~]*)~(?P<space>\d+)~(?P<pid>\d+)~(?P<start>\d+)~\d+~.*", re.DOTALL)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk refuses while writing `path` into a RunError; a full disk says so first."""
+    try:
+        yield
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "free some space or choose a folder on another disk, then run the same command again to resume"
+            raise RunError(f"disk full: no space left to write {path}; {advice}") from exc
+        raise RunError(f"cannot write {path}: {exc.strerror or exc}; check the folder's permissions and disk") from exc
+
+
+class LocalStore:
+    """A folder on a local or mounted disk.
+
+    A file appears under its name whole and on the disk, or not at all: it is written under a hidden temporary name in
+    the same folder, synced, hard-linked to its name (which fails if the name is taken), and the folder is synced.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.root = Path(os.path.abspath(os.path.expanduser(path)))
+        self.url = str(self.root)
+        self._serial = itertools.count()
+
+    def temporary_path(self, name: str) -> Path:
+        """A hidden path on the right filesystem in which to write `name`; `create_file` then consumes the file.
+
+        It carries host, process-id namespace, process id and start time, so that whatever is left by a dead process
+        can be told from a file that is being written.
+        """
+        final = self._path(name)
+        with disk_errors(final):
+            _make_folders(final.parent)
+        mark = "~".join(_process_mark(os.getpid()))
+        return final.parent / f".tmp~{mark}~{next(self._serial)}~{final.name[-80:]}"
+
+    def create_bytes(self, name: str, data: bytes) -> Created:
+        """See `ObjectStore`. Synced to the disk when it returns."""
+        final = self._path(name)
+        temporary = self._write_temporary(name, data)
+        if _publish(temporary, final):
+            return Created.CREATED
+        return Created.ALREADY_SAME if final.read_bytes() == data else Created.ALREADY_DIFFERENT
+
+    def create_file(self, name: str, local_path: Path, info: ObjectInfo) -> Created:
+        """See `ObjectStore`. Synced to the disk when it returns.
+
+        A file from `temporary_path` is linked and consumed, also when the name is taken or the disk is full. Any
+        other file is copied and left where it is: a link would let a later change of it reach a committed object.
+        """
+        final, size = self._path(name), local_path.stat().st_size
+        if size != info.size:
+            raise RunError(f"{local_path} has {size} bytes where {info.size} were written; remove it and run again")
+        temporary = local_path if _TEMPORARY.fullmatch(local_path.name) else None
+        try:
+            if temporary is None or local_path.stat().st_dev != _make_folders(final.parent).st_dev:
+                temporary = self._copy_temporary(name, local_path)
+            created = _publish(temporary, final)
+        finally:
+            if _TEMPORARY.fullmatch(local_path.name):
+                local_path.unlink(missing_ok=True)
+        if created:
+            return Created.CREATED
+        return Created.ALREADY_SAME if file_info(final) == info else Created.ALREADY_DIFFERENT
+
+    def replace_bytes(self, name: str, data: bytes) -> None:
+        """See `ObjectStore`."""
+        final = self._path(name)
+        temporary = self._write_temporary(name, data)
+        with _removing(temporary), disk_errors(final):
+            _sync_file(temporary)
+            os.replace(temporary, final)
+            _sync_folder(final.parent)
+
+    def read_bytes(self, name: str) -> bytes:
+        """See `ObjectStore`."""
+        return self._path(name).read_bytes()
+
+    def open(self, name: str) -> BinaryIO:
+        """See `ObjectStore`."""
+        return open(self._path(name), "rb")
+
+    def info(self, name: str) -> ObjectInfo | None:
+        """See `ObjectStore`."""
+        try:
+            return file_info(self._path(name))
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> list[str]:
+        """See `ObjectStore`."""
+        folder = self.root / prefix.rpartition("/")[0]
+        names = (path.relative_to(self.root).as_posix() for path in _walk(folder) if not _is_temporary(path.name))
+        return sorted(name for name in names if name.startswith(prefix))
+
+    def delete(self, name: str) -> None:
+        """See `ObjectStore`."""
+        path = self._path(name)
+        with disk_errors(path):
+            path.unlink(missing_ok=True)
+
+    def free_bytes(self) -> int | None:
+        """See `ObjectStore`. The folder need not exist yet."""
+        existing = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
+        return shutil.disk_usage(existing).free
+
+    def remove_stale_temporaries(self) -> tuple[Path, ...]:
+        """Delete the temporary files of dead processes of this host, and return their paths.
+
+        Files of other hosts and of other process-id namespaces (containers) stay: nothing here can tell whether
+        their writers live.
+        """
+        stale = tuple(path for path in _walk(self.root) if _is_stale(path.name))
+        for path in stale:
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
+        return stale
+
+    def _path(self, name: str) -> Path:
+        return self.root / check_name(name)
+
+    def _write_temporary(self, name: str, data: bytes) -> Path:
+        temporary = self.temporary_path(name)
+        with _removing_on_error(temporary), disk_errors(self._path(name)):
+            temporary.write_bytes(data)
+        return temporary
+
+    def _copy_temporary(self, name: str, source: Path) -> Path:
+        temporary = self.temporary_path(name)
+        with _removing_on_error(temporary), disk_errors(self._path(name)):
+            shutil.copyfile(source, temporary)
+        return temporary
+
+
+def _publish(temporary: Path, final: Path) -> bool:
+    """Give a finished file its name for good; False if the name is taken. The temporary name is gone afterwards."""
+    with _removing(temporary), disk_errors(final):
+        _sync_file(temporary)
+        try:
+            _take_name(temporary, final)
+        except FileExistsError:
+            # Over NFS a link can succeed and its reply be lost: the repeated request then finds our own link.
+            if not (temporary.exists() and os.path.samefile(temporary, final)):
+                return False
+        _sync_folder(final.parent)
+        return True
+
+
+def _take_name(temporary: Path, final: Path) -> None:
+    try:
+        os.link(temporary, final)
+    except OSError as exc:
+        if exc.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        _rename_exclusively(temporary, final)
+
+
+def _rename_exclusively(temporary: Path, final: Path) -> None:
+    """Where there are no hard links (FAT, some network and FUSE mounts): Linux's rename that refuses to replace.
+
+    Creating the final name with O_EXCL and copying into it would be exclusive too, but half a file would be visible
+    meanwhile, and after a crash it would hold the name for ever. Checking and then renaming is not exclusive. So a
+    filesystem that can do neither is refused.
+    """
+    import ctypes
+
+    no_replace, current_folder = 1, -100
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(current_folder, os.fsencode(temporary), current_folder, os.fsencode(final), no_replace) == 0:
+            return
+        if ctypes.get_errno() == errno.EEXIST:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
+    advice = "choose a folder on another filesystem, or a gs:// URL"
+    raise RunError(
+        f"{final.parent}: this filesystem can create a file neither by link nor by exclusive rename; {advice}"
+    )
+
+
+@contextlib.contextmanager
+def _removing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _removing_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _make_folders(folder: Path) -> os.stat_result:
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_folder(path.parent)
+    return folder.stat()
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        _sync_file(folder)
+    except OSError as exc:
+        # Some FUSE and network mounts cannot sync a folder; their renames and links are durable or not without us.
+        if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR):
+            raise
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, _, files in os.walk(folder):
+        yield from (Path(parent, name) for name in files)
+
+
+def _is_temporary(file_name: str) -> bool:
+    return _TEMPORARY.fullmatch(file_name) is not None
+
+
+def _is_stale(file_name: str) -> bool:
+    match = _TEMPORARY.fullmatch(file_name)
+    if match is None:
+        return False
+    host, space, _, _ = _process_mark(os.getpid())
+    if (match["host"], match["space"]) != (host, space):
+        return False
+    pid, start = int(match["pid"]), match["start"]
+    return not _is_alive(pid) or _process_start(pid) != start
+
+
+def _process_mark(pid: int) -> tuple[str, str, str, str]:
+    """Host, process-id namespace, process id and start time: no two processes of one host share it."""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return host, str(space), str(pid), _process_start(pid)
+
+
+def _process_start(pid: int) -> str:
+    """Clock ticks from boot to the start of a process; "0" where there is no /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "0"
+    return stat.rpartition(")")[2].split()[19]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

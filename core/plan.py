@@ -1,0 +1,90 @@
+"""What decides the bytes of a run: the plan shared by all workers, and the stream one worker reads.
+
+Both are written into the output folder once, create-only. A run that would write something else into the same folder
+is refused with the names of the fields that differ.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """Everything but the stream that a stored byte depends on (on one kind of hardware and batch size).
+
+    Attributes:
+      model: family, revision and content digest; independent of where the model lies.
+      tokenizer: content digest, or None when the stream holds token ids.
+      prompts: grid encoder, prompt version, predictions per task and seed.
+      layers: block indices, ascending.
+      dtype: stored dtype; compute_dtype: what the forward pass runs in.
+      shard_bytes: a window ends where the stored bytes of its largest file reach this.
+      overlong: what happens to samples longer than max_seq_length.
+    """
+
+    model: dict[str, Any]
+    tokenizer: str | None
+    prompts: dict[str, Any]
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+    dtype: str
+    compute_dtype: str
+    format: str
+    compress: bool
+    shard_bytes: int
+    max_seq_length: int
+    overlong: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as it is stored and hashed."""
+        return json.loads(canonical_json(asdict(self)))
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Which samples one output folder holds: the stream's identity and the part of it that is taken.
+
+    Attributes:
+      identity: name, bytes and crc32c of the stream file.
+      machine_id, total_machines: lines with line_position % total_machines == machine_id are taken.
+      max_tasks: at most this many of them.
+      max_bad_records is no part of it: it decides whether a run stops, never what is written.
+    """
+
+    identity: dict[str, Any]
+    machine_id: int
+    total_machines: int
+    max_tasks: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The stream plan as it is stored and hashed."""
+        return json.loads(canonical_json(asdict(self)))
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and fixed spacing: the same value always gives the same bytes."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def content_hash(value: Any) -> str:
+    """The first 16 hex digits of the sha256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:16]
+
+
+def differing_fields(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """One `field: stored there, wanted here` for each leaf that differs."""
+    differences = []
+    for key in sorted(stored.keys() | wanted.keys()):
+        there, here = stored.get(key), wanted.get(key)
+        if isinstance(there, dict) and isinstance(here, dict):
+            differences += differing_fields(there, here, f"{prefix}{key}.")
+        elif there != here:
+            differences.append(f"{prefix}{key}: {_short(there)} there, {_short(here)} here")
+    return differences
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."

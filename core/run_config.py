@@ -1,0 +1,134 @@
+"""The command line of the main job as one frozen value, and what can be checked of it without touching anything."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import UsageError
+from core.formats import DTYPES, FORMATS
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
+DEFAULT_GRID_ENCODER = "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))"
+BYTES_PER_GB = 1 << 30
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Every flag of `extract_activations.py`; its help texts say what they mean."""
+
+    model_path: str = DEFAULT_MODEL
+    revision: str | None = None
+    tokenizer_path: str | None = None
+    dataset_path: str | None = None
+    max_tasks: int | None = None
+    machine_id: int = 0
+    total_machines: int = 1
+    max_bad_records: int = 0
+    grid_encoder: str = DEFAULT_GRID_ENCODER
+    prompt_version: str = "output-from-examples-v0"
+    predictions_per_task: int = 8
+    random_seed: int = 42
+    max_seq_length: int = 2048
+    overlong: str = "truncate"
+    layers_to_extract: tuple[int, ...] | None = None
+    activation_type: tuple[str, ...] = ("residual",)
+    dtype: str = "float16"
+    compute_dtype: str = "auto"
+    batch_size: int = 4
+    pack: bool = True
+    output_dir: str = "./activations"
+    format: str = "pickle"
+    compress_shards: bool = True
+    shard_size_gb: float = 1.0
+    upload_to_gcs: bool = False
+    gcs_bucket: str | None = None
+    gcs_prefix: str = "activations"
+    delete_local_after_upload: bool = False
+    worker_id: int = 0
+    enable_checkpointing: bool = True
+    checkpoint_dir: str = "./checkpoints"
+    multihost: bool = False
+    coordinator_address: str | None = None
+    host_id: int | None = None
+    num_hosts: int | None = None
+    compilation_cache_dir: str = "~/.cache/qwen2_jax/compiled"
+    json: bool = False
+    log_file: str | None = None
+    plan: bool = False
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("predictions_per_task", "max_seq_length", "batch_size", "total_machines"):
+            self._require(getattr(self, name) >= 1, name, "must be at least 1")
+        for name in ("max_bad_records", "random_seed", "worker_id"):
+            self._require(getattr(self, name) >= 0, name, "must not be negative")
+        self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
+        self._require(self.shard_size_gb > 0, "shard_size_gb", "must be above 0")
+        self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
+        self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
+        self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
+        if self.dataset_path is None:
+            raise UsageError(
+                "--dataset_path is missing: name the stream to extract, such as data/streams/stream_000.jsonl"
+            )
+        if self.upload_to_gcs and not self.gcs_bucket:
+            raise UsageError("--upload_to_gcs needs --gcs_bucket")
+        if self.upload_to_gcs and self.output_is_remote:
+            raise UsageError(
+                f"--output_dir {self.output_dir} is remote already: leave out --upload_to_gcs, or name a local folder"
+            )
+        if self.delete_local_after_upload and not self.upload_to_gcs:
+            raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
+
+    def _require(self, holds: bool, name: str, rule: str) -> None:
+        if not holds:
+            raise UsageError(f"--{name} {getattr(self, name)}: {rule}")
+
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes at which a window ends."""
+        return max(1, int(self.shard_size_gb * BYTES_PER_GB))
+
+    @property
+    def output_is_remote(self) -> bool:
+        """Whether --output_dir itself is a bucket."""
+        return "://" in self.output_dir and not self.output_dir.startswith("file://")
+
+    @property
+    def local_copy_stays(self) -> bool:
+        """Whether everything that is stored also stays on the local disk."""
+        return not self.output_is_remote and not self.delete_local_after_upload
+
+    @property
+    def gzipped(self) -> bool:
+        """Whether shard files are compressed."""
+        return self.compress_shards and FORMATS[self.format].compressible
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where metrics.jsonl goes: beside the shards when they are local, else beside the checkpoint."""
+        if self.local_copy_stays:
+            return Path(self.output_dir.removeprefix("file://")) / self.folder / "metrics.jsonl"
+        return Path(self.checkpoint_dir) / f"metrics_worker_{self.worker_id}.jsonl"
+
+    @property
+    def folder(self) -> str:
+        """The worker's folder in the output."""
+        return f"tpu_{self.worker_id}"
+
+    @property
+    def gcs_url(self) -> str:
+        """Where uploads go."""
+        return "/".join(part for part in (f"gs://{self.gcs_bucket}", self.gcs_prefix.strip("/")) if part)
+
+
+def default_worker_id(environment: Mapping[str, str] = os.environ) -> int:
+    """TPU_WORKER_ID, else WORKER_ID, else 0. Raises UsageError when the variable is not a number."""
+    for name in ("TPU_WORKER_ID", "WORKER_ID"):
+        value = environment.get(name, "")
+        if value:
+            if not value.isdecimal():
+                raise UsageError(f"{name}={value} in the environment is not a worker number")
+            return int(value)
+    return 0

@@ -1,0 +1,105 @@
+"""From the activations of a window to finished files on the local disk: the shard of each site and the sample table."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from core.activation_storage import SpooledFile, site_file_name, table_name
+from core.formats import ShardContent, ShardFormat
+from core.object_store import LocalStore, disk_errors
+from core.sinks import DigestWriter, ParallelGzipWriter, Sink
+from core.windows import TokenizedSample, Window
+
+
+@dataclass(frozen=True)
+class WindowActivations:
+    """A window with its activations by site, (L, N, D) in the stored dtype; sample s owns rows offsets[s:s+2]."""
+
+    window: Window
+    layers: tuple[int, ...]
+    by_site: dict[str, Shaped[np.ndarray, "L N D"]]
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(S+1,) int64: where each sample begins, and the end."""
+        return np.concatenate([[0], np.cumsum(self.window.lengths, dtype=np.int64)])
+
+
+@dataclass(frozen=True)
+class ShardEncoder:
+    """Writes the files of a window.
+
+    Attributes:
+      spool: where the files are written.
+      folder: the worker's folder below it.
+      gzipped: whether shard files are compressed.
+      executor: the threads that compress.
+    """
+
+    shard_format: ShardFormat
+    gzipped: bool
+    spool: LocalStore
+    folder: str
+    executor: Executor
+
+    @property
+    def suffix(self) -> str:
+        """The ending of a shard file's name."""
+        return self.shard_format.suffix() + (".gz" if self.gzipped else "")
+
+    def encode(self, activations: WindowActivations) -> list[SpooledFile]:
+        """Writes one file a site and the sample table; what was written is removed again when one of them fails."""
+        window = activations.window
+        files: list[SpooledFile] = []
+        try:
+            for site, array in activations.by_site.items():
+                content = ShardContent(site, activations.layers, array, activations.offsets, window.samples)
+                name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix)
+                files.append(self._write(name, site, self.gzipped, partial(self.shard_format.write, content)))
+            table = partial(write_table, window.samples)
+            files.append(self._write(table_name(window.index), None, True, table))
+        except BaseException:
+            for file in files:
+                file.path.unlink(missing_ok=True)
+            raise
+        return files
+
+    def _write(self, name: str, site: str | None, gzipped: bool, fill: Callable[[Sink], None]) -> SpooledFile:
+        path = self.spool.temporary_path(f"{self.folder}/{name}")
+        try:
+            with disk_errors(path), path.open("wb") as raw:
+                digest = DigestWriter(raw)
+                if gzipped:
+                    compressor = ParallelGzipWriter(digest, self.executor)
+                    fill(compressor)
+                    compressor.close()
+                else:
+                    fill(digest)
+            return SpooledFile(name, site, path, digest.digest())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def write_table(samples: Sequence[TokenizedSample], sink: Sink) -> None:
+    """Writes the sample table: a JSON line for each sample, in the order of the shard."""
+    for sample in samples:
+        sink.write((json.dumps(table_row(sample), ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def table_row(sample: TokenizedSample) -> dict[str, Any]:
+    """What the sample table keeps of a sample."""
+    return {
+        "sample_idx": sample.sample_idx,
+        "n_tokens": len(sample.token_ids),
+        "full_length": sample.full_length,
+        "token_ids": sample.token_ids.tolist(),
+        "text_preview": sample.text_preview,
+        "labels": sample.labels,
+    }

@@ -1,0 +1,148 @@
+"""Causal grouped-query attention over packed rows.
+
+Axis letters: B rows, T query tokens, S key tokens, K kv heads, G query heads per kv head, H head_dim;
+inside a block the query heads and tokens of one row are folded into one axis R = (K, G, T).
+
+What a query sees is always one run of the row: from the first token of its own segment (or of its window, whichever is
+later) to itself. Both implementations work from that first visible index alone; segment ids are not looked at again.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+# Finite, so that a block in which a query sees nothing gives numbers that a later block wipes out, not NaN.
+MASKED_LOGIT = -1e30
+
+# Measured on XLA:CPU. A block's logits should stay in the L2 cache, and its matmuls should be large enough to be split
+# over cores, which needs more query tokens when few query heads share a kv head.
+KEY_BLOCK = 128
+QUERY_BLOCK_FEW_GROUPS = 256
+QUERY_BLOCK_MANY_GROUPS = 128
+MANY_GROUPS = 4
+
+
+def attention(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segment_ids: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: Int[Array, ""] | None = None,
+) -> Float[Array, "B T K G H"]:
+    """softmax(scale · q kᵀ + mask) v, causal inside each segment, in the dtype of q.
+
+    A segment is a run of equal non-zero ids; 0 is padding, whose outputs are finite and mean nothing.
+    With `window` (in tokens, at least 1, may be traced) a query at t sees the keys s with t - s < window.
+    Logits and softmax are float32 whatever the inputs are; probabilities are rounded to the dtype of v before they meet v,
+    as in the eager attention of transformers.
+
+    Rows are independent, and so are kv heads, but the CPU path loops over row indices and its trip counts depend on the
+    data: the partitioner cannot split it. With B or K sharded, call it inside `jax.shard_map` over those axes; each device
+    then loops over its own blocks and nothing is communicated.
+    """
+    first = first_visible(segment_ids, window)
+    # Chosen when lowering, not from the default backend: a CPU host also compiles ahead of time for TPUs.
+    return lax.platform_dependent(
+        q, k, v, first, cpu=partial(_blockwise, scale=scale), default=partial(_dense, scale=scale)
+    )
+
+
+def first_visible(segment_ids: Int[Array, "B T"], window: Int[Array, ""] | None = None) -> Int[Array, "B T"]:
+    """The row index of the first key that each query sees; the last is always the query itself. Padding sees itself."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    starts = segment_ids != jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    first = lax.cummax(jnp.where(starts, index, 0), axis=1)
+    if window is not None:
+        first = jnp.maximum(first, index - window + 1)
+    return jnp.where(segment_ids == 0, index, first)
+
+
+def _masked_logits(dots: Array, first: Array, query: Array, key: Array, scale: float) -> Array:
+    """dots: float32 (..., R, S); first: (..., R), query: (R,) and key: (S,) are row indices."""
+    visible = (first[..., :, None] <= key) & (key <= query[:, None])
+    return jnp.where(visible, dots * scale, MASKED_LOGIT)
+
+
+def _dense(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    first: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> Float[Array, "B T K G H"]:
+    """All T × T logits at once: for compilers that fuse mask and softmax, on chips with the bandwidth for the rest."""
+    index = jnp.arange(q.shape[1], dtype=jnp.int32)
+    dots = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    logits = _masked_logits(dots, first[:, None, None], index, index, scale)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", probs, v, preferred_element_type=jnp.float32).astype(q.dtype)
+
+
+def _blockwise(
+    q: Float[Array, "B T K G H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    first: Int[Array, "B T"],
+    *,
+    scale: float,
+) -> Float[Array, "B T K G H"]:
+    """Block by block with a running softmax (FlashAttention-2, arXiv:2307.08691), visiting only blocks with visible keys."""
+    return lax.map(lambda row: _blockwise_row(*row, scale=scale), (q, k, v, first))
+
+
+def _blockwise_row(
+    q: Float[Array, "T K G H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], first: Int[Array, "T"], scale: float
+) -> Float[Array, "T K G H"]:
+    length, _, groups, _ = q.shape
+    query_block = QUERY_BLOCK_MANY_GROUPS if groups >= MANY_GROUPS else QUERY_BLOCK_FEW_GROUPS
+    k, v = _whole_blocks(k, KEY_BLOCK), _whole_blocks(v, KEY_BLOCK)
+    index = jnp.arange(length, dtype=jnp.int32)
+    blocks = [_whole_blocks(x, min(length, query_block)) for x in (q, first, index)]
+    out = lax.map(lambda block: _query_block(*block, k, v, scale), blocks)
+    return out.reshape(-1, *q.shape[1:])[:length]
+
+
+def _whole_blocks(x: Float[Array, "T ..."], block: int) -> Float[Array, "N block ..."]:
+    """Repeats the last token to fill the last block: a repeated query needs no key that the block does not visit anyway."""
+    padding = [(0, -len(x) % block)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding, mode="edge").reshape(-1, block, *x.shape[1:])
+
+
+def _query_block(
+    q: Float[Array, "T K G H"],
+    first: Int[Array, "T"],
+    index: Int[Array, "T"],
+    k: Float[Array, "N S K H"],
+    v: Float[Array, "N S K H"],
+    scale: float,
+) -> Float[Array, "T K G H"]:
+    """first, index: of each query, as row indices; k, v: the row's N key blocks."""
+    tokens, kv_heads, groups, head_dim = q.shape
+    size = k.shape[1]
+    begin, end = first.min() // size, index[-1] // size + 1
+    # One folded axis, not (K, G, T): XLA:CPU splits loops over cores along the outermost axis, and K is small, often odd.
+    first, index = jnp.tile(first, kv_heads * groups), jnp.tile(index, kv_heads * groups)
+    q = q.transpose(1, 2, 0, 3).reshape(kv_heads, groups * tokens, head_dim)
+
+    def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, out = carry
+        dots = jnp.einsum("KRH,SKH->KRS", q, k[block], preferred_element_type=jnp.float32).reshape(-1, size)
+        logits = _masked_logits(dots, first, index, block * size + jnp.arange(size, dtype=jnp.int32), scale)
+        new_peak = jnp.maximum(peak, logits.max(-1))
+        keep, probs = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
+        weights = probs.astype(v.dtype).reshape(kv_heads, -1, size)
+        seen = jnp.einsum("KRS,SKH->KRH", weights, v[block], preferred_element_type=jnp.float32)
+        return new_peak, keep * total + probs.sum(-1), keep[:, None] * out + seen.reshape(-1, head_dim)
+
+    # Made from q, not from nothing, so that inside shard_map the carry varies over the mesh as what replaces it does.
+    out = jnp.zeros_like(q, jnp.float32).reshape(-1, head_dim)
+    total = jnp.zeros_like(out[:, 0])
+    _, total, out = lax.fori_loop(begin, end, visit, (jnp.full_like(total, MASKED_LOGIT), total, out))
+    out = (out / total[:, None]).astype(q.dtype)
+    return out.reshape(kv_heads, groups, tokens, head_dim).transpose(2, 0, 1, 3)
