@@ -94,10 +94,11 @@ def extract(args: argparse.Namespace) -> int:
     from core.run_config import RunConfig, default_worker_id
 
     known = {field.name for field in fields(RunConfig)}
-    values: dict[str, Any] = {"worker_id": default_worker_id()} | vars(args)
-    config = RunConfig(
-        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
-    )
+    values = {"worker_id": default_worker_id()} | vars(args)
+    flags: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
+    }
+    config = RunConfig(**flags)
 
     from core.runner import run
 

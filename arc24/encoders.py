@@ -220,8 +220,7 @@ def _build(node: ast.expr) -> GridEncoder:
 
 
 def _argument(node: ast.expr) -> GridEncoder | str | int:
-    # isinstance() takes True for an int.
-    if isinstance(node, ast.Constant) and isinstance(node.value, str | int) and not isinstance(node.value, bool):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str | int):
         return node.value
     return _build(node)
 

@@ -74,20 +74,22 @@ def plan_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
 
     Best-fit decreasing: a sample goes to the open row that it fills best, else opens a row of the shortest length that
     holds it. Packed rows are at least SMALLEST_PACKED_ROW long while the longest sample allows, so that short samples
-    share rows; what is then left unfilled is cut to the shortest length that still fits.
+    share rows and few shapes are compiled.
     """
     floor = min(SMALLEST_PACKED_ROW, shape.row_lengths[-1]) if shape.pack else 0
     members: list[list[int]] = []
+    row_lengths: list[int] = []
     open_rows = _OpenRows()
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         row, room = open_rows.take(lengths[index]) if shape.pack else (None, 0)
         if row is None:
-            row, room = len(members), _shortest(shape.row_lengths, max(lengths[index], floor))
+            needed = max(lengths[index], floor)
+            row, room = len(members), next(length for length in shape.row_lengths if length >= needed)
             members.append([])
+            row_lengths.append(room)
         members[row].append(index)
         open_rows.add(row, room - lengths[index])
-    fills = [sum(lengths[index] for index in row) for row in members]
-    rows = [Row(_shortest(shape.row_lengths, fill), tuple(row)) for fill, row in zip(fills, members, strict=True)]
+    rows = [Row(length, tuple(row)) for length, row in zip(row_lengths, members, strict=True)]
     return sorted(rows, key=lambda row: -row.length)
 
 
@@ -113,10 +115,6 @@ class _OpenRows:
         if not rows:
             self._rooms &= ~(1 << room)
         return row, room
-
-
-def _shortest(row_lengths: tuple[int, ...], length: int) -> int:
-    return next(candidate for candidate in row_lengths if candidate >= length)
 
 
 def plan_steps(lengths: Sequence[int], shape: BatchShape) -> list[Step]:

@@ -5,7 +5,6 @@ A line is an ARC task (`train` and `test`, or the `examples` pairs of Hugging Fa
 sample. A line's position, counted from 0, is its identity: it is the same for every worker, selection and resume.
 """
 
-import base64
 import gzip
 import io
 import json
@@ -23,6 +22,7 @@ import zstandard
 
 from arc24.tasks import validate_task
 from core.errors import RunError, UsageError
+from core.object_store import ObjectInfo, ObjectStore, open_store
 
 Kind = Literal["arc", "text", "messages", "input_ids"]
 
@@ -301,14 +301,20 @@ def resolve_stream_path(path: str) -> str:
 
     Raises UsageError if neither is a file.
     """
-    fs, location = filesystem(path)
     with storage_errors(f"{path}: cannot look for the stream"):
-        if fs.isfile(location):
-            return path
-        for other in _other_spellings(path):
-            if fs.isfile(filesystem(other)[1]):
-                return other
+        for spelling in [path, *_other_spellings(path)]:
+            if _is_file(spelling):
+                return spelling
+        fs, location = filesystem(path)
         raise UsageError(f"{path}: {'is a folder, not a stream' if fs.isdir(location) else 'no such file'}")
+
+
+def _is_file(path: str) -> bool:
+    if _in_bucket(path):
+        store, name = _bucket_object(path)
+        return store.info(name) is not None
+    fs, location = filesystem(path)
+    return fs.isfile(location)
 
 
 def _other_spellings(path: str) -> list[str]:
@@ -323,9 +329,27 @@ def _other_spellings(path: str) -> list[str]:
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a path or URL, and the path inside it. Raises UsageError for an unknown protocol."""
     try:
-        return fsspec.core.url_to_fs(path)
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def _in_bucket(path: str) -> bool:
+    return path.startswith(("gs://", "gcs://"))
+
+
+def _bucket_object(path: str) -> tuple[ObjectStore, str]:
+    """The store reads one generation of an object, and repeats what fails or stalls; gcsfs alone does neither."""
+    folder, _, name = path.rpartition("/")
+    return open_store(folder), name
+
+
+def _open_stored(path: str) -> BinaryIO:
+    if _in_bucket(path):
+        store, name = _bucket_object(path)
+        return store.open(name)
+    fs, location = filesystem(path)
+    return fs.open(location, "rb")
 
 
 @contextmanager
@@ -347,10 +371,9 @@ def read_lines(path: str) -> Iterator[bytes]:
 
     Raises RunError naming the file and the line if it cannot be read to its end.
     """
-    fs, location = filesystem(path)
     line = 0
     try:
-        with fs.open(location, "rb") as stored, _decompressed(stored, path) as lines:
+        with _open_stored(path) as stored, _decompressed(stored, path) as lines:
             for raw in lines:
                 yield raw.removeprefix(b"\xef\xbb\xbf") if line == 0 else raw
                 line += 1
@@ -416,21 +439,25 @@ class _ZstdReader(io.RawIOBase):
 def stream_identity(path: str) -> dict[str, Any]:
     """`name`, `bytes` and `crc32c` (8 hex digits) of the stored file: the same for a local and a remote copy.
 
-    Object stores that keep a CRC-32C are asked for it; other files are read.
+    A bucket is asked for the checksum that it keeps; other files are read.
     """
     path = resolve_stream_path(path)
-    fs, location = filesystem(path)
     with storage_errors(f"{path}: cannot read"):
-        fs.invalidate_cache()
-        info = fs.info(location)
-        stored_crc = info.get("crc32c")
-        crc = base64.b64decode(stored_crc) if stored_crc else _crc32c(fs, location)
-    return {"name": location.rsplit("/", 1)[-1], "bytes": int(info["size"]), "crc32c": crc.hex()}
+        info = _stored_info(path)
+    return {"name": path.rsplit("/", 1)[-1], "bytes": info.size, "crc32c": info.crc32c}
 
 
-def _crc32c(fs: fsspec.AbstractFileSystem, location: str) -> bytes:
+def _stored_info(path: str) -> ObjectInfo:
+    if _in_bucket(path):
+        store, name = _bucket_object(path)
+        found = store.info(name)
+        if found is None:
+            raise FileNotFoundError("it is gone")
+        return found
+    size = 0
     checksum = google_crc32c.Checksum()
-    with fs.open(location, "rb") as stored:
+    with _open_stored(path) as stored:
         while chunk := stored.read(_CHUNK_BYTES):
+            size += len(chunk)
             checksum.update(chunk)
-    return checksum.digest()
+    return ObjectInfo(size, checksum.digest().hex())

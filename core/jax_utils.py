@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float
 
 from core.batching import StepArrays
 from core.errors import UsageError
@@ -72,7 +72,8 @@ class StepOutput:
 
     Attributes:
       activations: by site, (L, B, T, D) in the stored dtype.
-      peaks: by site, (L, B) float32: the largest magnitude before the cast, padding left out; NaN when there is one.
+      peaks: by site, (L, B) float32: the largest magnitude before the cast, padding left out; infinity when
+        a value is infinite or NaN.
     """
 
     activations: dict[str, Array]
@@ -82,6 +83,12 @@ class StepOutput:
         """Starts the copy to the host as soon as the values are there."""
         for array in (*self.activations.values(), *self.peaks.values()):
             array.copy_to_host_async()
+
+
+def _peak(x: Float[Array, "L B T D"], is_token: Bool[Array, "1 B T 1"]) -> Float[Array, "L B"]:
+    """NaN is made infinite first: XLA's maximum may drop it."""
+    magnitude = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
+    return jnp.max(jnp.where(is_token, magnitude, 0), axis=(2, 3)).astype(jnp.float32)
 
 
 class ExtractionStep:
@@ -102,10 +109,7 @@ class ExtractionStep:
         ) -> tuple[dict[str, Array], dict[str, Array]]:
             captured = nnx.merge(graphdef, state)(tokens, segment_ids, positions, capture)
             is_token = (segment_ids > 0)[None, :, :, None]
-            peaks = {
-                site: jnp.max(jnp.where(is_token, jnp.abs(x), 0), axis=(2, 3)).astype(jnp.float32)
-                for site, x in captured.items()
-            }
+            peaks = {site: _peak(x, is_token) for site, x in captured.items()}
             return {site: x.astype(dtype) for site, x in captured.items()}, peaks
 
         rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)

@@ -170,7 +170,7 @@ def open_storage(job: Job, scratch: Path) -> ActivationStorage:
     output with upload: the bucket is where a commit counts, the local folder is a copy unless it is to be deleted.
     """
     config = job.config
-    spool = LocalStore(scratch if config.output_is_remote else Path(config.output_dir.removeprefix("file://")))
+    spool = LocalStore(scratch if config.output_is_remote else config.local_output)
     primary: ObjectStore = spool
     if config.output_is_remote:
         primary = open_store(config.output_dir)

@@ -104,8 +104,10 @@ class Tokenizer:
         task = record.payload
         augmentation = augmentation_for(self._options.seed, record.position, prediction, len(task["train"]))
         augmented = apply_data_augmentation(task, augmentation)
-        version = self._options.prompt_version
-        return create_prompts_from_task(augmented, self._grid_encoder, self._tokenizer, version)[0]
+        first_test = {**augmented, "test": augmented["test"][:1]}
+        return create_prompts_from_task(
+            first_test, self._grid_encoder, self._tokenizer, self._options.prompt_version
+        )[0]
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
         if self._tokenizer.chat_template is None:

@@ -78,6 +78,8 @@ class RunConfig:
             raise UsageError(
                 f"--output_dir {self.output_dir} is remote already: leave out --upload_to_gcs, or name a local folder"
             )
+        if not self.output_is_remote and self.local_output.exists() and not self.local_output.is_dir():
+            raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
         if self.delete_local_after_upload and not self.upload_to_gcs:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
 
@@ -96,6 +98,11 @@ class RunConfig:
         return "://" in self.output_dir and not self.output_dir.startswith("file://")
 
     @property
+    def local_output(self) -> Path:
+        """The local folder that --output_dir names."""
+        return Path(self.output_dir.removeprefix("file://")).expanduser()
+
+    @property
     def local_copy_stays(self) -> bool:
         """Whether everything that is stored also stays on the local disk."""
         return not self.output_is_remote and not self.delete_local_after_upload
@@ -109,7 +116,7 @@ class RunConfig:
     def metrics_path(self) -> Path:
         """Where metrics.jsonl goes: beside the shards when they are local, else beside the checkpoint."""
         if self.local_copy_stays:
-            return Path(self.output_dir.removeprefix("file://")) / self.folder / "metrics.jsonl"
+            return self.local_output / self.folder / "metrics.jsonl"
         return Path(self.checkpoint_dir) / f"metrics_worker_{self.worker_id}.jsonl"
 
     @property

@@ -282,7 +282,6 @@ def _publish(parts: list[str], options: StreamOptions) -> dict[str, dict[str, An
     base = options.output_dir.rstrip("/")
     identities = {f"{base}/{os.path.basename(part)}": stream_identity(part) for part in parts}
     with storage_errors(f"{options.output_dir}: cannot write the streams"):
-        fs.invalidate_cache()
         listed = fs.ls(location, detail=False) if fs.isdir(location) else []
         names = {entry.rsplit("/", 1)[-1] for entry in listed}
         existing = {f"{base}/{name}" for name in names if _STREAM_NAME.fullmatch(name)}

@@ -1,10 +1,32 @@
-"""Decoder-only language models in JAX whose forward pass returns activations by name."""
+"""Decoder-only language models in JAX whose forward pass returns activations by name.
 
-from qwen2_jax.config import DecoderConfig, RopeConfig
-from qwen2_jax.decoder import Decoder, parameter_specs
-from qwen2_jax.errors import ModelError
-from qwen2_jax.loading import load_config, load_model, load_tokenizer, model_identity, tokenizer_digest
-from qwen2_jax.taps import SITES, Capture
+Names are imported at their first use: `--help` and errors need neither JAX nor Flax.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen2_jax.config import DecoderConfig, RopeConfig
+    from qwen2_jax.decoder import Decoder, parameter_specs
+    from qwen2_jax.errors import ModelError
+    from qwen2_jax.loading import load_config, load_model, load_tokenizer, model_identity, tokenizer_digest
+    from qwen2_jax.taps import SITES, Capture
+
+_MODULES = {
+    "SITES": "taps",
+    "Capture": "taps",
+    "Decoder": "decoder",
+    "DecoderConfig": "config",
+    "ModelError": "errors",
+    "RopeConfig": "config",
+    "load_config": "loading",
+    "load_model": "loading",
+    "load_tokenizer": "loading",
+    "model_identity": "loading",
+    "parameter_specs": "decoder",
+    "tokenizer_digest": "loading",
+}
 
 __all__ = [
     "SITES",
@@ -20,3 +42,9 @@ __all__ = [
     "parameter_specs",
     "tokenizer_digest",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -38,12 +38,12 @@ def attention(
 
     A segment is a run of equal non-zero ids; 0 is padding, whose outputs are finite and mean nothing.
     With `window` (in tokens, at least 1, may be traced) a query at t sees the keys s with t - s < window.
-    Logits and softmax are float32 whatever the inputs are; probabilities are rounded to the dtype of v before they meet v,
-    as in the eager attention of transformers.
+    Logits and softmax are float32 whatever the inputs are; probabilities are rounded to the dtype of v before they meet
+    v, as in the eager attention of transformers.
 
-    Rows are independent, and so are kv heads, but the CPU path loops over row indices and its trip counts depend on the
-    data: the partitioner cannot split it. With B or K sharded, call it inside `jax.shard_map` over those axes; each device
-    then loops over its own blocks and nothing is communicated.
+    Rows are independent, and so are kv heads, but on CPU rows are looped over and trip counts depend on the data, which
+    the partitioner cannot split. With B or K sharded over a mesh, call it inside `jax.shard_map` over those axes: each
+    device then loops over its own blocks and nothing is communicated.
     """
     first = first_visible(segment_ids, window)
     # Chosen when lowering, not from the default backend: a CPU host also compiles ahead of time for TPUs.
@@ -92,8 +92,16 @@ def _blockwise(
     *,
     scale: float,
 ) -> Float[Array, "B T K G H"]:
-    """Block by block with a running softmax (FlashAttention-2, arXiv:2307.08691), visiting only blocks with visible keys."""
-    return lax.map(lambda row: _blockwise_row(*row, scale=scale), (q, k, v, first))
+    """Block by block with a running softmax (FlashAttention-2, arXiv:2307.08691).
+
+    A block of queries visits the key blocks from its first visible key to its diagonal: what samples do not share costs
+    nothing, and no array is larger than the inputs.
+    """
+
+    def row(operands: tuple[Array, Array, Array, Array]) -> Array:
+        return _blockwise_row(*operands, scale)
+
+    return lax.map(row, (q, k, v, first))
 
 
 def _blockwise_row(
@@ -103,13 +111,16 @@ def _blockwise_row(
     query_block = QUERY_BLOCK_MANY_GROUPS if groups >= MANY_GROUPS else QUERY_BLOCK_FEW_GROUPS
     k, v = _whole_blocks(k, KEY_BLOCK), _whole_blocks(v, KEY_BLOCK)
     index = jnp.arange(length, dtype=jnp.int32)
-    blocks = [_whole_blocks(x, min(length, query_block)) for x in (q, first, index)]
-    out = lax.map(lambda block: _query_block(*block, k, v, scale), blocks)
+
+    def block(operands: tuple[Array, Array, Array]) -> Array:
+        return _query_block(*operands, k, v, scale)
+
+    out = lax.map(block, tuple(_whole_blocks(x, min(length, query_block)) for x in (q, first, index)))
     return out.reshape(-1, *q.shape[1:])[:length]
 
 
 def _whole_blocks(x: Float[Array, "T ..."], block: int) -> Float[Array, "N block ..."]:
-    """Repeats the last token to fill the last block: a repeated query needs no key that the block does not visit anyway."""
+    """Fills the last block by repeating the last token: as a query it needs no key that is not visited anyway."""
     padding = [(0, -len(x) % block)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding, mode="edge").reshape(-1, block, *x.shape[1:])
 
@@ -126,7 +137,7 @@ def _query_block(
     tokens, kv_heads, groups, head_dim = q.shape
     size = k.shape[1]
     begin, end = first.min() // size, index[-1] // size + 1
-    # One folded axis, not (K, G, T): XLA:CPU splits loops over cores along the outermost axis, and K is small, often odd.
+    # One folded axis, not (K, G, T): XLA:CPU splits a loop over cores along the outermost axis, and K is small and odd.
     first, index = jnp.tile(first, kv_heads * groups), jnp.tile(index, kv_heads * groups)
     q = q.transpose(1, 2, 0, 3).reshape(kv_heads, groups * tokens, head_dim)
 

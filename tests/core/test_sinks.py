@@ -1,0 +1,55 @@
+import gzip
+import hashlib
+import io
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from core import sinks
+from core.sinks import DigestWriter, ParallelGzipWriter, digest_stream
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(sinks, "BLOCK_BYTES", 1000)
+
+
+def compress(data: bytes, threads: int, piece: int) -> bytes:
+    out = io.BytesIO()
+    with ThreadPoolExecutor(threads) as pool:
+        writer = ParallelGzipWriter(out, pool, in_flight=2)
+        for start in range(0, len(data), piece):
+            writer.write(data[start : start + piece])
+        writer.close()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 12345])
+def test_gzip_and_zcat_read_what_was_written(small_blocks, size, tmp_path):
+    data = np.random.default_rng(size).bytes(size)
+    compressed = compress(data, threads=3, piece=333)
+    assert gzip.decompress(compressed) == data
+    (tmp_path / "x.gz").write_bytes(compressed)
+    assert subprocess.run(["zcat", tmp_path / "x.gz"], capture_output=True, check=True).stdout == data
+
+
+def test_the_bytes_depend_on_neither_threads_nor_write_sizes(small_blocks):
+    data = np.random.default_rng(0).bytes(50_000)
+    assert compress(data, 1, 50_000) == compress(data, 4, 77) == compress(data, 2, 1000)
+
+
+def test_a_digest_is_that_of_the_bytes_that_passed():
+    data = np.random.default_rng(0).bytes(9_000_000)
+    sink = io.BytesIO()
+    writer = DigestWriter(sink)
+    writer.write(data[:5])
+    writer.write(memoryview(data)[5:])
+    digest = writer.digest()
+    assert sink.getvalue() == data
+    assert digest.bytes == len(data)
+    assert digest.sha256 == hashlib.sha256(data).hexdigest()
+    assert digest.crc32c == f"{google_crc32c.value(data):08x}"
+    assert digest_stream(io.BytesIO(data)) == digest

@@ -1,0 +1,51 @@
+"""kill -9 at random moments: the output of the resumed run is byte-identical to that of an undisturbed one."""
+
+import random
+import signal
+import subprocess
+import time
+
+from tiny_run import command, committed_files, environment, extract, run, token_lines, write_jsonl, write_model
+
+N_KILLS = 30
+
+
+def test_resume_after_30_random_kills_is_byte_identical(tmp_path):
+    model = write_model(tmp_path / "model", tokenizer=False)
+    write_jsonl(tmp_path / "s.jsonl", token_lines(1500, longest=150))
+    args = (
+        "--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 128, "--shard_size_gb", 0.0001,
+        "--compilation_cache_dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert extract(tmp_path, *args, "--output_dir", "calm").returncode == 0
+    started = time.monotonic()
+    assert extract(tmp_path, *args, "--output_dir", "timed").returncode == 0
+    whole = time.monotonic() - started
+    argv = command("extract_activations.py", *args, "--output_dir", "out")
+    rng = random.Random(20)
+    kills = 0
+    while kills < N_KILLS:
+        # Most of a start is imports: aim behind them, at reading, computing, writing and committing.
+        child = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
+        try:
+            child.wait(whole * rng.uniform(0.3, 1.0))
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGKILL)
+            child.wait()
+            kills += 1
+        else:
+            assert child.returncode == 0
+            # Finished before the kill: the committed half is taken away again, as if never written.
+            _forget_the_last_windows(tmp_path / "out" / "tpu_0", keep=rng.randrange(5))
+    assert extract(tmp_path, *args, "--output_dir", "out").returncode == 0
+    assert committed_files(tmp_path / "out") == committed_files(tmp_path / "calm")
+    assert run("analyze_activations.py", "verify", "out", cwd=tmp_path).returncode == 0
+
+
+def _forget_the_last_windows(folder, keep: int) -> None:
+    """Removes the records of all windows but the first `keep`, newest first, and some of the files behind them."""
+    for record in sorted(folder.glob("shard_*.json"), reverse=True)[: -keep or None]:
+        window = record.stem.removeprefix("shard_")
+        record.unlink()
+        if int(window) % 2:
+            (folder / f"shard_{window}.pkl.gz").unlink()
