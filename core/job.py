@@ -1,5 +1,7 @@
 """From flags to a job: everything that can be known, checked and refused before weights are loaded."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -163,14 +165,14 @@ def _run_plan(
     )
 
 
-def open_storage(job: Job, scratch: Path) -> ActivationStorage:
+def open_storage(job: Job) -> ActivationStorage:
     """The worker's folder where the flags say it is; nothing is written yet.
 
-    Local output: written in place. Remote output: files are finished in the folder `scratch`, then uploaded. Local
+    Local output: written in place. Remote output: files are finished in a folder below TMPDIR, then uploaded. Local
     output with upload: the bucket is where a commit counts, the local folder is a copy unless it is to be deleted.
     """
     config = job.config
-    spool = LocalStore(scratch if config.output_is_remote else config.local_output)
+    spool = LocalStore(_scratch_folder() if config.output_is_remote else config.local_output)
     primary: ObjectStore = spool
     if config.output_is_remote:
         primary = open_store(config.output_dir)
@@ -189,3 +191,8 @@ def open_storage(job: Job, scratch: Path) -> ActivationStorage:
             "gcs_prefix": config.gcs_prefix if config.upload_to_gcs else None,
         },
     )
+
+
+def _scratch_folder() -> Path:
+    """One for all runs of a user: what a killed run leaves there, the next one finds and removes."""
+    return Path(tempfile.gettempdir()) / f"extract_activations_{os.getuid()}"

@@ -105,9 +105,9 @@ class Tokenizer:
         augmentation = augmentation_for(self._options.seed, record.position, prediction, len(task["train"]))
         augmented = apply_data_augmentation(task, augmentation)
         first_test = {**augmented, "test": augmented["test"][:1]}
-        return create_prompts_from_task(
-            first_test, self._grid_encoder, self._tokenizer, self._options.prompt_version
-        )[0]
+        return create_prompts_from_task(first_test, self._grid_encoder, self._tokenizer, self._options.prompt_version)[
+            0
+        ]
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
         if self._tokenizer.chat_template is None:

@@ -2,16 +2,13 @@
 
 import itertools
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 from absl import logging
@@ -46,12 +43,11 @@ def run(config: RunConfig) -> Summary | PlanReport:
     config = _join_hosts(config)
     enable_compilation_cache(config.compilation_cache_dir)
     job = prepare_job(config, resolve_compute_dtype(config.compute_dtype))
-    with _scratch_folder() as scratch:
-        storage = open_storage(job, scratch)
-        if config.plan:
-            step = _load_step(job)
-            return plan_run(job, step, job.batch_shape(jax.local_device_count()), storage.spool.free_bytes())
-        return _extract(job, storage)
+    storage = open_storage(job)
+    if config.plan:
+        step = _load_step(job)
+        return plan_run(job, step, job.batch_shape(jax.local_device_count()), storage.spool.free_bytes())
+    return _extract(job, storage)
 
 
 def _join_hosts(config: RunConfig) -> RunConfig:
@@ -68,17 +64,9 @@ def _join_hosts(config: RunConfig) -> RunConfig:
     )
 
 
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="extract_activations_"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _extract(job: Job, storage: ActivationStorage) -> Summary:
     records = storage.open()
+    storage.spool.remove_stale_temporaries()
     survey = survey_stream(job)
     if is_complete(records):
         logging.info("%s is complete: nothing to do", storage.url)

@@ -62,6 +62,12 @@ def first_visible(segment_ids: Int[Array, "B T"], window: Int[Array, ""] | None 
     return jnp.where(segment_ids == 0, index, first)
 
 
+def _einsum(subscripts: str, x: Array, y: Array) -> Array:
+    """Accumulates in float32. float32 asks for full precision: accelerators otherwise multiply it in bf16 or TF32."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
 def _masked_logits(dots: Array, first: Array, query: Array, key: Array, scale: float) -> Array:
     """dots: float32 (..., R, S); first: (..., R), query: (R,) and key: (S,) are row indices."""
     visible = (first[..., :, None] <= key) & (key <= query[:, None])
@@ -78,10 +84,10 @@ def _dense(
 ) -> Float[Array, "B T K G H"]:
     """All T × T logits at once: for compilers that fuse mask and softmax, on chips with the bandwidth for the rest."""
     index = jnp.arange(q.shape[1], dtype=jnp.int32)
-    dots = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
+    dots = _einsum("BTKGH,BSKH->BKGTS", q, k)
     logits = _masked_logits(dots, first[:, None, None], index, index, scale)
     probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", probs, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return _einsum("BKGTS,BSKH->BTKGH", probs, v).astype(q.dtype)
 
 
 def _blockwise(
@@ -143,12 +149,12 @@ def _query_block(
 
     def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        dots = jnp.einsum("KRH,SKH->KRS", q, k[block], preferred_element_type=jnp.float32).reshape(-1, size)
+        dots = _einsum("KRH,SKH->KRS", q, k[block]).reshape(-1, size)
         logits = _masked_logits(dots, first, index, block * size + jnp.arange(size, dtype=jnp.int32), scale)
         new_peak = jnp.maximum(peak, logits.max(-1))
         keep, probs = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
         weights = probs.astype(v.dtype).reshape(kv_heads, -1, size)
-        seen = jnp.einsum("KRS,SKH->KRH", weights, v[block], preferred_element_type=jnp.float32)
+        seen = _einsum("KRS,SKH->KRH", weights, v[block])
         return new_peak, keep * total + probs.sum(-1), keep[:, None] * out + seen.reshape(-1, head_dim)
 
     # Made from q, not from nothing, so that inside shard_map the carry varies over the mesh as what replaces it does.

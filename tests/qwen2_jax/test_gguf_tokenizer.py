@@ -88,6 +88,7 @@ def write_tokenizer(path, pre, *, model="gpt2", add_bos=None):
     )
     merges = [" ".join(pair) for pair in core_merges(core)]
     tokens = [token for token, _ in sorted(core.get_vocab().items(), key=lambda item: item[1])]
+    tokens.append("zqzq")  # no merge leads to it
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     added = ["<tool_call>"]
     arch = "llama" if "llama" in pre else "qwen2"
@@ -129,6 +130,12 @@ def test_llama3_adds_bos_where_the_file_does_not_say(tmp_path):
     ours = load_tokenizer(str(tmp_path))
     assert ours.encode("x")[0] == ours.bos_token_id
     assert ours.bos_token_id not in ours.encode("x", add_special_tokens=False)
+
+
+@pytest.mark.parametrize(("pre", "is_whole"), [("llama-bpe", True), ("qwen2", False)])
+def test_only_llama3_takes_whole_words_from_the_vocabulary(pre, is_whole, tmp_path):
+    write_tokenizer(tmp_path / "t.gguf", pre, add_bos=False)
+    assert (len(load_tokenizer(str(tmp_path)).encode("zqzq")) == 1) is is_whole
 
 
 def test_qwen2_composes_unicode_as_it_was_trained_on(tmp_path):

@@ -1,12 +1,15 @@
 """Tiny random models against transformers' eager attention in float32: every layer, every site."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from hf_reference import SIZES, everything, forward, hf_activations, save, tiny_model, worst_token
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from qwen2_jax import SITES, Capture, ModelError, load_config, load_model
+from qwen2_jax.decoder import rms_norm
 
 TOKENS = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 48))
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -49,7 +52,7 @@ CASES = {
     "llama": llama(),
     "llama llama3 rope": llama(rope_parameters=LLAMA3),
     "llama linear rope": llama(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
-    "llama all biases": llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama all biases": llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, hidden_act="gelu_new"),
     "llama head_dim apart": llama(head_dim=12),
     "llama tanh gelu": llama(hidden_act="gelu_pytorch_tanh"),
     "llama gelu": llama(hidden_act="gelu"),
@@ -98,6 +101,7 @@ def test_the_window_of_the_parity_cases_bites(tmp_path):
     model = tiny_model(CASES["qwen2 windows on the last layers"])
     windowed = load_model(str(save(model, tmp_path / "windowed")))
     assert windowed.config.windows == (None, None, 5, 5)
+    assert load_config(str(save(model, tmp_path / "old", layer_types=None))) == windowed.config
     full = load_model(str(save(model, tmp_path / "full", use_sliding_window=False, layer_types=None)))
     ours, without = (forward(decoder, TOKENS, everything(decoder))["residual"] for decoder in (windowed, full))
     assert worst_token(ours[1], without[1]) < 1e-6
@@ -125,6 +129,14 @@ def test_bfloat16_is_no_further_from_float32_than_transformers_is(tmp_path):
     for site in SITES:
         our_error, their_error = (np.linalg.norm(found[site] - exact[site]) for found in (ours, theirs))
         assert 0 < our_error < 1.2 * their_error, site
+
+
+def test_bfloat16_norm_rounds_where_transformers_does():
+    x, weight = (torch.randn(shape, dtype=torch.bfloat16) for shape in ((1, 50, 64), (64,)))
+    reference = LlamaRMSNorm(64, eps=1e-5)
+    reference.weight.data = weight
+    ours = rms_norm(*(jnp.asarray(each.float().numpy(), jnp.bfloat16) for each in (x, weight)), 1e-5)
+    np.testing.assert_array_equal(np.asarray(ours, np.float32), reference(x).detach().float().numpy())
 
 
 def test_rope_kinds_that_are_not_implemented_are_refused_by_name(tmp_path):

@@ -1,0 +1,1 @@
+"""How fast the job is, against its own forward passes and against a peer. See README.md."""

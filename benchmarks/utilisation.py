@@ -1,0 +1,163 @@
+"""How much of a run is forward passes: end-to-end wall time over the time of the same steps alone.
+
+Both sides run in one process, in turns, with the model loaded and every shape compiled. See README.md.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from absl.flags import argparse_flags
+
+from benchmarks.engine import Engine, RunNumbers
+from benchmarks.measuring import Ratio, alternate, machine, median_seconds, table
+from benchmarks.workload import Workload, add_workload_flags, workload_of
+from core.command_line import run_command
+from core.errors import RunError
+from qwen2_jax import load_config
+
+TARGET = 1.10
+CASES = ("middle", "all")
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case: seconds are medians; `computed_tokens` counts padding, `tokens` does not."""
+
+    case: str
+    n_layers: int
+    tokens: int
+    computed_tokens: int
+    steps: int
+    shards: int
+    bytes: int
+    forward_seconds: float
+    end_to_end_seconds: float
+    ratio: Ratio
+    tokens_per_second: float
+    stages: dict[str, float]
+    seconds: dict[str, list[float]]
+
+
+def measure(engine: Engine, case: str, folder: Path, repeats: int) -> CaseResult:
+    """Runs both sides in turns. Raises RunError when a run commits other tokens than the steps hold."""
+    steps = engine.planned_steps()
+    numbers: list[RunNumbers] = []
+
+    def end_to_end() -> None:
+        numbers.append(engine.run(folder / str(len(numbers))))
+        # The next repetition should meet the same disk, not one that is filling up.
+        shutil.rmtree(folder / str(len(numbers) - 1))
+
+    end_to_end()
+    seconds = alternate({"forward": lambda: engine.run_steps(steps), "end_to_end": end_to_end}, repeats)
+    last = numbers[-1]
+    in_steps = sum(int((step.segment_ids > 0).sum()) for step in steps)
+    if last.tokens != in_steps:
+        raise RunError(f"the run committed {last.tokens} tokens, the steps alone computed {in_steps}")
+    elapsed = median_seconds(seconds["end_to_end"])
+    return CaseResult(
+        case=case,
+        n_layers=len(engine.job.capture.layers),
+        tokens=last.tokens,
+        computed_tokens=sum(step.tokens.size for step in steps),
+        steps=len(steps),
+        shards=last.shards,
+        bytes=last.bytes,
+        forward_seconds=median_seconds(seconds["forward"]),
+        end_to_end_seconds=elapsed,
+        ratio=Ratio.of(seconds["end_to_end"], seconds["forward"]),
+        tokens_per_second=round(last.tokens / elapsed, 1),
+        stages=last.stages,
+        seconds=seconds,
+    )
+
+
+def shard_mb(workload: Workload, windows: int, n_layers: int, d_model: int, itemsize: int) -> float:
+    """The shard size at which the workload makes about `windows` windows, and no fewer."""
+    # A window ends with the sample that reaches the size, so it is larger by up to one sample.
+    tokens = max(workload.n_tokens / windows - max(workload.lengths) / 2, 1)
+    return tokens * n_layers * d_model * itemsize / 2**20
+
+
+def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Namespace) -> CaseResult:
+    """Loads what a case needs and measures it."""
+    config = load_config(workload.model_path)
+    layers: Sequence[int] = range(config.n_layers) if case == "all" else [middle_layer(config.n_layers)]
+    engine = Engine.load(
+        workload.model_path,
+        workload.arc_stream,
+        layers=layers,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        shard_mb=shard_mb(workload, args.windows, len(layers), config.d_model, 4 if args.dtype == "float32" else 2),
+    )
+    return measure(engine, case, folder / case, args.repeats)
+
+
+def middle_layer(n_layers: int) -> int:
+    """Layer 14 of 30."""
+    return n_layers // 2 - 1
+
+
+def build_parser() -> argparse_flags.ArgumentParser:
+    """The flags of the command."""
+    parser = argparse_flags.ArgumentParser(description=__doc__)
+    add_workload_flags(parser, prompts=64)
+    add = parser.add_argument
+    add("--cases", nargs="+", choices=CASES, default=CASES, help="one middle layer, every layer (default both)")
+    add("--windows", type=int, default=4, help="at least so many windows, and so shards (default 4)")
+    add("--batch_size", type=int, default=4, help="rows per step (default 4)")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="stored (default float16)")
+    add("--repeats", type=int, default=5, help="of each side (default 5)")
+    add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
+    return parser
+
+
+def report(results: Sequence[CaseResult]) -> str:
+    """The table for people."""
+    header = ["case", "steps", "shards", "forward alone", "end to end", "ratio (rounds)", f"<= {TARGET:.2f}", "tokens/s"]
+    rows = [
+        [
+            f"{result.case} ({result.n_layers} layers)",
+            result.steps,
+            result.shards,
+            f"{result.forward_seconds:.2f} s",
+            f"{result.end_to_end_seconds:.2f} s",
+            f"{result.ratio.median:.3f} ({result.ratio.lowest:.2f}-{result.ratio.highest:.2f})",
+            "yes" if result.ratio.median <= TARGET else "no",
+            f"{result.tokens_per_second:.0f}",
+        ]
+        for result in results
+    ]
+    return table(header, rows)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures the cases and prints them."""
+    with tempfile.TemporaryDirectory(prefix="utilisation_") as scratch:
+        workload = workload_of(args, Path(scratch))
+        results = [measure_case(case, workload, Path(scratch), args) for case in args.cases]
+    if args.json:
+        found: dict[str, Any] = {"machine": machine(), "workload": workload.spread(), "target": TARGET}
+        print(json.dumps(found | {"cases": [asdict(result) for result in results]}))
+        return
+    print(report(results))
+    for result in results:
+        busy = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.stages.items())
+        print(f"busy, {result.case}, last run: {busy}", file=sys.stderr)
+
+
+def main() -> None:
+    """The console command."""
+    run_command(run, build_parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Host memory does not grow with the dataset."""
+
+import subprocess
+import sys
+
+from tiny_run import cache_dir, environment, token_lines, write_jsonl, write_model
+
+# Prints the peak of its own resident memory (KiB on Linux) after the run.
+MEASURED = """
+import resource, sys
+from core.run_config import RunConfig
+from core.runner import run
+dataset, out = sys.argv[1:3]
+summary = run(RunConfig(model_path="model", dataset_path=dataset, output_dir=out, checkpoint_dir=out + "_ck",
+    compilation_cache_dir=sys.argv[3], shard_size_gb=8e6 / 2**30, max_seq_length=256, dtype="float32",
+    activation_type=("residual", "mlp", "attn")))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, summary.bytes)
+"""
+
+
+def test_ten_times_the_samples_need_less_than_a_tenth_more_memory(tmp_path):
+    write_model(tmp_path / "model", tokenizer=False)
+    peaks, stored = [], []
+    for n in (500, 5000):
+        write_jsonl(tmp_path / f"{n}.jsonl", token_lines(n, longest=250))
+        argv = [sys.executable, "-c", MEASURED, f"{n}.jsonl", f"out{n}", cache_dir()]
+        result = subprocess.run(
+            argv, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True, timeout=500
+        )
+        peak_kib, n_bytes = map(int, result.stdout.split())
+        peaks.append(peak_kib * 1024)
+        stored.append(n_bytes)
+    # What the long run stores on top must dwarf the tolerance, or a leak of all of it would go unseen.
+    assert stored[1] - stored[0] > 3 * 0.1 * peaks[0]
+    assert peaks[1] < 1.1 * peaks[0]
