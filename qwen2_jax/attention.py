@@ -100,8 +100,8 @@ def _blockwise(
 ) -> Float[Array, "B T K G H"]:
     """Block by block with a running softmax (FlashAttention-2, arXiv:2307.08691).
 
-    A block of queries visits the key blocks from its first visible key to its diagonal: what samples do not share costs
-    nothing, and no array is larger than the inputs.
+    A block of queries visits the key blocks from its first visible key to its diagonal and no other, so the work grows
+    with the samples and not with the row, and no array is larger than the inputs.
     """
 
     def row(operands: tuple[Array, Array, Array, Array]) -> Array:
