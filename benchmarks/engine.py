@@ -42,14 +42,21 @@ class Engine:
 
     @classmethod
     def load(
-        cls, model_path: str, stream: Path, *, layers: Sequence[int] | None, dtype: str, batch_size: int, shard_mb: float
+        cls,
+        model_path: str,
+        stream: Path,
+        *,
+        layers: Sequence[int],
+        dtype: str,
+        batch_size: int,
+        shard_mb: float,
     ) -> "Engine":
         """The job of the flags with these names; float32 compute."""
         config = RunConfig(
             model_path=model_path,
             dataset_path=str(stream),
             predictions_per_task=1,
-            layers_to_extract=None if layers is None else tuple(layers),
+            layers_to_extract=tuple(layers),
             dtype=dtype,
             compute_dtype="float32",
             batch_size=batch_size,

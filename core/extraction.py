@@ -172,7 +172,11 @@ class Extraction:
             self._buffers.release()
         self.pipeline.clock("encode").add_busy(time.monotonic() - started)
         started = time.monotonic()
-        stored = [self.storage.store(activations.window.index, file) for file in files]
+        try:
+            stored = [self.storage.store(activations.window.index, file) for file in files]
+        finally:
+            for file in files:
+                file.path.unlink(missing_ok=True)
         self.pipeline.clock("store").add_busy(time.monotonic() - started)
         return stored
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from core.batching import BatchShape, Step, plan_steps, step_arrays
-from core.dataset_utils import read_lines, read_stream
+from core.dataset_utils import read_jsonl_lines, read_stream
 from core.errors import RunError
 from core.extraction import WINDOWS_IN_MEMORY
 from core.jax_utils import ExtractionStep
@@ -38,7 +38,7 @@ class Survey:
 def survey_stream(job: Job) -> Survey:
     """Counts the lines and tokenises a few of them; a small stream is counted whole."""
     config = job.config
-    n_lines = sum(1 for _ in read_lines(job.stream_path))
+    n_lines = sum(1 for _ in read_jsonl_lines(job.stream_path))
     n_records = len(range(config.machine_id, n_lines, config.total_machines))
     n_records = min(n_records, config.max_tasks or n_records)
     stride = max(1, n_records // _SURVEYED_RECORDS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +128,8 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     Raises `ModelError` when there is none or the GGUF file's kind is not known.
     """
     found = locate_model(path, revision, TOKENIZER_FILES)
+    # transformers' advice to install torch is not for those who need a tokenizer alone.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if found.is_file():
         from qwen2_jax.gguf_tokenizer import gguf_tokenizer
 

@@ -39,31 +39,43 @@ class WeightSource(Protocol):
 
 
 class SafetensorsFolder:
-    """`model.safetensors`, or the files `model.safetensors.index.json` names; tensors are read when asked for."""
+    """`model.safetensors`, or the files `model.safetensors.index.json` names; tensors are read when asked for.
+
+    A model saved without its head names its tensors without the prefix `model.`; here they all have it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
         self.files = weight_files(folder)
 
     @cached_property
-    def _owner(self) -> dict[str, Any]:
+    def _stored(self) -> dict[str, tuple[Any, str]]:
+        """Name -> the open file that holds the tensor, and the tensor's name there."""
         handles = [_open(path) for path in self.files]
-        return {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118 - no mapping
+        stored = {name: (handle, name) for handle in handles for name in handle.keys()}  # noqa: SIM118 - no mapping
+        if any(name.startswith("model.") for name in stored):
+            return stored
+        return {f"model.{name}": owner for name, owner in stored.items()}
+
+    def _slice(self, name: str) -> Any:
+        handle, stored_name = self._stored[name]
+        return handle.get_slice(stored_name)
 
     def names(self) -> Collection[str]:
         """Every tensor in the checkpoint."""
-        return self._owner.keys()
+        return self._stored.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the file's header."""
-        return tuple(self._owner[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as stored, bfloat16 included. Raises `ModelError` when it is not a float tensor."""
-        stored = self._owner[name].get_slice(name).get_dtype()
-        if stored not in FLOAT_TYPES:
-            raise ModelError(f"{self.path}: {name} is stored as {stored}; supported are {', '.join(FLOAT_TYPES)}")
-        return self._owner[name].get_tensor(name)
+        dtype = self._slice(name).get_dtype()
+        if dtype not in FLOAT_TYPES:
+            raise ModelError(f"{self.path}: {name} is stored as {dtype}; supported are {', '.join(FLOAT_TYPES)}")
+        handle, stored_name = self._stored[name]
+        return handle.get_tensor(stored_name)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,7 +118,7 @@ def load_parameters(
     Host memory peaks at one stacked tensor. Raises `ModelError` for missing, left-over and misshapen tensors.
     """
     wanted = _tensors_of(parameter_specs(config), names, config.n_layers)
-    _check_names(source, wanted, config)
+    _check_names(source, wanted, config, optional=() if with_head else wanted.get("lm_head", ()))
     params = {}
     for param, spec in parameter_specs(config, with_head=with_head).items():
         tensors = wanted[param][:n_layers]
@@ -127,10 +139,12 @@ def _tensors_of(specs: Mapping[str, ParamSpec], names: Mapping[str, str], n_laye
     }
 
 
-def _check_names(source: WeightSource, wanted: Mapping[str, list[str]], config: DecoderConfig) -> None:
+def _check_names(
+    source: WeightSource, wanted: Mapping[str, list[str]], config: DecoderConfig, optional: Collection[str]
+) -> None:
     expected = {name for tensors in wanted.values() for name in tensors}
     present = {name for name in source.names() if not name.endswith("rotary_emb.inv_freq")}  # derived from the config
-    if missing := sorted(expected - present):
+    if missing := sorted(expected - present - set(optional)):
         raise ModelError(f"{source.path}: the checkpoint lacks {_some(missing)}; is it complete and of this family?")
     left_over = sorted(present - expected)
     if config.tie_embeddings and left_over == ["lm_head.weight"]:

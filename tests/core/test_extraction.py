@@ -169,7 +169,7 @@ def test_another_plan_in_the_same_folder_is_refused_by_name_and_nothing_is_writt
 
 def test_another_model_or_stream_in_the_same_folder_is_refused(config, tmp_path):
     run(config)
-    with pytest.raises(UsageError, match="model.digest"):
+    with pytest.raises(UsageError, match=r"model\.digest"):
         run(replace(config, model_path=str(write_model(tmp_path / "other", seed=1))))
     with pytest.raises(UsageError, match="identity"):
         run(replace(config, dataset_path=str(write_jsonl(tmp_path / "other.jsonl", token_lines(40, seed=9)))))

@@ -6,8 +6,7 @@ import pytest
 import torch
 from gguf_writing import finish, write_model
 from hf_reference import SIZES, everything, forward, hf_activations, tiny_model, worst_token
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers import LlamaConfig, Qwen2Config
 
 from qwen2_jax import SITES, Capture, ModelError, load_config, load_model, load_tokenizer, model_identity
 
@@ -128,19 +127,6 @@ PROMPTS = [
     "### Input\n```grid shape: 3x3\n1 007\n2 070\n3 700\n```\n\n### Output\n```grid shape: 3x3\n1",
     " ".join(f"{i} times {i} is {i * i}." for i in range(2, 20)) + " 20 times 20 is",
 ]
-
-
-@pytest.fixture(scope="module")
-def transformers_smollm2(smollm2):
-    """from_pretrained(gguf_file=...) wants one more package; its parts do the same without."""
-    config = AutoConfig.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
-    tensors = load_gguf_checkpoint(str(smollm2), return_tensors=True, model_to_load=model)["tensors"]
-    found = model.load_state_dict(tensors, strict=False)
-    assert found.missing_keys == ["lm_head.weight"]  # tied
-    assert not found.unexpected_keys
-    model.tie_weights()
-    return model.eval()
 
 
 def test_smollm2_matches_transformers_on_real_prompts(smollm2, transformers_smollm2):

@@ -94,6 +94,18 @@ def test_without_head_nothing_else_is_missing(folder):
     assert not any(name.startswith("head") for name in parameters(headless))
 
 
+def test_a_model_saved_without_its_head_loads_where_no_logits_are_asked(pristine, tmp_path):
+    bare = tiny_model(CONFIG).model
+    bare.save_pretrained(tmp_path)
+    assert not any(name.startswith("model.") for name in load_file(tmp_path / "model.safetensors"))
+    whole = parameters(load_model(str(pristine), with_head=False))
+    assert {name: array.tolist() for name, array in parameters(load_model(str(tmp_path), with_head=False)).items()} == {
+        name: array.tolist() for name, array in whole.items()
+    }
+    with pytest.raises(ModelError, match=r"lacks lm_head\.weight"):
+        load_model(str(tmp_path))
+
+
 @pytest.mark.parametrize("n_layers", [0, 5])
 def test_a_cut_outside_the_model_is_refused(n_layers, folder):
     with pytest.raises(ModelError, match=f"{n_layers} layers asked for, the model has 4"):
