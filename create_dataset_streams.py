@@ -1,4 +1,4 @@
-"""Makes streams for extraction from ARC tasks, Hugging Face datasets, JSON Lines, Parquet or text."""
+"""Makes streams or a sharded dataset from ARC tasks, Hugging Face datasets, JSON Lines, Parquet or text."""
 
 import argparse
 import json
@@ -41,11 +41,14 @@ def build_parser() -> argparse_flags.ArgumentParser:
         default="line",
         help="what one sample of a .txt file is (default: line; blank lines are counted and left out)",
     )
-    add("--num_streams", type=int, default=1, help="number of streams, one a worker (default: 1)")
-    add("--output_dir", default="./data/streams", help="folder or URL of the streams (default: ./data/streams)")
+    add("--num_streams", type=int, help="number of streams, one a worker (default: 1)")
+    add("--sharded", action="store_true", help="make a sharded dataset, whose shards workers claim, not streams")
+    add("--num_shards", type=int, help="number of shards of a sharded dataset: several times the number of workers")
+    add("--chunk_size_mb", type=float, help="a shard's files hold at most this many MiB (default: 64)")
+    add("--output_dir", help="folder or URL (default: ./data/streams, or ./data/sharded_dataset with --sharded)")
     add("--max_samples", type=int, help="stop after this many samples")
     add("--skip_empty", action="store_true", help="leave out and count empty texts instead of refusing them")
-    add("--overwrite", action="store_true", help="replace the streams in the output folder, all of them")
+    add("--overwrite", action="store_true", help="replace the streams or the dataset in the output folder")
     add("--json", action="store_true", help="print one JSON object with the result on stdout")
     add("--verbose", action="store_true", help="show stack traces")
     return parser
@@ -53,19 +56,33 @@ def build_parser() -> argparse_flags.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Makes the streams that the flags describe and says what was made."""
-    from core.stream_writing import StreamOptions, create_streams
+    from core.stream_writing import StreamOptions, create_sharded_dataset, create_streams
 
+    _check_shape_flags(args)
     flags = {name: value for name, value in vars(args).items() if name in StreamOptions.__dataclass_fields__}
-    summary = create_streams(StreamOptions(**{**flags, "drop_columns": tuple(args.drop_columns)}))
+    flags = {name: value for name, value in flags.items() if value is not None}
+    flags["output_dir"] = args.output_dir or ("./data/sharded_dataset" if args.sharded else "./data/streams")
+    create = create_sharded_dataset if args.sharded else create_streams
+    summary = create(StreamOptions(**{**flags, "drop_columns": tuple(args.drop_columns)}))
     for stream in summary.streams:
         print(f"{stream.path}: {stream.samples} samples, {stream.bytes} bytes", file=sys.stderr)
     print(
-        f"{summary.samples} {summary.kind} samples in {len(summary.streams)} streams"
+        f"{summary.samples} {summary.kind} samples in {len(summary.streams)} {'shards' if args.sharded else 'streams'}"
         f" ({summary.skipped_empty} empty left out, {summary.renamed_task_ids} task ids renamed)",
         file=sys.stderr,
     )
     if args.json:
         print(json.dumps(asdict(summary)))
+
+
+def _check_shape_flags(args: argparse.Namespace) -> None:
+    from core.errors import UsageError
+
+    if args.sharded and args.num_shards is None:
+        raise UsageError("--sharded needs --num_shards")
+    for name in ("num_streams",) if args.sharded else ("num_shards", "chunk_size_mb"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} cannot be used {'with' if args.sharded else 'without'} --sharded")
 
 
 def main() -> None:

@@ -40,8 +40,11 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dataset_path", help="the stream: JSONL, plain, .gz or .zst, local or gs://")
-    add("--max_tasks", type=int, help="at most this many lines of the stream")
+    add("--dataset_path", help="the stream: JSONL, plain, .gz or .zst, or one shard's folder, local or gs://")
+    add("--use_sharded_dataset", action="store_true", help="claim shard after shard of a dataset until none is left")
+    add("--sharded_dataset_dir", help="made by create_dataset_streams.py --sharded, local or gs://")
+    add("--preferred_shard_id", type=int, metavar="N", help="claim this shard first if it is free")
+    add("--max_tasks", type=int, help="at most this many lines of the stream or of the whole dataset")
     add("--max_bad_records", type=int, help="bad records to set aside instead of stopping at the first (default 0)")
     add("--grid_encoder", help="for ARC tasks, such as GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))")
     add("--prompt_version", help="for ARC tasks (default output-from-examples-v0)")
@@ -83,6 +86,8 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
     add("--enable_checkpointing", action="store_true", help="write the local checkpoint file (default)")
     add("--no_checkpointing", dest="enable_checkpointing", action="store_false", help="do not write it")
     add("--checkpoint_dir", help="where the checkpoint file lies (default ./checkpoints)")
+    add("--claim_heartbeat_s", type=float, help="seconds between signs of life for a claimed shard (default 20)")
+    add("--claim_ttl_s", type=float, help="a claim without a sign of life for so long is taken over (default 90)")
     add("--multihost", action="store_true", help="join the other hosts of a pod slice")
     add("--coordinator_address", help="host:port of host 0; found by JAX on a TPU VM")
     add("--host_id", type=int, help="number of this host; found by JAX on a TPU VM")

@@ -15,6 +15,7 @@ import numpy as np
 from isal import igzip
 
 from core.activation_storage import (
+    DATASET_FILE,
     INDEX_FILE,
     RECORD_NAME,
     RUN_FILE,
@@ -24,6 +25,7 @@ from core.activation_storage import (
     index_of,
     read_records,
 )
+from core.dataset_utils import first_selected
 from core.errors import RunError, UsageError
 from core.formats import DTYPES, FORMATS, StoredShard
 from core.object_store import ObjectStore, open_store
@@ -89,9 +91,20 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
     if not folders:
         raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
     run_plan = _read_json(root, RUN_FILE)
-    return VerificationReport(
-        root.url, tuple(_verify_folder(root, folder, run_plan, names, allow_unfinished) for folder in folders)
-    )
+    reports = [_verify_folder(root, folder, run_plan, names, allow_unfinished) for folder in folders]
+    if only is None and DATASET_FILE in names:
+        reports += _missing_shards(root, folders, allow_unfinished)
+    return VerificationReport(root.url, tuple(reports))
+
+
+def _missing_shards(root: ObjectStore, folders: Sequence[str], allow_unfinished: bool) -> Iterator[FolderReport]:
+    """A report for each shard of the dataset that has no folder yet, or whose folder is for another stream."""
+    for shard, stream in _read_json(root, DATASET_FILE)["shards"].items():
+        if shard not in folders:
+            note = ["no worker has begun this shard of the dataset"]
+            yield FolderReport(shard, warnings=note) if allow_unfinished else FolderReport(shard, problems=note)
+        elif _read_json(root, f"{shard}/{STREAM_FILE}") != stream:
+            yield FolderReport(shard, problems=[f"{STREAM_FILE} and {DATASET_FILE} disagree about the stream"])
 
 
 def _root_of(url: str) -> tuple[ObjectStore, str | None]:
@@ -229,7 +242,8 @@ def _coverage_problems(
         return
     per_record = records[0].samples_per_record
     bad = {bad["position"] for record in records for bad in record.bad_records}
-    positions = itertools.count(stream["machine_id"], stream["total_machines"])
+    start = first_selected(stream.get("first_position", 0), stream["machine_id"], stream["total_machines"])
+    positions = itertools.count(start, stream["total_machines"])
     expected = (
         position * per_record + prediction
         for position in positions

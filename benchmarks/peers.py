@@ -278,12 +278,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
     settings = "; ".join(f"{name}: {what}" for name, what in SETTINGS.items())
     add("--peer_settings", nargs="+", choices=tuple(SETTINGS), default=["stream", "sorted"], help=settings)
     add("--batch_size", type=int, default=4, help="of both sides (default 4)")
-    add(
-        "--shard_mb",
-        type=float,
-        default=256.0,
-        help="uncompressed size at which a shard ends, both sides (default 256)",
-    )
+    add("--shard_mb", type=float, default=1024.0, help="uncompressed size of a shard, both sides (default 1024)")
     add("--dtype", choices=("float32", "float16"), default="float32", help="stored by both sides (default float32)")
     add("--threads", type=int, help="of torch (default: all cores)")
     add("--repeats", type=int, default=3, help="of each side (default 3)")

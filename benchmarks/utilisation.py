@@ -15,11 +15,12 @@ from typing import Any
 
 from absl.flags import argparse_flags
 
-from benchmarks.engine import Engine, RunNumbers
+from benchmarks.engine import Engine
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.workload import Workload, add_workload_flags, workload_of
 from core.command_line import run_command
 from core.errors import RunError
+from core.progress import Summary
 from qwen2_jax import load_config
 
 TARGET = 1.10
@@ -46,16 +47,16 @@ class CaseResult:
 def measure(engine: Engine, case: str, folder: Path, repeats: int) -> CaseResult:
     """Runs both sides in turns. Raises RunError when a run commits other tokens than the steps hold."""
     steps = engine.planned_steps()
-    numbers: list[RunNumbers] = []
+    summaries: list[Summary] = []
 
     def end_to_end() -> None:
-        numbers.append(engine.run(folder / str(len(numbers))))
+        summaries.append(engine.run(folder / str(len(summaries))))
         # The next repetition should meet the same disk, not one that is filling up.
-        shutil.rmtree(folder / str(len(numbers) - 1))
+        shutil.rmtree(folder / str(len(summaries) - 1))
 
     end_to_end()
     timings = alternate({"forward": lambda: engine.run_steps(steps), "end_to_end": end_to_end}, repeats)
-    last = numbers[-1]
+    last = summaries[-1]
     in_steps = sum(int((step.segment_ids > 0).sum()) for step in steps)
     if last.tokens != in_steps:
         raise RunError(f"the run committed {last.tokens} tokens, the steps alone computed {in_steps}")

@@ -80,6 +80,7 @@ def build_workload(
     A prompt depends on the place of its task in the stream, so each task is tried at the place it would get.
     Raises UsageError when the source has fewer such tasks.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     model_path = model_path or smollm2_path()
     tasks = _shuffled_tasks(folder / "source", source, seed)
     tokenizer = _tokenizer(model_path)
@@ -169,7 +170,6 @@ def run(args: argparse.Namespace) -> None:
     """Builds the workload and shows its lengths."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.output_dir or Path(scratch)
-        folder.mkdir(parents=True, exist_ok=True)
         workload = workload_of(args, folder)
         counts, edges = np.histogram(workload.lengths, bins=8, range=(0, 2048))
         for count, start in zip(counts, edges, strict=False):

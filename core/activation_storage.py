@@ -6,6 +6,7 @@
     <out>/tpu_0/samples_0001.jsonl.gz its sample table: token ids, lengths, previews, labels; create-only
     <out>/tpu_0/shard_0001.json       the commit record, written after the files it names; create-only
     <out>/tpu_0/metadata.json         an index derived from the records; may be rebuilt at any time
+    <out>/dataset.json                of a sharded dataset: its shards, each with a folder shard_000 …; create-only
 
 A window is committed when its record exists, and readers believe only what a record names. Every byte follows from
 plan, stream and window, so whoever writes a name a second time writes the same content or steps back.
@@ -29,6 +30,7 @@ from core.windows import StreamPlace
 RECORD_NAME = re.compile(r"shard_(\d{4,})\.json")
 RUN_FILE = "run.json"
 STREAM_FILE = "stream.json"
+DATASET_FILE = "dataset.json"
 INDEX_FILE = "metadata.json"
 # Reading the records of a long run back is latency, not bandwidth.
 _READ_THREADS = 16

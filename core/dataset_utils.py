@@ -3,6 +3,8 @@
 A line is an ARC task (`train` and `test`, or the `examples` pairs of Hugging Face sets), `{"text": ...}`,
 `{"messages": [...]}` or `{"input_ids": [...]}`. `task_id` names it; every other key is a label that travels with the
 sample. A line's position, counted from 0, is its identity: it is the same for every worker, selection and resume.
+
+The folder of a dataset shard (see `core.sharded_dataset`) is a stream too: its positions go on from shard to shard.
 """
 
 import gzip
@@ -23,6 +25,7 @@ import zstandard
 from arc24.tasks import validate_task
 from core.errors import RunError, UsageError
 from core.object_store import ObjectInfo, ObjectStore, open_store
+from core.sharded_dataset import ShardEntry, check_chunk, find_shard, is_dataset
 
 Kind = Literal["arc", "text", "messages", "input_ids"]
 
@@ -43,9 +46,9 @@ class StreamRecord:
     """
 
     position: int
-    """Place among the lines of the stream, from 0."""
+    """Place among the lines of the stream, from 0; for a shard: of the whole dataset."""
     line: int
-    """Line of the file, from 1."""
+    """Line of the file (for a shard: of the chunk), from 1."""
     kind: Kind
     payload: Any
     task_id: str | None
@@ -80,7 +83,8 @@ def read_stream(
 ) -> Iterator[StreamRecord | BadRecord]:
     """The lines of a stream that belong to this machine, in order, from `start_position` on.
 
-    A line belongs to the machine when `position % total_machines == machine_id`. `max_tasks` keeps the first that many
+    `path` is a file or the folder of a dataset shard. A line belongs to the machine when
+    `position % total_machines == machine_id`. `max_tasks` keeps the first that many
     lines of the machine, bad ones and those before `start_position` counted, so that a resumed reading ends where an
     uninterrupted one does. Lines that are not yielded are not parsed, except until the stream's kind is known: it is
     that of the first line that has one, and a line of another kind is a bad record. Blank lines at the end are ignored.
@@ -98,16 +102,18 @@ def read_stream(
 def _read_selected(
     path: str, machine_id: int, total_machines: int, max_tasks: int | None, start_position: int
 ) -> Iterator[StreamRecord | BadRecord]:
-    end = None if max_tasks is None else machine_id + max_tasks * total_machines
+    shard = find_shard(path)
+    first = first_selected(shard.first_task if shard else 0, machine_id, total_machines)
+    end = None if max_tasks is None else first + max_tasks * total_machines
     kind: Kind | None = None
     position = -1
-    for position, raw in enumerate(read_jsonl_lines(path)):
+    for position, line, raw in _numbered_lines(path, shard):
         if end is not None and position >= end:
             return
         selected = position >= start_position and position % total_machines == machine_id
         if not selected and kind is not None:
             continue
-        record = _parse_line(raw, position, kind)
+        record = _parse_line(raw, position, line, kind)
         kind = kind or _kind_of_line(raw, record)
         if selected:
             yield record
@@ -115,14 +121,44 @@ def _read_selected(
         raise RunError(f"{path}: the stream is empty: a stream holds one JSON object a line")
 
 
-def _parse_line(raw: bytes, position: int, stream_kind: Kind | None) -> StreamRecord | BadRecord:
+def first_selected(first_position: int, machine_id: int, total_machines: int) -> int:
+    """The first position from `first_position` on that belongs to the machine."""
+    return first_position + (machine_id - first_position) % total_machines
+
+
+def selected_positions(path: str, machine_id: int, total_machines: int, max_tasks: int | None) -> range:
+    """The positions that `read_stream` yields: counts the lines of a file; a shard knows its own number."""
+    shard = find_shard(path)
+    start, count = (shard.first_task, shard.num_tasks) if shard else (0, sum(1 for _ in read_jsonl_lines(path)))
+    return range(first_selected(start, machine_id, total_machines), start + count, total_machines)[:max_tasks]
+
+
+def _numbered_lines(path: str, shard: ShardEntry | None) -> Iterator[tuple[int, int, bytes]]:
+    """Position, line of its file, and bytes of each line."""
+    if shard is None:
+        for position, raw in enumerate(read_jsonl_lines(path)):
+            yield position, position + 1, raw
+        return
+    position = shard.first_task
+    for chunk in shard.chunks:
+        check_chunk(path, chunk)
+        line = 0
+        for line, raw in enumerate(read_jsonl_lines(f"{path}/{chunk.name}"), 1):
+            if line <= chunk.num_tasks:
+                yield position, line, raw
+                position += 1
+        if line != chunk.num_tasks:
+            raise RunError(f"{path}/{chunk.name}: {line} lines, its metadata says {chunk.num_tasks}: make it again")
+
+
+def _parse_line(raw: bytes, position: int, line: int, stream_kind: Kind | None) -> StreamRecord | BadRecord:
     try:
         content = parse_object(parse_json_line(raw))
         if stream_kind not in (None, content.kind):
             raise ValueError(f"{content.kind} line in a stream of {stream_kind} lines")
-        return StreamRecord(position, position + 1, *content)
+        return StreamRecord(position, line, *content)
     except ValueError as error:
-        return BadRecord(position, position + 1, str(error))
+        return BadRecord(position, line, str(error))
 
 
 def _kind_of_line(raw: bytes, record: StreamRecord | BadRecord) -> Kind | None:
@@ -292,21 +328,28 @@ def sample_index(record: StreamRecord, prediction: int, predictions: int) -> int
 
 
 def format_bad(path: str, bad: BadRecord) -> str:
-    """`file:line: reason`, as compilers write it."""
-    return f"{path}:{bad.line}: {bad.reason}"
+    """`file:line: reason`, as compilers write it; the file is the chunk when the stream is a shard."""
+    shard = find_shard(path)
+    file = f"{path}/{shard.chunk_at(bad.position).name}" if shard else path
+    return f"{file}:{bad.line}: {bad.reason}"
 
 
 def resolve_stream_path(path: str) -> str:
     """The path itself, or its other spelling (`stream_0.jsonl`, `stream_000.jsonl`) if only that exists.
 
-    Raises UsageError if neither is a file.
+    Raises UsageError if neither is a file nor the folder of a dataset shard.
     """
     with storage_errors(f"{path}: cannot look for the stream"):
         for spelling in [path, *_other_spellings(path)]:
             if _is_file(spelling):
                 return spelling
+        if find_shard(path) is not None:
+            return path.rstrip("/")
         fs, location = filesystem(path)
-        raise UsageError(f"{path}: {'is a folder, not a stream' if fs.isdir(location) else 'no such file'}")
+        if not fs.isdir(location):
+            raise UsageError(f"{path}: no such file")
+        advice = ": pass --use_sharded_dataset --sharded_dataset_dir" if is_dataset(path) else ""
+        raise UsageError(f"{path}: is a folder, not a stream{advice}")
 
 
 def _is_file(path: str) -> bool:
@@ -439,10 +482,13 @@ class _ZstdReader(io.RawIOBase):
 def stream_identity(path: str) -> dict[str, Any]:
     """`name`, `bytes` and `crc32c` (8 hex digits) of the stored file: the same for a local and a remote copy.
 
-    A bucket is asked for the checksum that it keeps; other files are read.
+    A bucket is asked for the checksum that it keeps, a shard's metadata for those of its chunks; other files are read.
     """
     path = resolve_stream_path(path)
     with storage_errors(f"{path}: cannot read"):
+        shard = find_shard(path)
+        if shard is not None:
+            return shard.identity
         info = _stored_info(path)
     return {"name": path.rsplit("/", 1)[-1], "bytes": info.size, "crc32c": info.crc32c}
 

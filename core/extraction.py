@@ -119,17 +119,22 @@ class Extraction:
 
     def _forward(self, read: Channel[Window], steps: Channel[StepInFlight], clock: StageClock) -> None:
         for window in read.drain(clock):
-            planned = plan_steps(window.lengths, self.shape)
-            self._acquire_buffer()
-            buffer = WindowBuffer.allocate(self.job, window, len(planned))
-            token_ids = [sample.token_ids for sample in window.samples]
-            for step in planned:
-                if self.stop.is_set():
-                    return
-                started = time.monotonic()
-                output = self.step(step_arrays(step, token_ids))
-                output.copy_to_host_async()
-                steps.put(StepInFlight(buffer, step, output, started), clock)
+            # A run that is stopped still empties the channel: the reader may be waiting for room in it.
+            if not self.stop.is_set():
+                self._forward_window(window, steps, clock)
+
+    def _forward_window(self, window: Window, steps: Channel[StepInFlight], clock: StageClock) -> None:
+        planned = plan_steps(window.lengths, self.shape)
+        self._acquire_buffer()
+        buffer = WindowBuffer.allocate(self.job, window, len(planned))
+        token_ids = [sample.token_ids for sample in window.samples]
+        for step in planned:
+            if self.stop.is_set():
+                return
+            started = time.monotonic()
+            output = self.step(step_arrays(step, token_ids))
+            output.copy_to_host_async()
+            steps.put(StepInFlight(buffer, step, output, started), clock)
 
     def _acquire_buffer(self) -> None:
         while not self._buffers.acquire(timeout=0.1):

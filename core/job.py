@@ -3,7 +3,7 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from core.object_store import LocalStore, ObjectStore, open_store
 from core.plan import RunPlan, StreamPlan
 from core.prompts import PromptOptions, Tokenizer
 from core.run_config import RunConfig
+from core.sharded_dataset import ShardEntry, find_shard, read_dataset
 from core.windows import StreamPlace, TokenizedSample, Window, cut_windows
 from qwen2_jax import Capture, DecoderConfig, load_config, load_tokenizer, model_identity, tokenizer_digest
 
@@ -31,13 +32,15 @@ class Job:
     """A run that has been checked and can start.
 
     Attributes:
-      stream_path: the stream, in the spelling that exists.
+      stream_path: the stream, in the spelling that exists, or the folder of a dataset shard.
+      folder: where its activations go in the output: the worker's folder, or that of the dataset shard.
       compute_dtype: resolved for this machine.
       bytes_per_token: stored by the largest file of a window.
     """
 
     config: RunConfig
     stream_path: str
+    folder: str
     model: DecoderConfig
     capture: Capture
     compute_dtype: str
@@ -61,7 +64,7 @@ class Job:
             self.stream_path,
             machine_id=self.config.machine_id,
             total_machines=self.config.total_machines,
-            max_tasks=self.config.max_tasks,
+            max_tasks=self.stream.max_tasks,
             start_position=start.position if start else 0,
         )
         return self.tokenizer.samples(records, start.sample_idx if start else 0)
@@ -97,7 +100,46 @@ class Job:
 
 
 def prepare_job(config: RunConfig, compute_dtype: str) -> Job:
-    """Checks model, layers, prompts and stream; raises UsageError, ModelError or RunError saying what is wrong."""
+    """The job of --dataset_path.
+
+    Checks model, layers, prompts and stream; raises UsageError, ModelError or RunError saying what is wrong.
+    """
+    assert config.dataset_path is not None
+    path = resolve_stream_path(config.dataset_path)
+    shard = find_shard(path)
+    first_position = shard.first_task if shard else 0
+    stream = StreamPlan(
+        stream_identity(path), config.machine_id, config.total_machines, config.max_tasks, first_position
+    )
+    return _prepare(config, compute_dtype, path, config.folder, stream)
+
+
+def prepare_shard_jobs(config: RunConfig, compute_dtype: str) -> list[Job]:
+    """One job for each shard of --sharded_dataset_dir, all alike but for the shard. Raises as `prepare_job` does.
+
+    `max_tasks` counts from the start of the dataset: shards behind it have no job.
+    """
+    assert config.sharded_dataset_dir is not None
+    url = config.sharded_dataset_dir.rstrip("/")
+    dataset = read_dataset(url)
+    if config.preferred_shard_id is not None and config.preferred_shard_id >= dataset.num_shards:
+        raise UsageError(f"--preferred_shard_id {config.preferred_shard_id}: {url} has {dataset.num_shards} shards")
+    limit = dataset.total_tasks if config.max_tasks is None else config.max_tasks
+    taken = [shard for shard in dataset.shards if shard.first_task < limit]
+    streams = [_shard_stream(shard, limit) for shard in taken]
+    first = _prepare(config, compute_dtype, f"{url}/{taken[0].name}", taken[0].name, streams[0])
+    return [
+        replace(first, stream_path=f"{url}/{shard.name}", folder=shard.name, stream=stream)
+        for shard, stream in zip(taken, streams, strict=True)
+    ]
+
+
+def _shard_stream(shard: ShardEntry, limit: int) -> StreamPlan:
+    max_tasks = limit - shard.first_task
+    return StreamPlan(shard.identity, 0, 1, max_tasks if max_tasks < shard.num_tasks else None, shard.first_task)
+
+
+def _prepare(config: RunConfig, compute_dtype: str, stream_path: str, folder: str, stream: StreamPlan) -> Job:
     options = PromptOptions(
         grid_encoder=config.grid_encoder,
         prompt_version=config.prompt_version,
@@ -107,8 +149,6 @@ def prepare_job(config: RunConfig, compute_dtype: str) -> Job:
         overlong=config.overlong,
     )
     options.validate()
-    assert config.dataset_path is not None
-    stream_path = resolve_stream_path(config.dataset_path)
     model = load_config(config.model_path, config.revision)
     capture = _capture(config, model)
     _check_length(config, model)
@@ -117,11 +157,12 @@ def prepare_job(config: RunConfig, compute_dtype: str) -> Job:
     return Job(
         config=config,
         stream_path=stream_path,
+        folder=folder,
         model=model,
         capture=capture,
         compute_dtype=compute_dtype,
         plan=_run_plan(config, capture, options, compute_dtype, tokenizer_digest(tokenizer_path, revision)),
-        stream=StreamPlan(stream_identity(stream_path), config.machine_id, config.total_machines, config.max_tasks),
+        stream=stream,
         tokenizer=Tokenizer(options, partial(load_tokenizer, tokenizer_path, revision), model.vocab_size),
     )
 
@@ -165,26 +206,51 @@ def _run_plan(
     )
 
 
-def open_storage(job: Job) -> ActivationStorage:
-    """The worker's folder where the flags say it is; nothing is written yet.
+@dataclass(frozen=True)
+class Stores:
+    """Where a run writes.
+
+    Attributes:
+      primary: where a commit counts.
+      spool: where files are written before they are stored.
+      mirror: a local copy kept beside a remote primary, or None.
+    """
+
+    primary: ObjectStore
+    spool: LocalStore
+    mirror: ObjectStore | None
+
+    def all(self) -> list[ObjectStore]:
+        """The stores that hold the output."""
+        return [self.primary, *([self.mirror] if self.mirror is not None else [])]
+
+
+def open_stores(config: RunConfig) -> Stores:
+    """The output where the flags say it is; nothing is written yet.
 
     Local output: written in place. Remote output: files are finished in a folder below TMPDIR, then uploaded. Local
     output with upload: the bucket is where a commit counts, the local folder is a copy unless it is to be deleted.
     """
-    config = job.config
     spool = LocalStore(_scratch_folder() if config.output_is_remote else config.local_output)
     primary: ObjectStore = spool
     if config.output_is_remote:
         primary = open_store(config.output_dir)
     elif config.upload_to_gcs:
         primary = open_store(config.gcs_url)
+    return Stores(primary, spool, spool if config.upload_to_gcs and not config.delete_local_after_upload else None)
+
+
+def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
+    """The job's folder in the output; nothing is written yet."""
+    config = job.config
+    stores = stores or open_stores(config)
     return ActivationStorage(
         job.plan,
         job.stream,
-        config.folder,
-        primary=primary,
-        spool=spool,
-        mirror=spool if config.upload_to_gcs and not config.delete_local_after_upload else None,
+        job.folder,
+        primary=stores.primary,
+        spool=stores.spool,
+        mirror=stores.mirror,
         index_extra={
             "shard_size_gb": config.shard_size_gb,
             "gcs_bucket": config.gcs_bucket if config.upload_to_gcs else None,

@@ -50,6 +50,7 @@ class StreamPlan:
       identity: name, bytes and crc32c of the stream file.
       machine_id, total_machines: lines with line_position % total_machines == machine_id are taken.
       max_tasks: at most this many of them.
+      first_position: of the stream's first line; not 0 for all but the first shard of a dataset.
       max_bad_records is no part of it: it decides whether a run stops, never what is written.
     """
 
@@ -57,6 +58,7 @@ class StreamPlan:
     machine_id: int
     total_machines: int
     max_tasks: int | None
+    first_position: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The stream plan as it is stored and hashed."""

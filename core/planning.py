@@ -1,8 +1,10 @@
 """What a run will cost, before it is paid for: a quick survey for every start, and the exact plan for `--plan`."""
 
+import errno
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,13 +12,13 @@ import jax
 import numpy as np
 
 from core.batching import BatchShape, Step, plan_steps, step_arrays
-from core.dataset_utils import read_jsonl_lines, read_stream
+from core.dataset_utils import read_stream, selected_positions
 from core.errors import RunError
 from core.extraction import WINDOWS_IN_MEMORY
 from core.jax_utils import ExtractionStep
 from core.job import Job
 from core.progress import format_bytes
-from core.sinks import BLOCK_BYTES, gzip_member
+from core.sinks import BLOCK_BYTES, deflate_block
 from core.windows import TokenizedSample, Window
 
 _SURVEYED_RECORDS = 32
@@ -36,16 +38,15 @@ class Survey:
 
 
 def survey_stream(job: Job) -> Survey:
-    """Counts the lines and tokenises a few of them; a small stream is counted whole."""
+    """Counts the records and tokenises a few of them; a small stream is counted whole."""
     config = job.config
-    n_lines = sum(1 for _ in read_jsonl_lines(job.stream_path))
-    n_records = len(range(config.machine_id, n_lines, config.total_machines))
-    n_records = min(n_records, config.max_tasks or n_records)
+    positions = selected_positions(job.stream_path, config.machine_id, config.total_machines, job.stream.max_tasks)
+    n_records = len(positions)
     stride = max(1, n_records // _SURVEYED_RECORDS)
     surveyed = read_stream(
         job.stream_path,
-        machine_id=config.machine_id,
-        total_machines=config.total_machines * stride,
+        machine_id=positions.start % (positions.step * stride),
+        total_machines=positions.step * stride,
         max_tasks=math.ceil(n_records / stride) or None,
     )
     records = list(surveyed)
@@ -78,7 +79,7 @@ def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | 
         raise RunError(
             f"the run needs about {format_bytes(needed)} below {job.config.output_dir}, where {format_bytes(free)} "
             "are free: capture fewer layers, use another --output_dir, or --upload_to_gcs --delete_local_after_upload"
-        )
+        ) from OSError(errno.ENOSPC, "disk full")
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,10 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def plan_run(job: Job, step: ExtractionStep, shape: BatchShape, free: int | None) -> PlanReport:
-    """Reads the whole stream, lays it out exactly as the run would, and times one step."""
-    windows = job.windows()
+def plan_run(
+    job: Job, windows: Iterator[Window], step: ExtractionStep, shape: BatchShape, free: int | None
+) -> PlanReport:
+    """Lays `windows` (of one stream, or of all shards) out exactly as the run would, and times one step."""
     first = next(windows, None)
     if first is None:
         raise RunError(f"{job.stream_path}: no sample to extract")
@@ -194,4 +196,4 @@ def time_step(job: Job, step: ExtractionStep, window: Window, planned: Step) -> 
         return seconds, 1.0
     first_row = next(iter(activations.values()))[:, 0]
     raw = np.ascontiguousarray(first_row).tobytes()[: 4 * BLOCK_BYTES]
-    return seconds, len(gzip_member(raw)) / len(raw)
+    return seconds, len(deflate_block(raw)) / len(raw)

@@ -21,6 +21,11 @@ class RunConfig:
     revision: str | None = None
     tokenizer_path: str | None = None
     dataset_path: str | None = None
+    use_sharded_dataset: bool = False
+    sharded_dataset_dir: str | None = None
+    preferred_shard_id: int | None = None
+    claim_heartbeat_s: float = 20.0
+    claim_ttl_s: float = 90.0
     max_tasks: int | None = None
     machine_id: int = 0
     total_machines: int = 1
@@ -68,10 +73,7 @@ class RunConfig:
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
-        if self.dataset_path is None:
-            raise UsageError(
-                "--dataset_path is missing: name the stream to extract, such as data/streams/stream_000.jsonl"
-            )
+        self._check_dataset()
         if self.upload_to_gcs and not self.gcs_bucket:
             raise UsageError("--upload_to_gcs needs --gcs_bucket")
         if self.upload_to_gcs and self.output_is_remote:
@@ -82,6 +84,23 @@ class RunConfig:
             raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
         if self.delete_local_after_upload and not self.upload_to_gcs:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
+
+    def _check_dataset(self) -> None:
+        if not self.use_sharded_dataset:
+            for name in ("sharded_dataset_dir", "preferred_shard_id"):
+                self._require(getattr(self, name) is None, name, "needs --use_sharded_dataset")
+            if self.dataset_path is None:
+                raise UsageError(
+                    "--dataset_path is missing: name the stream to extract, such as data/streams/stream_000.jsonl"
+                )
+            return
+        if self.sharded_dataset_dir is None:
+            raise UsageError("--use_sharded_dataset needs --sharded_dataset_dir")
+        self._require(self.dataset_path is None, "dataset_path", "leave it out with --use_sharded_dataset")
+        self._require(self.total_machines == 1, "total_machines", "leave it out: workers claim the dataset's shards")
+        self._require((self.preferred_shard_id or 0) >= 0, "preferred_shard_id", "must not be negative")
+        self._require(self.claim_heartbeat_s > 0, "claim_heartbeat_s", "must be above 0")
+        self._require(self.claim_ttl_s >= 2 * self.claim_heartbeat_s, "claim_ttl_s", "must be two heartbeats or more")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
@@ -114,9 +133,13 @@ class RunConfig:
 
     @property
     def metrics_path(self) -> Path:
-        """Where metrics.jsonl goes: beside the shards when they are local, else beside the checkpoint."""
+        """`metrics_path_of` the worker's folder."""
+        return self.metrics_path_of(self.folder)
+
+    def metrics_path_of(self, folder: str) -> Path:
+        """Where metrics.jsonl goes: beside the shards in `folder` when they are local, else beside the checkpoint."""
         if self.local_copy_stays:
-            return self.local_output / self.folder / "metrics.jsonl"
+            return self.local_output / folder / "metrics.jsonl"
         return Path(self.checkpoint_dir) / f"metrics_worker_{self.worker_id}.jsonl"
 
     @property

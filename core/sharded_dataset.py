@@ -10,12 +10,12 @@ its place in the whole dataset.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import google_crc32c
 
@@ -26,11 +26,13 @@ from core.plan import canonical_json
 MASTER_FILE = "master_metadata.json"
 SHARD_FILE = "metadata.json"
 DEFAULT_CHUNK_MB = 64.0
-SHARD_NAME = re.compile(r"shard_\d{3,}")
-CHUNK_NAME = re.compile(r"chunk_\d{4,}\.jsonl(\.gz|\.zst)?")
+SHARD_NAME = re.compile(r"shard_[0-9]{3,}")
+CHUNK_NAME = re.compile(r"chunk_[0-9]{4,}\.jsonl(\.gz|\.zst)?")
 
 _DATASET_FILE = re.compile(rf"{re.escape(MASTER_FILE)}|{SHARD_NAME.pattern}/({SHARD_FILE}|{CHUNK_NAME.pattern})")
 _UPLOAD_THREADS = 8
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def check_chunk(folder: str, chunk: ChunkEntry) -> None:
         )
 
 
-def _parsed(data: bytes, parse: Any, where: str) -> Any:
+def _parsed(data: bytes, parse: Callable[[Any], Parsed], where: str) -> Parsed:
     try:
         return parse(json.loads(data))
     except (ValueError, RecursionError) as error:
@@ -277,11 +279,12 @@ def _make_room(store: ObjectStore, wanted: dict[str, ObjectInfo], overwrite: boo
     other = [name for name in standing if store.info(name) != wanted.get(name)]
     if other and not overwrite:
         raise UsageError(
-            f"{store.url}/{other[0]}: another sharded dataset is already there: pass --overwrite or another --output_dir"
+            f"{store.url}/{other[0]}: another dataset is already there: pass --overwrite or another --output_dir"
         )
-    # The manifest goes first and comes last, so that no reader takes a half-replaced dataset for a whole one.
-    for name in sorted(other, key=lambda name: name != MASTER_FILE):
-        store.delete(name)
+    if other:
+        # The manifest goes first and comes last, so that no reader takes a half-replaced dataset for a whole one.
+        for name in dict.fromkeys([MASTER_FILE, *other]):
+            store.delete(name)
 
 
 def _store_chunk(store: ObjectStore, name: str, lines: Path, piece: _Piece) -> None:

@@ -6,13 +6,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from core.dataset_utils import Kind, filesystem, kind_of, parse_object, storage_errors, stream_identity, task_from_pairs
 from core.errors import RunError, UsageError
+from core.sharded_dataset import DEFAULT_CHUNK_MB, write_dataset
 from core.stream_sources import SourceRow, TextUnit, read_source
 
 DEFAULT_COLUMN = "examples"
@@ -24,11 +26,13 @@ _CONTENT_KEYS = ("train", "test", "examples", "text", "messages", "input_ids")
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What `create_streams` does; the flags of the command."""
+    """What `create_streams` and `create_sharded_dataset` do; the flags of the command."""
 
     dataset_name: str
     output_dir: str
     num_streams: int = 1
+    num_shards: int = 1
+    chunk_size_mb: float = DEFAULT_CHUNK_MB
     column_name: str = DEFAULT_COLUMN
     id_column: str = "task_id"
     drop_columns: tuple[str, ...] = ()
@@ -42,7 +46,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class WrittenStream:
-    """One stream as it stands in the output folder."""
+    """One stream (a file, or the folder of a shard) as it stands in the output folder."""
 
     path: str
     samples: int
@@ -154,31 +158,50 @@ def create_streams(options: StreamOptions) -> StreamsSummary:
         lines = _Lines(rows, options)
         parts = [os.path.join(folder, f"stream_{index:03d}.jsonl") for index in range(options.num_streams)]
         _write_parts(parts, lines)
-        if lines.kind is None:
-            raise RunError(f"{options.dataset_name}: no samples in it")
-        if lines.count < options.num_streams:
-            raise UsageError(
-                f"{lines.count} samples cannot fill {options.num_streams} streams: pass --num_streams {lines.count}"
-            )
+        lines.check_fill(options.num_streams, "streams")
         streams = _publish(parts, options)
     samples = [len(range(index, lines.count, options.num_streams)) for index in range(options.num_streams)]
-    return StreamsSummary(
-        kind=lines.kind,
-        samples=lines.count,
-        streams=tuple(
-            WrittenStream(path, count, identity["bytes"], identity["crc32c"])
-            for (path, identity), count in zip(streams.items(), samples, strict=True)
-        ),
-        skipped_empty=lines.skipped_empty,
-        renamed_task_ids=lines.ids.renamed,
+    return lines.summary(
+        WrittenStream(path, count, identity["bytes"], identity["crc32c"])
+        for (path, identity), count in zip(streams.items(), samples, strict=True)
+    )
+
+
+def create_sharded_dataset(options: StreamOptions) -> StreamsSummary:
+    """Cuts the rows of a source into `num_shards` runs of consecutive tasks, each a folder of chunks.
+
+    The summary's streams are the shards. The same dataset, whole or half written, is completed. Raises as
+    `create_streams` does.
+    """
+    _check_options(options)
+    rows = read_source(options.dataset_name, options.split, options.config, options.text_unit)
+    with _staging_folder(options.output_dir) as folder:
+        lines = _Lines(rows, options)
+        # How many tasks a shard gets is known only when all have been counted.
+        part = os.path.join(folder, "lines.jsonl")
+        _write_parts([part], lines)
+        lines.check_fill(options.num_shards, "shards")
+        manifest = write_dataset(
+            Path(part),
+            lines.count,
+            options.output_dir,
+            num_shards=options.num_shards,
+            chunk_size_mb=options.chunk_size_mb,
+            overwrite=options.overwrite,
+        )
+    base = options.output_dir.rstrip("/")
+    return lines.summary(
+        WrittenStream(f"{base}/{shard.name}", shard.num_tasks, shard.bytes, shard.crc32c) for shard in manifest.shards
     )
 
 
 def _check_options(options: StreamOptions) -> None:
-    if options.num_streams < 1:
-        raise UsageError(f"--num_streams is at least 1, not {options.num_streams}")
-    if options.max_samples is not None and options.max_samples < 1:
-        raise UsageError(f"--max_samples is at least 1, not {options.max_samples}")
+    for name in ("num_streams", "num_shards", "max_samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is at least 1, not {value}")
+    if not 0 < options.chunk_size_mb < float("inf"):
+        raise UsageError(f"--chunk_size_mb is above 0, not {options.chunk_size_mb}")
 
 
 class _Lines:
@@ -205,6 +228,18 @@ class _Lines:
             yield encoded
             if self.count == self._options.max_samples:
                 return
+
+    def check_fill(self, parts: int, what: str) -> None:
+        """Raises RunError if there is no sample, UsageError if there are fewer samples than parts."""
+        if not self.count:
+            raise RunError(f"{self._options.dataset_name}: no samples in it")
+        if self.count < parts:
+            raise UsageError(f"{self.count} samples cannot fill {parts} {what}: pass --num_{what} {self.count}")
+
+    def summary(self, streams: Iterable[WrittenStream]) -> StreamsSummary:
+        """What was written, once all lines have been."""
+        assert self.kind is not None
+        return StreamsSummary(self.kind, self.count, tuple(streams), self.skipped_empty, self.ids.renamed)
 
     def _is_empty(self, row: SourceRow) -> bool:
         column = self._options.column_name if self._options.column_name in row.values else "text"

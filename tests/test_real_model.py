@@ -74,8 +74,10 @@ def next_token_of(decoder):
     )
 
     def next_token(ids: list[int]) -> int:
-        tokens, in_prompt = np.zeros((1, 1024), np.int32), np.arange(1024)[None] < len(ids)
+        length = -(-len(ids) // 128) * 128
+        tokens, positions = np.zeros((1, length), np.int32), np.arange(length)[None]
         tokens[0, : len(ids)] = ids
-        return int(forward(state, tokens, in_prompt.astype(np.int32), np.arange(1024)[None])[0, len(ids) - 1].argmax())
+        logits = forward(state, tokens, (positions < len(ids)).astype(np.int32), positions)
+        return int(logits[0, len(ids) - 1].argmax())
 
     return next_token

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import io
 import subprocess
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import google_crc32c
@@ -34,6 +35,14 @@ def test_gzip_and_zcat_read_what_was_written(small_blocks, size, tmp_path):
     assert gzip.decompress(compressed) == data
     (tmp_path / "x.gz").write_bytes(compressed)
     assert subprocess.run(["zcat", tmp_path / "x.gz"], capture_output=True, check=True).stdout == data
+
+
+def test_the_whole_file_is_one_gzip_member(small_blocks):
+    compressed = compress(np.random.default_rng(0).bytes(50_000), threads=2, piece=999)
+    reader = zlib.decompressobj(wbits=31)
+    reader.decompress(compressed)
+    assert reader.eof
+    assert reader.unused_data == b""
 
 
 def test_the_bytes_depend_on_neither_threads_nor_write_sizes(small_blocks):

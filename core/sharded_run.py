@@ -1,0 +1,259 @@
+"""One worker's run over a sharded dataset: it claims shard after shard until none is left."""
+
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from gzip import BadGzipFile
+from typing import Any
+
+from absl import logging
+
+from core.activation_storage import DATASET_FILE, RECORD_NAME, RUN_FILE, CommitRecord
+from core.errors import RunError, UsageError
+from core.job import Job, Stores, open_storage
+from core.object_store import Created, ObjectStore
+from core.plan import canonical_json, differing_fields
+from core.progress import Progress, Summary
+from core.shard_claims import Lease, Owner, ShardClaims
+from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard
+from core.signals import stop_on_signals
+from core.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.windows import Window
+from qwen2_jax.errors import ModelError
+
+# Shards that fail one after another point at this machine rather than at each of them.
+_FAILURES_IN_A_ROW = 3
+_STORAGE_PACKAGES = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
+_SHOWN_DIFFERENCES = 3
+_SUMMED = ("samples", "tokens", "bytes", "shards", "truncated", "bad_records")
+
+
+@dataclass(frozen=True)
+class ShardedSummary(Summary):
+    """What one worker did for a dataset: its counts are sums over the dataset shards that it worked on.
+
+    Attributes:
+      status: "complete" when the whole dataset is, by whomever; "incomplete" when shards were set aside.
+      finished_shards: the dataset shards that this worker brought to their end.
+      set_aside: the dataset shards that fail again and again, with their error.
+    """
+
+    finished_shards: tuple[str, ...] = ()
+    set_aside: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 when shards were set aside, or what a process that SIGTERM ended early returns."""
+        return 1 if self.status == "incomplete" else super().exit_code
+
+    def lines(self) -> list[str]:
+        """The summary for people."""
+        return [
+            *super().lines(),
+            f"dataset shards finished here: {', '.join(self.finished_shards) or 'none'}",
+            *(f"SET ASIDE {shard}: {error}" for shard, error in sorted(self.set_aside.items())),
+        ]
+
+
+def windows_of(jobs: Sequence[Job]) -> Iterator[Window]:
+    """The windows of all shards, as one run over them would meet them."""
+    return itertools.chain.from_iterable(job.windows() for job in jobs)
+
+
+def is_shard_finished(store: ObjectStore, folder: str) -> bool:
+    """Whether the last commit record in a folder ends its stream."""
+    names = (name.removeprefix(f"{folder}/") for name in store.list(f"{folder}/shard_"))
+    windows = {int(match[1]): match[0] for match in map(RECORD_NAME.fullmatch, names) if match}
+    if not windows:
+        return False
+    name = f"{folder}/{windows[max(windows)]}"
+    try:
+        return CommitRecord.from_bytes(store.read_bytes(name)).next_place is None
+    except ValueError as error:
+        raise RunError(f"{store.url}/{name}: {error}") from error
+
+
+def run_shards(jobs: Sequence[Job], stores: Stores) -> ShardedSummary:
+    """Works through the dataset beside any number of other workers, until all of it is done or a signal comes.
+
+    An error of a shard's data is noted beside its claims, and the worker goes on with the others. Raises UsageError
+    when the output holds another run or dataset, and RunError when this machine or its storage fails.
+    """
+    _declare(jobs, stores)
+    if stores.primary is stores.spool:
+        logging.info(
+            "workers share the dataset through %s/claims: it must be the same disk for all", stores.primary.url
+        )
+    run = _ShardedRun(jobs, stores)
+    # Loading comes before the first claim: a process that is killed meanwhile holds up nobody.
+    model = load(jobs[0]) if run.anything_left() else None
+    with stop_on_signals() as stop:
+        if model is not None:
+            run.work(model, stop)
+    return run.summary(model)
+
+
+def _declare(jobs: Sequence[Job], stores: Stores) -> None:
+    """Writes what the output is for, create-only; raises UsageError, before anything is written, if it is for other."""
+    wanted = {
+        RUN_FILE: jobs[0].plan.to_json(),
+        DATASET_FILE: {"shards": {job.folder: job.stream.to_json() for job in jobs}},
+    }
+    for store in stores.all():
+        for name, content in wanted.items():
+            _refuse_other(store, name, content)
+    for store in stores.all():
+        for name, content in wanted.items():
+            if store.create_bytes(name, canonical_json(content)) is Created.ALREADY_DIFFERENT:
+                _refuse_other(store, name, content)
+
+
+def _refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+    try:
+        differences = differing_fields(json.loads(store.read_bytes(name)), wanted)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise RunError(f"{store.url}/{name} is not JSON ({error}): use another --output_dir") from error
+    if differences:
+        more = f"; {len(differences) - _SHOWN_DIFFERENCES} more" * (len(differences) > _SHOWN_DIFFERENCES)
+        raise UsageError(
+            f"{store.url}/{name} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}{more}): "
+            "use the same flags or another --output_dir"
+        )
+
+
+class _AnyEvent(threading.Event):
+    """Set when itself or one of the others is."""
+
+    def __init__(self, *others: threading.Event) -> None:
+        super().__init__()
+        self._others = others
+
+    def is_set(self) -> bool:
+        return super().is_set() or any(other.is_set() for other in self._others)
+
+
+class _ShardedRun:
+    """The shards that this worker claims, and what became of them."""
+
+    def __init__(self, jobs: Sequence[Job], stores: Stores) -> None:
+        config = jobs[0].config
+        self._jobs = {job.folder: job for job in jobs}
+        self._stores = stores
+        self._preferred = None if config.preferred_shard_id is None else f"shard_{config.preferred_shard_id:03d}"
+        self._claims = ShardClaims(
+            stores.primary,
+            Owner.of_this_process(config.worker_id),
+            ttl_s=config.claim_ttl_s,
+            heartbeat_s=config.claim_heartbeat_s,
+            is_finished=lambda shard: is_shard_finished(stores.primary, shard),
+        )
+        self._started = time.monotonic()
+        self._summaries: list[tuple[str, Summary]] = []
+        self._finished: list[str] = []
+        self._failed_in_a_row: set[str] = set()
+
+    def anything_left(self) -> bool:
+        """Whether the claims leave a shard to be done."""
+        return bool(self._claims.left(list(self._jobs)))
+
+    def work(self, model: LoadedModel, stop: threading.Event) -> None:
+        """Claims and extracts until nothing is left or `stop` is set."""
+        self._started = time.monotonic()
+        while (lease := self._claims.next(list(self._jobs), self._preferred, stop)) is not None:
+            with lease:
+                self._work_on(lease, model, stop)
+
+    def _work_on(self, lease: Lease, model: LoadedModel, stop: threading.Event) -> None:
+        try:
+            summary = self._extract(lease, model, stop)
+        except Exception as error:
+            if is_fault_of_the_machine(error):
+                raise
+            self._note_failure(lease, error)
+            return
+        self._failed_in_a_row.clear()
+        self._summaries.append((lease.shard, summary))
+        if summary.status == "complete" and lease.is_held():
+            self._finished.append(lease.shard)
+            lease.release("done")
+
+    def _extract(self, lease: Lease, model: LoadedModel, stop: threading.Event) -> Summary:
+        job = self._jobs[lease.shard]
+        logging.info("%s: claimed (lease %d)", lease.shard, lease.epoch)
+        _check_shard(job)
+
+        def report_on(progress: Progress) -> None:
+            lease.report = lambda: {"samples": progress.samples, "tokens": progress.tokens}
+
+        return run_stream(
+            prepare_stream(job, open_storage(job, self._stores)),
+            model,
+            _AnyEvent(stop, lease.lost),
+            log=lambda line: logging.info("%s: %s", lease.shard, line),
+            on_start=report_on,
+            may_write_index=lease.is_held,
+        )
+
+    def _note_failure(self, lease: Lease, error: Exception) -> None:
+        text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
+        text = " ".join(text.split())
+        logging.error("%s failed: %s", lease.shard, text, exc_info=None if isinstance(error, RunError) else error)
+        self._claims.record_failure(lease, text)
+        lease.release("failed")
+        self._failed_in_a_row.add(lease.shard)
+        if len(self._failed_in_a_row) >= _FAILURES_IN_A_ROW:
+            shards = ", ".join(sorted(self._failed_in_a_row))
+            raise RunError(f"{shards} failed one after another; the last one: {text}") from error
+
+    def summary(self, model: LoadedModel | None) -> ShardedSummary:
+        """What this worker did, and how the whole dataset stands."""
+        seconds = time.monotonic() - self._started
+        left = self.anything_left()
+        set_aside = self._claims.set_aside
+        done = [summary for _, summary in self._summaries]
+        last = dict(self._summaries).values()
+        stages = Counter[str]()
+        for summary in done:
+            stages.update(summary.stages)
+        sums = {name: sum(getattr(summary, name) for summary in done) for name in _SUMMED}
+        totals = {name: sum(getattr(summary, name) for summary in last) for name in ("total_samples", "total_shards")}
+        return ShardedSummary(
+            **sums,
+            **totals,
+            status="stopped" if left else "incomplete" if set_aside else "complete",
+            output=self._stores.primary.url,
+            tokens_per_second=round(sums["tokens"] / max(seconds, 1e-9), 1),
+            seconds=round(seconds, 3),
+            load_seconds=round(model.seconds, 3) if model is not None else 0.0,
+            stages={name: round(busy, 3) for name, busy in stages.items()},
+            bottleneck=max(stages, key=lambda name: stages[name]) if stages else None,
+            finished_shards=tuple(self._finished),
+            set_aside=dict(set_aside),
+        )
+
+
+def _check_shard(job: Job) -> None:
+    """Raises RunError if a shard's own metadata is not what the dataset's manifest says of it."""
+    shard = find_shard(job.stream_path)
+    if shard is None:
+        raise RunError(f"{job.stream_path}: no such shard, but the dataset's manifest names it: copy the dataset again")
+    if (shard.identity, shard.first_task) != (job.stream.identity, job.stream.first_position):
+        raise RunError(f"{job.stream_path}/{SHARD_FILE} and {MASTER_FILE} disagree: copy the dataset again")
+
+
+def is_fault_of_the_machine(error: BaseException) -> bool:
+    """Whether an error comes from this machine, its storage or the command line rather than from a shard's data."""
+    while True:
+        if isinstance(error, OSError | MemoryError | UsageError | ModelError) and not isinstance(error, BadGzipFile):
+            return True
+        if type(error).__module__.partition(".")[0] in _STORAGE_PACKAGES:
+            return True
+        if error.__cause__ is None:
+            return False
+        error = error.__cause__

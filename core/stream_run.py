@@ -1,0 +1,177 @@
+"""One stream, or one shard of a dataset, from what is committed to its end."""
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import jax
+from absl import logging
+
+from core.activation_storage import ActivationStorage, CommitRecord
+from core.checkpoint import Checkpoint, save_checkpoint
+from core.extraction import Extraction, is_complete, resume_place
+from core.formats import FORMATS
+from core.jax_utils import COMPUTE_DTYPES, ExtractionStep, data_mesh
+from core.job import Job
+from core.pipeline import Pipeline
+from core.planning import Survey, refuse_full_disk, survey_stream
+from core.progress import Progress, Summary
+from core.shard_encoding import ShardEncoder
+from core.windows import Window
+from qwen2_jax import load_model
+
+# A reader of metadata.json may be that much behind; GCS takes about one write a second for one name.
+_INDEX_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model on the device, and how long it took to get there."""
+
+    step: ExtractionStep
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PreparedStream:
+    """A stream whose folder has been opened and whose first window has been read. No windows: it is complete."""
+
+    job: Job
+    storage: ActivationStorage
+    survey: Survey
+    windows: Iterator[Window] | None
+
+
+def load(job: Job) -> LoadedModel:
+    """Loads as much of the job's model as it captures, on all devices of this process."""
+    started = time.monotonic()
+    mesh = data_mesh()
+    model = load_model(
+        job.config.model_path,
+        dtype=COMPUTE_DTYPES[job.compute_dtype],
+        revision=job.config.revision,
+        mesh=mesh,
+        n_layers=job.capture.layers[-1] + 1,
+        with_head=False,
+    )
+    return LoadedModel(ExtractionStep(model, job.capture, job.config.dtype, mesh), time.monotonic() - started)
+
+
+def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
+    """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest."""
+    records = storage.open()
+    storage.spool.remove_stale_temporaries()
+    survey = survey_stream(job)
+    if is_complete(records):
+        logging.info("%s is complete: nothing to do", storage.url)
+        return PreparedStream(job, storage, survey, None)
+    refuse_full_disk(job, survey, storage.committed_bytes, storage.spool.free_bytes())
+    place, index, bad_before = resume_place(records)
+    if place is not None:
+        logging.info("going on at sample %d: %d shards are committed", place.sample_idx, len(records))
+    windows = job.windows(start=place, first_index=index, bad_before=bad_before)
+    # A stream that is bad from the start is refused before seconds are spent on the weights.
+    first = next(windows)
+    return PreparedStream(job, storage, survey, itertools.chain([first], windows))
+
+
+def run_stream(
+    prepared: PreparedStream,
+    model: LoadedModel | None,
+    stop: threading.Event,
+    *,
+    log: Callable[[str], None] = logging.info,
+    on_start: Callable[[Progress], None] | None = None,
+    may_write_index: Callable[[], bool] = lambda: True,
+) -> Summary:
+    """Extracts what is left, until the end or until `stop` is set.
+
+    Args:
+      on_start: gets the counters that go up while the run goes on.
+      may_write_index: asked before the index is replaced: false when the folder has passed to somebody else.
+    """
+    job, storage = prepared.job, prepared.storage
+    pipeline = Pipeline()
+    progress = Progress(
+        pipeline,
+        expected_samples=prepared.survey.samples,
+        committed_samples=storage.committed_samples,
+        log=log,
+        metrics_path=job.config.metrics_path_of(job.folder),
+    )
+    if on_start is not None:
+        on_start(progress)
+    bookkeeper = _Bookkeeper(job, storage, may_write_index)
+    with progress:
+        if prepared.windows is not None and model is not None:
+            with ThreadPoolExecutor(os.cpu_count(), "compress") as compressors:
+                Extraction(
+                    job=job,
+                    storage=storage,
+                    step=model.step,
+                    shape=job.batch_shape(jax.local_device_count()),
+                    encoder=_encoder(job, storage, compressors),
+                    progress=progress,
+                    pipeline=pipeline,
+                    stop=stop,
+                    on_commit=bookkeeper.committed,
+                ).run(prepared.windows)
+        status = bookkeeper.finish()
+    return progress.summary(
+        status=status,
+        output=storage.url,
+        total_samples=storage.committed_samples,
+        total_shards=storage.committed_shards,
+        load_seconds=round(model.seconds, 3) if model is not None else 0.0,
+    )
+
+
+def _encoder(job: Job, storage: ActivationStorage, compressors: ThreadPoolExecutor) -> ShardEncoder:
+    return ShardEncoder(FORMATS[job.config.format], job.config.gzipped, storage.spool, job.folder, compressors)
+
+
+class _Bookkeeper:
+    """Keeps the derived files up to date: the checkpoint after every commit, the index now and then."""
+
+    def __init__(self, job: Job, storage: ActivationStorage, may_write_index: Callable[[], bool]) -> None:
+        self._job = job
+        self._storage = storage
+        self._may_write_index = may_write_index
+        self._index_written = time.monotonic()
+
+    def committed(self, record: CommitRecord) -> None:
+        self._save_checkpoint(record, "running")
+        if time.monotonic() - self._index_written >= _INDEX_EVERY_S:
+            self._write_index()
+
+    def finish(self) -> str:
+        """Brings everything up to date; returns "complete" or "stopped"."""
+        last = self._storage.last_record
+        status = "complete" if last is not None and last.next_place is None else "stopped"
+        if last is not None:
+            self._write_index()
+            self._save_checkpoint(last, status)
+        return status
+
+    def _write_index(self) -> None:
+        if self._may_write_index():
+            self._storage.write_index()
+            self._index_written = time.monotonic()
+
+    def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
+        config = self._job.config
+        if config.enable_checkpointing:
+            checkpoint = Checkpoint(
+                worker_id=config.worker_id,
+                last_processed_sample_idx=record.last_sample_idx,
+                total_samples_processed=self._storage.committed_samples,
+                total_shards=self._storage.committed_shards,
+                dataset_path=self._job.stream_path,
+                model_path=config.model_path,
+                status=status,
+            )
+            save_checkpoint(config.checkpoint_dir, checkpoint)

@@ -1,0 +1,305 @@
+"""Leases on shards: one holder at a time as far as anyone can know, and nobody waits for ever for a dead one."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Status, gcs_environment
+
+from core.errors import RunError
+from core.object_store import LocalStore, ObjectStore, RetryPolicy, open_store
+from core.shard_claims import ClaimState, Lease, Owner, ShardClaims, read_claims
+
+QUICK = RetryPolicy(base_s=0.002, cap_s=0.02, connect_timeout_s=5.0, read_timeout_s=5.0, write_timeout_s=5.0)
+CLAIMANTS = 32
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGcs]:
+    with FakeGcs() as fake:
+        for name, value in gcs_environment(fake).items():
+            monkeypatch.setenv(name, value)
+        yield fake
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return LocalStore(tmp_path)
+
+
+def claims(store: ObjectStore, worker_id: int = 0, **options) -> ShardClaims:
+    return ShardClaims(store, Owner.of_this_process(worker_id), **options)
+
+
+def claimed(who: ShardClaims, shard: str = "shard_000") -> Lease:
+    lease = who.try_next([shard])
+    assert lease is not None
+    return lease
+
+
+def race(store: ObjectStore, enter: Callable[[ShardClaims], Lease | None]) -> list[Lease]:
+    """What 32 claimants that start together get."""
+    barrier = threading.Barrier(CLAIMANTS)
+
+    def run(number: int) -> Lease | None:
+        claimant = claims(store, number)
+        barrier.wait()
+        return enter(claimant)
+
+    with ThreadPoolExecutor(CLAIMANTS) as pool:
+        return [lease for lease in pool.map(run, range(CLAIMANTS)) if lease is not None]
+
+
+def test_of_32_claimants_of_a_shard_one_wins_on_a_disk(tmp_path):
+    for attempt in range(50):
+        store = LocalStore(tmp_path / str(attempt))
+        (winner,) = race(store, lambda claimant: claimant.try_next(["shard_000"]))
+        stored = json.loads(store.read_bytes("claims/shard_000/000001.json"))
+        assert stored["owner"]["nonce"] == winner._owner.nonce
+        assert len(store.list()) == 1
+
+
+def test_of_32_claimants_of_a_shard_one_wins_in_a_bucket(server):
+    store = open_store("gs://bucket/out", QUICK)
+    for attempt in range(5):
+        shard = f"shard_{attempt:03d}"
+        assert len(race(store, lambda claimant, shard=shard: claimant.try_next([shard]))) == 1
+        assert len(server.generations(f"out/claims/{shard}/000001.json")) == 1
+
+
+def test_of_32_observers_of_a_dead_holder_one_takes_over(store):
+    claimed(claims(store))
+    clock = Clock()
+
+    def watch(claimant: ShardClaims) -> Lease | None:
+        claimant.clock = clock
+        assert claimant.try_next(["shard_000"]) is None
+        seen.wait()
+        clock.now = 90.0
+        return claimant.try_next(["shard_000"])
+
+    seen = threading.Barrier(CLAIMANTS)
+    (winner,) = race(store, watch)
+    assert winner.epoch == 2
+
+
+def test_only_the_observers_own_clock_lets_a_lease_expire(store, monkeypatch):
+    first, clock = claims(store), Clock(1e6)
+    lease = claimed(first)
+    second = claims(store, clock=clock)
+    for hours in (-1, 1, 0):
+        monkeypatch.setattr(time, "time", lambda hours=hours: 1.7e9 + hours * 3600)
+        assert second.try_next(["shard_000"]) is None
+    clock.now += 89.9
+    assert second.try_next(["shard_000"]) is None
+    clock.now += 0.1
+    taken = claimed(second)
+    assert (taken.epoch, taken.replaces["nonce"]) == (2, first.owner.nonce)
+    assert not lease.is_held()
+
+
+def test_every_sign_of_life_starts_the_ttl_anew(store):
+    lease, clock = claimed(claims(store)), Clock()
+    observer = claims(store, clock=clock)
+    for _ in range(5):
+        lease.beat()
+        assert observer.try_next(["shard_000"]) is None
+        clock.now += 80
+    assert observer.try_next(["shard_000"]) is None
+    clock.now += 10
+    assert claimed(observer).epoch == 2
+
+
+def test_an_observer_that_slept_past_the_ttl_looks_again_before_it_takes_over(store):
+    lease, clock = claimed(claims(store)), Clock()
+    observer = claims(store, clock=clock)
+    assert observer.try_next(["shard_000"]) is None
+    lease.beat()
+    clock.now += 1000
+    assert observer.try_next(["shard_000"]) is None
+
+
+def test_a_holder_that_comes_back_after_a_takeover_notices_and_changes_nothing(store):
+    clock = Clock()
+    observer = claims(store, clock=clock)
+    with claimed(claims(store)) as zombie:
+        assert observer.try_next(["shard_000"]) is None
+        clock.now += 90
+        successor = claimed(observer)
+        before = store.list()
+        zombie.beat()
+        assert zombie.lost.is_set()
+    assert store.list() == before
+    assert successor.is_held()
+    assert read_claims(store)["shard_000"].is_held
+
+
+def test_the_heartbeat_notices_a_takeover_by_itself_and_stops(store):
+    clock = Clock()
+    with claimed(claims(store, heartbeat_s=0.02)) as lease:
+        observer = claims(store, clock=clock, ttl_s=0)
+        while observer.try_next(["shard_000"]) is None:
+            continue
+        assert lease.lost.wait(5)
+
+
+def test_signs_of_life_are_counted_and_no_more_frequent_than_asked(store):
+    started = time.monotonic()
+    with claimed(claims(store, heartbeat_s=0.1)) as lease:
+        lease.report = lambda: {"samples": 7}
+        time.sleep(0.55)
+        most = (time.monotonic() - started) / 0.1
+    sign = json.loads(store.read_bytes("claims/shard_000/000001.beat"))
+    assert 1 <= sign["beat"] <= most
+    assert (sign["samples"], sign["owner"]) == (7, lease._owner.nonce)
+
+
+@pytest.mark.parametrize("fault", [CommitThenStatus(503), CommitThenReset()])
+def test_an_owner_whose_acknowledgement_is_lost_knows_its_own_claim(server, fault):
+    store = open_store("gs://bucket/out", QUICK)
+    server.faults.add("upload", fault)
+    with claimed(claims(store)) as lease:
+        assert server.faults.taken == 1
+        server.faults.add("upload", fault)
+        lease.release("done")
+    assert server.faults.taken == 2
+    assert claims(store).next(["shard_000"]) is None
+
+
+class LosesReplies(LocalStore):
+    """Creates, forgets that it did, and creates again: what a client that repeats a request sees."""
+
+    def create_bytes(self, name, data):
+        super().create_bytes(name, data)
+        return super().create_bytes(name, data)
+
+
+def test_an_owner_whose_acknowledgement_is_lost_on_a_disk_knows_its_own_claim(tmp_path):
+    assert claimed(claims(LosesReplies(tmp_path))).is_held()
+    assert claims(LosesReplies(tmp_path)).try_next(["shard_000"]) is None
+
+
+def test_a_heartbeat_that_fails_is_no_end(server):
+    store = open_store("gs://bucket/out", QUICK)
+    with claimed(claims(store, heartbeat_s=0.05)) as lease:
+        server.faults.add("upload", Status(403), times=1)
+        while server.faults.taken < 1 or "out/claims/shard_000/000001.beat" not in server.objects():
+            time.sleep(0.01)
+        assert not lease.lost.is_set()
+
+
+def test_a_shard_given_back_is_free_at_once_and_a_done_one_never_again(store):
+    with claimed(claims(store)):
+        pass
+    with pytest.raises(RunError, match="told"), claimed(claims(store)) as second:
+        raise RunError("told")
+    with claimed(claims(store)) as third:
+        third.release("done")
+    assert (second.epoch, third.epoch) == (2, 3)
+    reasons = [json.loads(store.read_bytes(f"claims/shard_000/00000{epoch}.released"))["reason"] for epoch in (1, 2, 3)]
+    assert reasons == ["stopped", "failed", "done"]
+    assert claims(store).next(["shard_000"]) is None
+
+
+def test_a_shard_whose_output_is_complete_is_not_claimed(store):
+    assert claims(store, is_finished=lambda shard: True).next(["shard_000"]) is None
+    assert store.list() == []
+
+
+def test_whoever_finds_all_shards_held_waits_until_they_are_done(store):
+    with claimed(claims(store)) as lease, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(claims(store, heartbeat_s=0.02).next, ["shard_000"])
+        time.sleep(0.2)
+        assert not waiting.done()
+        lease.release("done")
+        assert waiting.result(5) is None
+
+
+def test_whoever_waits_stops_when_told(store):
+    stop = threading.Event()
+    with claimed(claims(store)), ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(claims(store).next, ["shard_000"], None, stop)
+        time.sleep(0.1)
+        stop.set()
+        assert waiting.result(5) is None
+
+
+SHARDS = [f"shard_{index:03d}" for index in range(40)]
+
+
+def test_workers_with_different_ids_begin_at_different_shards(store):
+    firsts = [
+        claims(store, worker)._in_order(SHARDS, dict.fromkeys(SHARDS, ClaimState()), None)[0] for worker in range(40)
+    ]
+    assert [shard for shard, _ in firsts] == SHARDS
+
+
+def test_workers_with_the_same_id_part_after_the_first_shard(store):
+    seconds = {claims(store)._in_order(SHARDS, dict.fromkeys(SHARDS, ClaimState()), None)[1][0] for _ in range(40)}
+    assert len(seconds) > 10
+
+
+def test_the_preferred_shard_comes_first_when_it_is_free(store):
+    assert claims(store).try_next(SHARDS, "shard_033").shard == "shard_033"
+    assert claims(store).try_next(SHARDS, "shard_033").shard == "shard_000"
+
+
+def test_many_workers_hold_as_many_different_shards(store):
+    with ThreadPoolExecutor(16) as pool:
+        leases = list(pool.map(lambda worker: claims(store, worker % 3).next(SHARDS), range(40)))
+    assert sorted(lease.shard for lease in leases) == SHARDS
+
+
+def fail(who: ShardClaims, error: str) -> None:
+    with claimed(who) as lease:
+        who.record_failure(lease, error)
+        lease.release("failed")
+
+
+def test_three_failures_with_the_same_error_set_a_shard_aside(store):
+    for error in ("line 7 is broken", "other", "line 7 is broken"):
+        fail(claims(store), error)
+    fail(claims(store), "line 7 is broken")
+    observer = claims(store)
+    assert observer.next(["shard_000"]) is None
+    assert observer.set_aside == {"shard_000": "line 7 is broken"}
+
+
+def test_being_killed_again_and_again_does_not_count(store):
+    clock = Clock()
+    for epoch in range(1, 8):
+        claimant = claims(store, clock=clock)
+        claimant.try_next(["shard_000"])
+        clock.now += 90
+        if epoch > 1:
+            assert claimed(claimant).epoch == epoch
+    assert claims(store).left(["shard_000"]) == ["shard_000"]
+
+
+def test_failed_shards_come_after_those_that_never_failed(store):
+    fail(claims(store), "broken")
+    assert claims(store).try_next(["shard_000", "shard_001"]).shard == "shard_001"
+
+
+def test_a_damaged_claim_is_one_line_that_says_what_to_do(store):
+    claimed(claims(store))
+    store.replace_bytes("claims/shard_000/000001.json", b"{")
+    clock = Clock()
+    observer = claims(store, clock=clock)
+    observer.try_next(["shard_000"])
+    clock.now = 90
+    with pytest.raises(RunError, match=r"claims/shard_000/000001\.json: the claim is gone or damaged"):
+        observer.try_next(["shard_000"])

@@ -1,0 +1,157 @@
+"""The benchmarks run at a tiny size, and their numbers add up."""
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import numpy as np
+import pytest
+from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
+
+from benchmarks import peers, utilisation
+from benchmarks.measuring import Ratio, Timings, alternate
+from benchmarks.workload import LONGEST, SHORTEST, Workload, build_workload
+from core.dataset_utils import read_jsonl_lines
+from core.errors import RunError, UsageError
+
+PROMPTS = 6
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> tuple[str, str]:
+    """A tiny model folder and a file of tasks."""
+    folder = tmp_path_factory.mktemp("source")
+    return str(write_model(folder / "model")), str(write_jsonl(folder / "tasks.jsonl", arc_lines(9)))
+
+
+@pytest.fixture(scope="module")
+def workload(source, tmp_path_factory) -> Workload:
+    model, tasks = source
+    return build_workload(tmp_path_factory.mktemp("workload"), prompts=PROMPTS, seed=0, source=tasks, model_path=model)
+
+
+def result_of(module: ModuleType, source: tuple[str, str], capsys: pytest.CaptureFixture[str], *flags: str) -> dict:
+    model, tasks = source
+    argv = ["--model_path", model, "--source", tasks, "--prompts", str(PROMPTS), "--json", *flags]
+    module.run(module.build_parser().parse_args(argv))
+    return json.loads(capsys.readouterr().out)
+
+
+def tokens_of(stream: Path, model_path: str) -> list[list[int]]:
+    engine = peers.Engine.load(model_path, stream, layers=[0], dtype="float32", batch_size=4, shard_mb=1)
+    return [sample.token_ids.tolist() for window in engine.job.windows() for sample in window.samples]
+
+
+def test_both_streams_of_the_workload_give_the_same_tokens(workload):
+    given = [json.loads(line)["input_ids"] for line in read_jsonl_lines(str(workload.token_stream))]
+    assert given == tokens_of(workload.arc_stream, workload.model_path)
+    assert given == tokens_of(workload.token_stream, workload.model_path)
+    assert workload.lengths == [len(ids) for ids in given]
+    assert len(set(workload.lengths)) > 1
+    assert all(SHORTEST <= length <= LONGEST for length in workload.lengths)
+
+
+def test_the_seed_chooses_the_prompts_and_too_many_are_refused(source, workload, tmp_path):
+    model, tasks = source
+    again, other = (
+        build_workload(tmp_path / str(seed), prompts=PROMPTS, seed=seed, source=tasks, model_path=model)
+        for seed in (0, 1)
+    )
+    assert again.arc_stream.read_bytes() == workload.arc_stream.read_bytes() != other.arc_stream.read_bytes()
+    with pytest.raises(UsageError, match=r"--prompts 10: .* has 9 prompts of 170 to 2000 tokens"):
+        build_workload(tmp_path / "many", prompts=10, seed=0, source=tasks, model_path=model)
+
+
+@pytest.mark.parametrize(("case", "n_layers"), [("middle", 1), ("all", 3)])
+def test_utilisation_compares_the_same_steps_over_several_windows(case, n_layers, source, workload, capsys):
+    result = result_of(utilisation, source, capsys, "--cases", case, "--windows", "3", "--repeats", "3")
+    (found,) = result["cases"]
+    assert found["n_layers"] == n_layers
+    assert found["shards"] >= 3
+    assert found["tokens"] == workload.n_tokens <= found["computed_tokens"]
+    assert found["ratio"]["median"] == pytest.approx(
+        median(found["timings"]["end_to_end"]["wall"]) / median(found["timings"]["forward"]["wall"]), abs=1e-3
+    )
+    assert set(found["stages"]) == {"read", "forward", "copy", "encode", "store"}
+    assert result["machine"]["cores"] >= 1
+
+
+def test_peers_agree_and_the_ratio_is_that_of_tokens_per_second(source, workload, capsys):
+    settings = ("stream", "sorted", "causal_lm")
+    # One thread: those of torch wait for each other actively, which costs seconds on a busy machine.
+    flags = ["--shard_mb", "0.5", "--batch_size", "2", "--threads", "1", "--repeats", "1"]
+    result = result_of(peers, source, capsys, "--cases", "all", "--peer_settings", *settings, *flags)
+    (found,) = result["cases"]
+    assert 0 < found["disagreement"] < 1e-5
+    assert found["tokens"] == workload.n_tokens
+    rows = {row["setting"]: row for row in found["peers"]}
+    assert tuple(rows) == settings
+    in_order, by_length = workload.lengths, sorted(workload.lengths)
+    for setting, lengths in (("stream", in_order), ("sorted", by_length), ("causal_lm", in_order)):
+        pairs = zip(lengths[::2], lengths[1::2], strict=True)
+        assert rows[setting]["computed_tokens"] == sum(2 * max(pair) for pair in pairs)
+        ratio = found["tokens_per_second"] / rows[setting]["tokens_per_second"]
+        assert rows[setting]["ratio"]["median"] == pytest.approx(ratio, rel=0.02)
+
+
+def test_the_peer_writes_the_shards_of_the_default_format(workload, tmp_path):
+    model = peers.load_peer(workload.model_path).model
+    samples = workload.samples
+    two_shards = workload.n_tokens * D_MODEL * 2 // 2
+    peers.Peer(model, (1,), np.dtype("float16"), 2, two_shards).run(samples, tmp_path / "theirs")
+    shards = list(peers.read_shards(tmp_path / "theirs"))
+    assert len(shards) == 2
+    items = [item for shard in shards for item in shard[1]]
+    assert [item["sample_idx"] for item in items] == [sample.sample_idx for sample in samples]
+    for item, sample in zip(items, samples, strict=True):
+        assert item["activation"].shape == item["shape"] == (len(sample.token_ids), D_MODEL)
+        assert item["activation"].dtype == np.float16
+
+
+def write_shard(folder: Path, items: list[tuple[int, np.ndarray]]) -> Path:
+    folder.mkdir(parents=True)
+    shard = {
+        0: [
+            {"sample_idx": i, "activation": values, "shape": values.shape, "text_preview": str(i)}
+            for i, values in items
+        ]
+    }
+    with gzip.open(folder / "shard_0001.pkl.gz", "wb") as file:
+        pickle.dump(shard, file)
+    return folder
+
+
+def test_no_time_counts_when_the_sides_differ(tmp_path):
+    one, two = np.ones((4, 8), np.float32), np.full((3, 8), 2, np.float32)
+    ours = write_shard(tmp_path / "ours", [(0, one), (1, two)])
+    theirs = write_shard(tmp_path / "theirs", [(1, two * np.float32(1.01)), (0, one)])
+    assert peers.worst_disagreement(ours, theirs, [0], 2) == pytest.approx(0.01 / 1.01, rel=1e-3)
+    copy = write_shard(tmp_path / "copy", [(0, one), (1, two)])
+    assert peers.worst_disagreement(ours, copy, [0], 2) == 0
+    for name, items in {
+        "cut": [(0, one[:-1]), (1, two)],
+        "missing": [(0, one)],
+        "left over": [(0, one), (1, two), (2, two)],
+    }.items():
+        with pytest.raises(RunError):
+            peers.worst_disagreement(ours, write_shard(tmp_path / name, items), [0], 2)
+    with pytest.raises(RunError, match=r"differ from those of transformers \(x\) by 9.9\de-03"):
+        peers.check_agreement(
+            {"ours": print, "x": lambda path: write_shard(path, [(0, one), (1, two * np.float32(1.01))])},
+            tmp_path,
+            [0],
+            2,
+            "float32",
+        )
+
+
+def test_sides_take_turns_and_the_ratio_is_of_medians():
+    order: list[str] = []
+    timings = alternate({name: lambda name=name: order.append(name) for name in "abc"}, 3)
+    assert "".join(order) == "abcbcacab"
+    assert all(len(side.wall) == len(side.cpu) == 3 for side in timings.values())
+    ratio = Ratio.of(Timings([4.0, 9.0, 5.0], [1.0, 1.0, 1.0]), Timings([1.0, 3.0, 2.0], [2.0, 2.0, 2.0]))
+    assert (ratio.median, ratio.lowest, ratio.highest, ratio.cpu) == (2.5, 2.5, 4.0, 0.5)

@@ -1,0 +1,89 @@
+"""What README.md and docs/ name is there: links, files, flags, commands, dependencies."""
+
+import argparse
+import configparser
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import analyze_activations
+import create_dataset_streams
+import extract_activations
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+COMMANDS = {
+    module.__name__: module.build_parser()
+    for module in (extract_activations, create_dataset_streams, analyze_activations)
+}
+FOLDERS = "analysis|arc24|benchmarks|core|docs|qwen2_jax|scripts|tests"
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a parser and of its subcommands."""
+    flags: set[str] = set()
+    for action in parser._actions:
+        flags.update(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            flags.update(*map(flags_of, action.choices.values()))
+    return flags
+
+
+def shown_commands(page: str) -> list[list[str]]:
+    """The argument lists of our commands in a page's indented blocks, their continued lines joined."""
+    lines = re.sub(r"\\\n\s*", "", PAGES[page]).splitlines()
+    return [shlex.split(line, comments=True) for line in lines if re.match(r" +python \w+\.py ", line)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_local_link_leads_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", PAGES[page])
+    local = [target for target in targets if "://" not in target]
+    assert [target for target in local if not (ROOT / page).parent.joinpath(target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    named = re.finditer(rf"(?<![\w./~-])(?:{FOLDERS})/(?:[\w./]*\w)?|`(\w+\.py)`", PAGES[page])
+    paths = {match.group(1) or match.group(0) for match in named}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_name_said_to_be_of_a_file_is_in_it(page):
+    said = re.findall(r"`(\w+)`\s+(?:of|in)\s+`([\w/]+\.py)`", PAGES[page])
+    assert [(name, path) for name, path in said if not re.search(rf"\b{name}\b", (ROOT / path).read_text())] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_flag_is_one_of_a_command(page):
+    known = set().union(*map(flags_of, COMMANDS.values()))
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", PAGES[page])) - known == set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_accepted_by_its_parser(page):
+    for _, script, *arguments in shown_commands(page):
+        assert COMMANDS[script.removesuffix(".py")].parse_args(arguments), "a refusal is a SystemExit with its reason"
+
+
+def test_the_readme_shows_every_command():
+    assert {command[1].removesuffix(".py") for command in shown_commands("README.md")} == set(COMMANDS)
+
+
+def test_every_dependency_has_its_reason():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    lists = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    names = {re.split("[<>=!~;]", line)[0] for text in lists for line in text.split()}
+    assert len(names) > 20
+    assert [name for name in sorted(names) if f"`{name}`" not in PAGES["docs/dependencies.md"]] == []
+
+
+def test_every_file_of_the_picture_exists():
+    modules = re.findall(r'class="module"[^>]*>([^<]+)<', (ROOT / "docs/architecture.svg").read_text())
+    paths = [path for text in modules for path in text.split()]
+    assert len(paths) >= 12
+    assert [path for path in paths if not (ROOT / path).exists()] == []
