@@ -17,7 +17,6 @@ from isal import igzip
 from core.activation_storage import (
     DATASET_FILE,
     INDEX_FILE,
-    RECORD_NAME,
     RUN_FILE,
     STREAM_FILE,
     CommitRecord,
@@ -260,8 +259,9 @@ def _coverage_problems(
 
 def _stray_files(folder: str, records: Sequence[CommitRecord], names: Sequence[str]) -> Iterator[str]:
     named = {f"{folder}/{file.name}" for record in records for file in record.files}
-    data = [name for name in names if name.startswith(f"{folder}/") and name.endswith((".pkl", ".gz", ".safetensors"))]
-    stray = [name for name in data if name not in named and not RECORD_NAME.fullmatch(name)]
+    suffixes = (".gz", *(shard_format.suffix() for shard_format in FORMATS.values()))
+    data = [name for name in names if name.startswith(f"{folder}/") and name.endswith(suffixes)]
+    stray = [name for name in data if name not in named]
     if stray:
         yield f"{len(stray)} files that no record names, {stray[0]} first: a run was stopped before it committed them"
 

@@ -203,7 +203,20 @@ class ActivationStorage:
                 for name, wanted in self._identities():
                     if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
                         self._refuse_other(name, wanted, store)
+            self._complete_mirror()
             self._claimed = True
+
+    def _complete_mirror(self) -> None:
+        """Writes the local records that a crash right behind a remote commit left out; their files are there."""
+        if self._mirror is None:
+            return
+        present = set(self._mirror.list(f"{self.folder}/"))
+        for record in self._records:
+            if all(f"{self.folder}/{file.name}" in present for file in record.files):
+                self._mirror.create_bytes(self._record_name(record.window), record.to_bytes())
+
+    def _record_name(self, window: int) -> str:
+        return f"{self.folder}/{shard_stem(window)}.json"
 
     def store(self, window: int, file: SpooledFile) -> StoredFile:
         """Stores one finished file under its name, and returns what stands there now.
@@ -222,7 +235,7 @@ class ActivationStorage:
 
     def commit(self, record: CommitRecord) -> CommitRecord:
         """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
-        name = f"{self.folder}/{shard_stem(record.window)}.json"
+        name = self._record_name(record.window)
         data = record.to_bytes()
         if self._primary.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
             data = self._primary.read_bytes(name)
@@ -261,7 +274,7 @@ class ActivationStorage:
     def _standing(self, window: int, file: SpooledFile) -> StoredFile:
         """What stands under a name whose content is not ours: as its record says, else as the bytes are."""
         try:
-            record = CommitRecord.from_bytes(self._primary.read_bytes(f"{self.folder}/{shard_stem(window)}.json"))
+            record = CommitRecord.from_bytes(self._primary.read_bytes(self._record_name(window)))
             return next(stored for stored in record.files if stored.name == file.name)
         except FileNotFoundError:
             with self._primary.open(f"{self.folder}/{file.name}") as stream:

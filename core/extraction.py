@@ -174,6 +174,8 @@ class Extraction:
         try:
             files = self.encoder.encode(activations)
         finally:
+            # Files wait for their upload on disk: the arrays go before it, and another window may fill.
+            activations.by_site.clear()
             self._buffers.release()
         self.pipeline.clock("encode").add_busy(time.monotonic() - started)
         started = time.monotonic()

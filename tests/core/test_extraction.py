@@ -3,6 +3,8 @@
 import gzip
 import json
 import pickle
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tiny_run import N_LAYERS, arc_lines, cache_dir, committed_files, token_line
 
 from core.activation_storage import ActivationStorage
 from core.errors import RunError, UsageError
+from core.extraction import WINDOWS_IN_MEMORY, WindowBuffer
 from core.formats import FORMATS
 from core.run_config import RunConfig
 from core.runner import run
@@ -288,3 +291,25 @@ def test_a_run_that_cannot_fit_on_the_disk_is_refused_at_the_start(config, monke
     with pytest.raises(RunError, match=r"the run needs about .* 9.8 KiB are free"):
         run(config)
     assert run(replace(config, plan=True)).fits_on_disk is False
+
+
+def test_no_more_windows_are_in_memory_than_stated_however_slow_the_storage(config, monkeypatch):
+    arrays: list[weakref.ref[np.ndarray]] = []
+    most = 0
+    allocate, store = WindowBuffer.allocate.__func__, ActivationStorage.store
+
+    def counting(cls, *args):
+        nonlocal most
+        buffer = allocate(cls, *args)
+        arrays.extend(map(weakref.ref, buffer.activations.by_site.values()))
+        most = max(most, sum(array() is not None for array in arrays))
+        return buffer
+
+    def slow(self, window, file):
+        time.sleep(0.2)
+        return store(self, window, file)
+
+    monkeypatch.setattr(WindowBuffer, "allocate", classmethod(counting))
+    monkeypatch.setattr(ActivationStorage, "store", slow)
+    assert run(replace(config, shard_size_gb=30_000 / 2**30)).shards > 3 * WINDOWS_IN_MEMORY
+    assert most <= WINDOWS_IN_MEMORY
