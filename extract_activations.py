@@ -69,7 +69,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     add("--compress_shards", action="store_true", help="gzip pickle shards (default)")
     add("--no_compress_shards", dest="compress_shards", action="store_false", help="leave pickle shards uncompressed")
     add("--upload_to_gcs", action="store_true", help="upload while the run goes on; a shard counts once it is uploaded")
-    add("--gcs_bucket", help="bucket to upload to")
+    add("--gcs_bucket", help="bucket to upload to; with --use_sharded_dataset it implies --upload_to_gcs")
     add("--gcs_prefix", help="folder in the bucket (default activations)")
     add("--delete_local_after_upload", action="store_true", help="keep no local copy")
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
@@ -99,7 +99,9 @@ def extract(args: argparse.Namespace) -> int:
     from core.run_config import RunConfig, default_worker_id
 
     known = {field.name for field in fields(RunConfig)}
-    values = {"worker_id": default_worker_id()} | vars(args)
+    # On a pod slice the variable numbers the hosts, which --multihost does too.
+    worker_id = 0 if getattr(args, "multihost", False) else default_worker_id()
+    values = {"worker_id": worker_id} | vars(args)
     flags: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
     }

@@ -54,8 +54,12 @@ def _processor_id() -> str:
     return hashlib.sha256("".join(sorted(traits)).encode() + platform.machine().encode()).hexdigest()[:12]
 
 
-def initialize_distributed(coordinator_address: str | None, num_hosts: int | None, host_id: int | None) -> None:
-    """Joins the hosts of a pod slice; what is None is found by JAX on a TPU VM."""
+def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: int | None) -> tuple[int, int]:
+    """How many hosts the pod slice has, and which one this is; what is None is found by JAX on a TPU VM.
+
+    The hosts part again at once: each works on its own, and while they are joined the end of one ends them all.
+    Raises UsageError when they do not find each other.
+    """
     try:
         jax.distributed.initialize(coordinator_address, num_processes=num_hosts, process_id=host_id)
     except (RuntimeError, ValueError) as error:
@@ -64,6 +68,9 @@ def initialize_distributed(coordinator_address: str | None, num_hosts: int | Non
             f"--multihost: cannot join the other hosts ({reason}): "
             "give --coordinator_address, --num_hosts and --host_id"
         ) from error
+    hosts, host = jax.process_count(), jax.process_index()
+    jax.distributed.shutdown()
+    return hosts, host
 
 
 @dataclass(frozen=True)

@@ -235,9 +235,9 @@ def open_stores(config: RunConfig) -> Stores:
     primary: ObjectStore = spool
     if config.output_is_remote:
         primary = open_store(config.output_dir)
-    elif config.upload_to_gcs:
+    elif config.uploads:
         primary = open_store(config.gcs_url)
-    return Stores(primary, spool, spool if config.upload_to_gcs and not config.delete_local_after_upload else None)
+    return Stores(primary, spool, spool if config.uploads and not config.delete_local_after_upload else None)
 
 
 def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
@@ -253,8 +253,8 @@ def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
         mirror=stores.mirror,
         index_extra={
             "shard_size_gb": config.shard_size_gb,
-            "gcs_bucket": config.gcs_bucket if config.upload_to_gcs else None,
-            "gcs_prefix": config.gcs_prefix if config.upload_to_gcs else None,
+            "gcs_bucket": config.gcs_bucket if config.uploads else None,
+            "gcs_prefix": config.gcs_prefix if config.uploads else None,
         },
     )
 

@@ -82,7 +82,7 @@ class RunConfig:
             )
         if not self.output_is_remote and self.local_output.exists() and not self.local_output.is_dir():
             raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
-        if self.delete_local_after_upload and not self.upload_to_gcs:
+        if self.delete_local_after_upload and not self.uploads:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
 
     def _check_dataset(self) -> None:
@@ -117,6 +117,12 @@ class RunConfig:
         return "://" in self.output_dir and not self.output_dir.startswith("file://")
 
     @property
+    def uploads(self) -> bool:
+        """Whether a bucket is where commits count. Workers that claim shards meet there: naming it is enough then."""
+        meets_in_bucket = self.use_sharded_dataset and self.gcs_bucket is not None and not self.output_is_remote
+        return self.upload_to_gcs or meets_in_bucket
+
+    @property
     def local_output(self) -> Path:
         """The local folder that --output_dir names."""
         return Path(self.output_dir.removeprefix("file://")).expanduser()
@@ -130,11 +136,6 @@ class RunConfig:
     def gzipped(self) -> bool:
         """Whether shard files are compressed."""
         return self.compress_shards and FORMATS[self.format].compressible
-
-    @property
-    def metrics_path(self) -> Path:
-        """`metrics_path_of` the worker's folder."""
-        return self.metrics_path_of(self.folder)
 
     def metrics_path_of(self, folder: str) -> Path:
         """Where metrics.jsonl goes: beside the shards in `folder` when they are local, else beside the checkpoint."""

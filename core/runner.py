@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import jax
 
-from core.jax_utils import enable_compilation_cache, initialize_distributed, resolve_compute_dtype
+from core.jax_utils import enable_compilation_cache, join_hosts, resolve_compute_dtype
 from core.job import Job, open_storage, open_stores, prepare_job, prepare_shard_jobs
 from core.planning import PlanReport, plan_run
 from core.progress import Summary
@@ -32,8 +32,7 @@ def _join_hosts(config: RunConfig) -> RunConfig:
     """With --multihost every host takes its share of the stream's lines and a folder of its own, or claims shards."""
     if not config.multihost:
         return config
-    initialize_distributed(config.coordinator_address, config.num_hosts, config.host_id)
-    hosts, host = jax.process_count(), jax.process_index()
+    hosts, host = join_hosts(config.coordinator_address, config.num_hosts, config.host_id)
     config = replace(config, worker_id=config.worker_id * hosts + host)
     if config.use_sharded_dataset:
         return config

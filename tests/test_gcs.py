@@ -4,11 +4,24 @@ import gzip
 import itertools
 import json
 import pickle
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Reset, Status, gcs_environment
-from tiny_run import arc_lines, committed_files, extract, run, token_lines, write_jsonl, write_model
+from tiny_run import (
+    arc_lines,
+    cache_dir,
+    command,
+    committed_files,
+    environment,
+    extract,
+    run,
+    token_lines,
+    write_jsonl,
+    write_model,
+)
 
 
 @pytest.fixture
@@ -145,3 +158,40 @@ def test_a_bucket_that_does_not_exist_is_one_line(model, bucket, tmp_path):
     result = extract(tmp_path, *args, "--output_dir", "gs://no-such-bucket/x", **gcs_environment(bucket))
     assert result.returncode in (1, 2)
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ") and "no-such-bucket" in line]
+
+
+def test_the_multi_host_command_runs_as_written_on_two_hosts(model, bucket, tmp_path):
+    write_jsonl(tmp_path / "s.jsonl", token_lines(40))
+    env = gcs_environment(bucket)
+    dataset = ("--dataset_name", "s.jsonl", "--sharded", "--num_shards", 4)
+    made = run(
+        "create_dataset_streams.py", *dataset, "--output_dir", "gs://your-bucket/sharded_dataset", cwd=tmp_path, **env
+    )
+    assert made.returncode == 0, made.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    seed_flags = (
+        "--use_sharded_dataset --sharded_dataset_dir gs://your-bucket/sharded_dataset --multihost --num_hosts 2 "
+        f"--coordinator_address 127.0.0.1:{port} --gcs_bucket your-bucket"
+    )
+    here = ("--model_path", model, "--max_seq_length", 256, "--compilation_cache_dir", cache_dir())
+    hosts = [
+        subprocess.Popen(
+            command(
+                "extract_activations.py", *seed_flags.split(), "--host_id", host, *here, "--output_dir", f"host{host}"
+            ),
+            cwd=tmp_path,
+            env=environment(TPU_WORKER_ID=str(host), **env),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host in range(2)
+    ]
+    for host in hosts:
+        _, stderr = host.communicate(timeout=200)
+        assert host.returncode == 0, stderr
+    shards = {name.split("/")[0] for name in objects(bucket) if "/shard_0001.pkl.gz" in name}
+    assert shards == {f"shard_00{i}" for i in range(4)}
+    remote = ("verify", "gs://your-bucket/activations")
+    assert run("analyze_activations.py", *remote, cwd=tmp_path, **env).returncode == 0
