@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST := $(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .PHONY: help install demo test test-slow lint bench clean
 
@@ -46,8 +46,8 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 
 bench: .venv/.installed-dev
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/utilisation.py
+	$(BIN)/python -m benchmarks.utilisation
+	$(BIN)/python -m benchmarks.peers
 
 clean:
 	rm -rf .venv demo_output build *.egg-info
