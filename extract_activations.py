@@ -99,9 +99,10 @@ def extract(args: argparse.Namespace) -> int:
     from core.run_config import RunConfig, default_worker_id
 
     known = {field.name for field in fields(RunConfig)}
+    values = vars(args)
     # On a pod slice the variable numbers the hosts, which --multihost does too.
-    worker_id = 0 if getattr(args, "multihost", False) else default_worker_id()
-    values = {"worker_id": worker_id} | vars(args)
+    if "worker_id" not in values and "multihost" not in values:
+        values["worker_id"] = default_worker_id()
     flags: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
     }

@@ -12,14 +12,17 @@ A window is committed when its record exists, and readers believe only what a re
 plan, stream and window, so whoever writes a name a second time writes the same content or steps back.
 """
 
+import itertools
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from absl import logging
 
 from core.errors import RunError, UsageError
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
@@ -32,6 +35,7 @@ RUN_FILE = "run.json"
 STREAM_FILE = "stream.json"
 DATASET_FILE = "dataset.json"
 INDEX_FILE = "metadata.json"
+_SHOWN_DIFFERENCES = 8
 # Reading the records of a long run back is latency, not bandwidth.
 _READ_THREADS = 16
 
@@ -93,12 +97,17 @@ class CommitRecord:
 
 @dataclass(frozen=True)
 class SpooledFile:
-    """A finished file on the local disk, waiting to be stored under `name` in the worker's folder."""
+    """A finished file on the local disk, waiting to be stored under `name` in the worker's folder.
+
+    `is_equivalent` tells whether another file's stream holds the same samples up to rounding; None when rounding cannot
+    touch the content, so that any other file is a wrong one.
+    """
 
     name: str
     site: str | None
     path: Path
     digest: FileDigest
+    is_equivalent: Callable[[BinaryIO], bool] | None
 
 
 def shard_stem(window: int) -> str:
@@ -183,9 +192,10 @@ class ActivationStorage:
 
         Raises UsageError when the folder holds another plan or stream.
         """
-        for name, wanted in self._identities():
-            self._refuse_other(name, wanted)
-        self._records = read_records(self._primary, self.folder)
+        for store in self._stores():
+            for name, wanted in self._identities():
+                refuse_other(store, name, wanted)
+        self._records = committed_records(self._primary, self.folder)
         for record in self._records:
             if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
                 raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written for another plan: verify it")
@@ -201,8 +211,7 @@ class ActivationStorage:
                 return
             for store in self._stores():
                 for name, wanted in self._identities():
-                    if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
-                        self._refuse_other(name, wanted, store)
+                    declare(store, name, wanted)
             self._complete_mirror()
             self._claimed = True
 
@@ -212,8 +221,18 @@ class ActivationStorage:
             return
         present = set(self._mirror.list(f"{self.folder}/"))
         for record in self._records:
-            if all(f"{self.folder}/{file.name}" in present for file in record.files):
-                self._mirror.create_bytes(self._record_name(record.window), record.to_bytes())
+            if self._record_name(record.window) not in present:
+                self._mirror_record(record)
+
+    def _mirror_record(self, record: CommitRecord) -> None:
+        """Commits a window in the local copy too, when the files there are those that the record names."""
+        if self._mirror is None:
+            return
+        held = (self._mirror.info(f"{self.folder}/{file.name}") for file in record.files)
+        if list(held) == [ObjectInfo(file.bytes, file.crc32c) for file in record.files]:
+            self._mirror.create_bytes(self._record_name(record.window), record.to_bytes())
+        else:
+            logging.warning("the local copy of window %d is not what the bucket holds: it is left out", record.window)
 
     def _record_name(self, window: int) -> str:
         return f"{self.folder}/{shard_stem(window)}.json"
@@ -222,16 +241,18 @@ class ActivationStorage:
         """Stores one finished file under its name, and returns what stands there now.
 
         Another file may already stand there without a commit record: a worker on other hardware, whose rounding
-        differs, died before it could commit. It holds the same samples, so it is kept, and the record names it.
+        differs, died before it could commit. When it holds the same samples it is kept, and the record names it;
+        otherwise RunError is raised.
         """
         self._claim()
         name = f"{self.folder}/{file.name}"
         info = ObjectInfo(file.digest.bytes, file.digest.crc32c)
         mine = StoredFile(file.name, file.site, file.digest.bytes, file.digest.crc32c, file.digest.sha256)
-        outcome = self._primary.create_file(name, file.path, info)
+        if self._primary.create_file(name, file.path, info) is Created.ALREADY_DIFFERENT:
+            return self._standing(window, file)
         if self._mirror is not None:
             self._mirror.create_file(name, file.path, info)
-        return mine if outcome is not Created.ALREADY_DIFFERENT else self._standing(window, file)
+        return mine
 
     def commit(self, record: CommitRecord) -> CommitRecord:
         """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
@@ -242,8 +263,7 @@ class ActivationStorage:
         standing = CommitRecord.from_bytes(data)
         if standing.next_place != record.next_place:
             raise RunError(f"{self.url}: window {record.window} was committed with other samples: verify the folder")
-        if self._mirror is not None:
-            self._mirror.create_bytes(name, data)
+        self._mirror_record(standing)
         self._records.append(standing)
         return standing
 
@@ -256,44 +276,90 @@ class ActivationStorage:
     def _stores(self) -> list[ObjectStore]:
         return [self._primary, *([self._mirror] if self._mirror is not None else [])]
 
-    def _refuse_other(self, name: str, wanted: dict[str, Any], store: ObjectStore | None = None) -> None:
-        store = store or self._primary
-        try:
-            stored = json.loads(store.read_bytes(name))
-        except FileNotFoundError:
-            return
-        except ValueError as error:
-            raise RunError(f"{store.url}/{name} is not JSON ({error}): use another --output_dir") from error
-        differences = differing_fields(stored, wanted)
-        if differences:
-            raise UsageError(
-                f"{store.url}/{name} holds another run ({'; '.join(differences)}): "
-                "use the same flags, another --worker_id or another --output_dir"
-            )
-
     def _standing(self, window: int, file: SpooledFile) -> StoredFile:
         """What stands under a name whose content is not ours: as its record says, else as the bytes are."""
         try:
             record = CommitRecord.from_bytes(self._primary.read_bytes(self._record_name(window)))
             return next(stored for stored in record.files if stored.name == file.name)
-        except FileNotFoundError:
-            with self._primary.open(f"{self.folder}/{file.name}") as stream:
-                digest = digest_stream(stream)
-            return StoredFile(file.name, file.site, digest.bytes, digest.crc32c, digest.sha256)
+        except (FileNotFoundError, StopIteration):
+            return self._adopt(file)
+
+    def _adopt(self, file: SpooledFile) -> StoredFile:
+        name = f"{self.folder}/{file.name}"
+        with self._primary.open(name) as stream:
+            is_ours = file.is_equivalent is not None and file.is_equivalent(stream)
+        if not is_ours:
+            raise RunError(
+                f"{self._primary.url}/{name} stands there without a commit record and does not hold this window: "
+                "remove it, or use another --output_dir"
+            )
+        with self._primary.open(name) as stream:
+            digest = digest_stream(stream)
+        return StoredFile(file.name, file.site, digest.bytes, digest.crc32c, digest.sha256)
+
+
+def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+    """Raises UsageError naming the fields that differ when `name` exists and says something else than `wanted`."""
+    try:
+        stored = json.loads(store.read_bytes(name))
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        raise RunError(f"{store.url}/{name} is not JSON ({error}): use another --output_dir") from error
+    if not isinstance(stored, dict):
+        raise RunError(f"{store.url}/{name} is not a JSON object: use another --output_dir")
+    differences = differing_fields(stored, wanted)
+    if differences:
+        more = f"; {len(differences) - _SHOWN_DIFFERENCES} more" * (len(differences) > _SHOWN_DIFFERENCES)
+        other_worker = " another --worker_id," * name.endswith(STREAM_FILE)
+        raise UsageError(
+            f"{store.url}/{name} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}{more}): "
+            f"use the same flags,{other_worker} or another --output_dir"
+        )
+
+
+def declare(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+    """Writes what an output is for, create-only; raises UsageError when it says something else already."""
+    if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
+        refuse_other(store, name, wanted)
+
+
+def committed_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
+    """The records of a folder up to the first that is missing, or one of whose files is.
+
+    That is what a run may build on: windows behind a gap are extracted again, and meet the files that still stand.
+    """
+    names = set(store.list(f"{folder}/"))
+    by_window = _record_names(names, folder)
+    whole = list(itertools.takewhile(lambda window: window in by_window, itertools.count(1)))
+    records = _read_all(store, by_window, whole)
+    complete = itertools.takewhile(lambda r: all(f"{folder}/{file.name}" in names for file in r.files), records)
+    kept = list(complete)
+    if len(kept) < len(by_window):
+        logging.warning("%s/%s: window %d is damaged: going on from there", store.url, folder, len(kept) + 1)
+    return kept
 
 
 def read_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
-    """The commit records of a worker's folder in window order; raises RunError when one is unreadable or missing."""
-    names = {}
-    for name in store.list(f"{folder}/"):
-        match = RECORD_NAME.fullmatch(name.removeprefix(f"{folder}/"))
-        if match:
-            names[int(match.group(1))] = name
-    missing = sorted(set(range(1, max(names, default=0) + 1)) - names.keys())
+    """Every commit record of a folder in window order; raises RunError when one is unreadable or missing."""
+    by_window = _record_names(store.list(f"{folder}/"), folder)
+    missing = sorted(set(range(1, max(by_window, default=0) + 1)) - by_window.keys())
     if missing:
-        raise RunError(f"{store.url}/{folder}: window {missing[0]} has no commit record but later ones have")
+        raise RunError(
+            f"{store.url}/{folder}: window {missing[0]} has no commit record but later ones have: "
+            "run the same extraction again"
+        )
+    return _read_all(store, by_window, sorted(by_window))
+
+
+def _record_names(names: Iterable[str], folder: str) -> dict[int, str]:
+    matches = ((RECORD_NAME.fullmatch(name.removeprefix(f"{folder}/")), name) for name in names)
+    return {int(match.group(1)): name for match, name in matches if match}
+
+
+def _read_all(store: ObjectStore, by_window: dict[int, str], windows: Sequence[int]) -> list[CommitRecord]:
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        return list(pool.map(lambda window: _read_record(store, names[window], window), sorted(names)))
+        return list(pool.map(lambda window: _read_record(store, by_window[window], window), windows))
 
 
 def _read_record(store: ObjectStore, name: str, window: int) -> CommitRecord:

@@ -32,6 +32,10 @@ def run_command(
             if args.verbose:
                 raise
             return _report(error)
+        except Exception as error:
+            if args.verbose:
+                raise
+            return _report(_as_run_error(error))
         except KeyboardInterrupt:
             print("interrupted: run the same command again to continue", file=sys.stderr)
             return 130
@@ -61,6 +65,13 @@ def log_to_file(path: str | None) -> None:
         raise UsageError(f"--log_file {path}: {error.strerror}") from error
     handler.setFormatter(_FORMAT)
     logging.get_absl_logger().addHandler(handler)
+
+
+def _as_run_error(error: Exception) -> RunError:
+    """What nobody foresaw, in one line all the same; the trace is there for those who ask."""
+    if isinstance(error, OSError) and error.strerror:
+        return RunError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
+    return RunError(f"{type(error).__name__}: {error} (an unexpected error: --verbose shows where)")
 
 
 def _report(error: Exception) -> int:

@@ -24,7 +24,7 @@ from core.prompts import PromptOptions, Tokenizer
 from core.run_config import RunConfig
 from core.sharded_dataset import ShardEntry, find_shard, read_dataset
 from core.windows import StreamPlace, TokenizedSample, Window, cut_windows
-from qwen2_jax import Capture, DecoderConfig, load_config, load_tokenizer, model_identity, tokenizer_digest
+from qwen2_jax import SITES, Capture, DecoderConfig, load_config, load_tokenizer, model_identity, tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,11 @@ def _capture(config: RunConfig, model: DecoderConfig) -> Capture:
     missing = [layer for layer in layers if not 0 <= layer < model.n_layers]
     if missing:
         raise UsageError(f"--layers_to_extract {missing[0]}: {config.model_path} has layers 0 to {model.n_layers - 1}")
-    return Capture(layers=tuple(layers), sites=config.activation_type)
+    unknown = [site for site in config.activation_type if site not in SITES]
+    if unknown:
+        raise UsageError(f"--activation_type {unknown[0]}: must be one of {', '.join(SITES)}")
+    # In the order of the registry and once each: the same sites are the same run however they are listed.
+    return Capture(layers=tuple(layers), sites=tuple(site for site in SITES if site in config.activation_type))
 
 
 def _check_length(config: RunConfig, model: DecoderConfig) -> None:
@@ -185,8 +189,10 @@ def _check_length(config: RunConfig, model: DecoderConfig) -> None:
 def _run_plan(
     config: RunConfig, capture: Capture, options: PromptOptions, compute_dtype: str, tokenizer: str | None
 ) -> RunPlan:
+    model = model_identity(config.model_path, config.revision)
     return RunPlan(
-        model=model_identity(config.model_path, config.revision),
+        # The digest says which weights these are; the revision only says where they were found.
+        model={"family": model["family"], "digest": model["digest"]},
         tokenizer=tokenizer,
         prompts={
             "grid_encoder": options.grid_encoder,

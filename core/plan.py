@@ -15,7 +15,7 @@ class RunPlan:
     """Everything but the stream that a stored byte depends on (on one kind of hardware and batch size).
 
     Attributes:
-      model: family, revision and content digest; independent of where the model lies.
+      model: family and content digest; independent of where the model lies.
       tokenizer: content digest, or None when the stream holds token ids.
       prompts: grid encoder, prompt version, predictions per task and seed.
       layers: block indices, ascending.

@@ -101,7 +101,6 @@ class Progress:
         self.samples = self.tokens = self.bytes = self.shards = self.truncated = self.bad_records = 0
 
     def __enter__(self) -> "Progress":
-        self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
         self._ticker.start()
         return self
 
@@ -170,8 +169,12 @@ class Progress:
             "stages": self.stage_seconds(),
             "bottleneck": self.bottleneck(),
         }
-        with self._metrics_path.open("a") as metrics:
-            metrics.write(json.dumps(line) + "\n")
+        try:
+            self._metrics_path.parent.mkdir(parents=True, exist_ok=True)
+            with self._metrics_path.open("a") as metrics:
+                metrics.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self._log(f"no metrics are kept: cannot write {self._metrics_path}: {error.strerror}")
 
     def _tick(self) -> None:
         if sys.stderr.isatty():

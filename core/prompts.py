@@ -19,7 +19,6 @@ PREVIEW_PROMPT_CHARS = 100
 PREVIEW_CHARS = 200
 # Enough prompts in one call for the tokenizer's threads, few enough to stay small in memory.
 _RECORDS_PER_CALL = 16
-OVERLONG = ("truncate", "refuse")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The command line of the main job as one frozen value, and what can be checked of it without touching anything."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,11 +70,13 @@ class RunConfig:
         for name in ("max_bad_records", "random_seed", "worker_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
-        self._require(self.shard_size_gb > 0, "shard_size_gb", "must be above 0")
+        self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
         self._check_dataset()
+        scheme = self.output_dir.partition("://")[0] if self.output_is_remote else "gs"
+        self._require(scheme in ("gs", "gcs"), "output_dir", "must be a local folder or a gs:// URL")
         if self.upload_to_gcs and not self.gcs_bucket:
             raise UsageError("--upload_to_gcs needs --gcs_bucket")
         if self.upload_to_gcs and self.output_is_remote:

@@ -5,15 +5,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Shaped
 
 from core.activation_storage import SpooledFile, site_file_name, table_name
-from core.formats import ShardContent, ShardFormat
+from core.formats import Outline, ShardContent, ShardFormat, read_shard
 from core.object_store import LocalStore, disk_errors
-from core.sinks import DigestWriter, ParallelGzipWriter, Sink
+from core.sinks import DigestWriter, FileDigest, ParallelGzipWriter, Sink
 from core.windows import TokenizedSample, Window
 
 
@@ -61,16 +62,20 @@ class ShardEncoder:
             for site, array in activations.by_site.items():
                 content = ShardContent(site, activations.layers, array, activations.offsets, window.samples)
                 name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix)
-                files.append(self._write(name, site, self.gzipped, partial(self.shard_format.write, content)))
-            table = partial(write_table, window.samples)
-            files.append(self._write(table_name(window.index), None, True, table))
+                fill = partial(self.shard_format.write, content)
+                path, digest = self._write(name, self.gzipped, fill)
+                is_equivalent = partial(_holds, content.outline(), self.shard_format.name, self.gzipped)
+                files.append(SpooledFile(name, site, path, digest, is_equivalent))
+            name = table_name(window.index)
+            path, digest = self._write(name, True, partial(write_table, window.samples))
+            files.append(SpooledFile(name, None, path, digest, is_equivalent=None))
         except BaseException:
             for file in files:
                 file.path.unlink(missing_ok=True)
             raise
         return files
 
-    def _write(self, name: str, site: str | None, gzipped: bool, fill: Callable[[Sink], None]) -> SpooledFile:
+    def _write(self, name: str, gzipped: bool, fill: Callable[[Sink], None]) -> tuple[Path, FileDigest]:
         path = self.spool.temporary_path(f"{self.folder}/{name}")
         try:
             with disk_errors(path), path.open("wb") as raw:
@@ -81,10 +86,17 @@ class ShardEncoder:
                     compressor.close()
                 else:
                     fill(digest)
-            return SpooledFile(name, site, path, digest.digest())
+            return path, digest.digest()
         except BaseException:
             path.unlink(missing_ok=True)
             raise
+
+
+def _holds(outline: Outline, format_name: str, gzipped: bool, stream: BinaryIO) -> bool:
+    try:
+        return read_shard(stream, format_name, gzipped=gzipped).outline() == outline
+    except ValueError:
+        return False
 
 
 def write_table(samples: Sequence[TokenizedSample], sink: Sink) -> None:

@@ -17,6 +17,7 @@ from core.extraction import Extraction, is_complete, resume_place
 from core.formats import FORMATS
 from core.jax_utils import COMPUTE_DTYPES, ExtractionStep, data_mesh
 from core.job import Job
+from core.object_store import LocalStore, disk_errors
 from core.pipeline import Pipeline
 from core.planning import Survey, refuse_full_disk, survey_stream
 from core.progress import Progress, Summary
@@ -76,7 +77,20 @@ def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
     windows = job.windows(start=place, first_index=index, bad_before=bad_before)
     # A stream that is bad from the start is refused before seconds are spent on the weights.
     first = next(windows)
+    _require_writable(job, storage)
     return PreparedStream(job, storage, survey, itertools.chain([first], windows))
+
+
+def _require_writable(job: Job, storage: ActivationStorage) -> None:
+    """Finds out before the weights are loaded, not at the first commit. Raises RunError naming the folder."""
+    folders = [storage.spool]
+    if job.config.enable_checkpointing:
+        folders.append(LocalStore(job.config.checkpoint_dir))
+    for folder in folders:
+        with disk_errors(folder.root):
+            probe = folder.temporary_path("probe")
+            probe.touch()
+            probe.unlink()
 
 
 def run_stream(

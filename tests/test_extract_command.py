@@ -186,3 +186,20 @@ def test_gzip_text_and_chat_streams_are_told_apart_by_their_keys(model, tmp_path
         shard = pickle.loads(gzip.decompress((out / "tpu_0/shard_0001.pkl.gz").read_bytes()))
         assert shard[0][0]["text_preview"] == f"Task: 0, Prompt: {preview}"
         assert shard[0][0]["activation"].shape[0] > 0
+
+
+def test_what_nobody_foresaw_is_one_line_too(model, tmp_path):
+    write_jsonl(tmp_path / "s.jsonl", token_lines(2))
+    (tmp_path / "afile").write_text("")
+    args = ("--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 256)
+    assert "afile" in one_line_error(extract(tmp_path, *args, "--output_dir", "afile/sub"), 1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text("[1]")
+    assert "run.json" in one_line_error(extract(tmp_path, *args, "--output_dir", "out"), 1)
+
+
+def test_a_given_worker_id_needs_no_environment(model, tmp_path):
+    write_jsonl(tmp_path / "s.jsonl", token_lines(2))
+    args = ("--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 256)
+    result = extract(tmp_path, *args, "--worker_id", 3, TPU_WORKER_ID="not a number")
+    assert result.returncode == 0, result.stderr

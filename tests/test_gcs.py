@@ -195,3 +195,31 @@ def test_the_multi_host_command_runs_as_written_on_two_hosts(model, bucket, tmp_
     assert shards == {f"shard_00{i}" for i in range(4)}
     remote = ("verify", "gs://your-bucket/activations")
     assert run("analyze_activations.py", *remote, cwd=tmp_path, **env).returncode == 0
+
+
+def test_a_local_folder_of_another_run_is_refused_before_the_bucket_is_touched(model, bucket, tmp_path):
+    write_jsonl(tmp_path / "s.jsonl", token_lines(5))
+    args = ("--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 256)
+    upload = ("--upload_to_gcs", "--gcs_bucket", "your-bucket")
+    assert extract(tmp_path, *args, "--layers_to_extract", 1).returncode == 0
+    refused = extract(tmp_path, *args, "--layers_to_extract", 2, *upload, **gcs_environment(bucket))
+    assert refused.returncode == 2
+    assert "layers: [1] there, [2] here" in refused.stderr
+    assert objects(bucket) == {}
+
+
+def test_the_local_copy_names_no_bytes_that_it_does_not_hold(model, bucket, tmp_path):
+    write_jsonl(tmp_path / "s.jsonl", token_lines(20))
+    args = ("--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 256, "--dtype", "float32")
+    args += ("--upload_to_gcs", "--gcs_bucket", "your-bucket")
+    env = gcs_environment(bucket)
+    assert extract(tmp_path, *args, **env).returncode == 0
+    bucket.state.delete("your-bucket", "activations/tpu_0/shard_0001.json", {})
+    for name in ("shard_0001.json", "shard_0001.pkl.gz"):
+        (tmp_path / "activations/tpu_0" / name).unlink()
+    again = extract(tmp_path, *args, "--no_pack", "--batch_size", 1, **env)
+    assert again.returncode == 0, again.stderr
+    assert "is left out" in again.stderr
+    assert not (tmp_path / "activations/tpu_0/shard_0001.json").exists()
+    remote = ("verify", "gs://your-bucket/activations")
+    assert run("analyze_activations.py", *remote, cwd=tmp_path, **env).returncode == 0

@@ -1,9 +1,25 @@
 """The formats a shard can be stored in. A new one is a new file here and a line in FORMATS."""
 
-from core.formats.base import DTYPES, ShardContent, ShardFormat, StoredShard
+import zlib
+from typing import BinaryIO
+
+from isal import igzip, igzip_lib
+
+from core.formats.base import DTYPES, Outline, ShardContent, ShardFormat, StoredShard
 from core.formats.pickle_shard import PickleFormat
 from core.formats.safetensors_shard import SafetensorsFormat
 
 FORMATS: dict[str, ShardFormat] = {fmt.name: fmt for fmt in (PickleFormat(), SafetensorsFormat())}
 
-__all__ = ["DTYPES", "FORMATS", "ShardContent", "ShardFormat", "StoredShard"]
+__all__ = ["DTYPES", "FORMATS", "Outline", "ShardContent", "ShardFormat", "StoredShard", "read_shard"]
+
+
+def read_shard(stream: BinaryIO, format_name: str, *, gzipped: bool) -> StoredShard:
+    """Reads a shard file of any format; raises ValueError saying what is wrong with it."""
+    try:
+        if not gzipped:
+            return FORMATS[format_name].read(stream)
+        with igzip.open(stream, "rb") as raw:
+            return FORMATS[format_name].read(raw)
+    except (EOFError, OSError, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]  # an exception, untyped
+        raise ValueError(f"not a whole file: {error}") from error

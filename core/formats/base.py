@@ -19,6 +19,9 @@ DTYPES = {
     "float32": np.dtype(np.float32),
 }
 
+# Sample indices, and by layer the shape and dtype of each sample's activation.
+Outline = tuple[tuple[int, ...], dict[int, list[tuple[tuple[int, ...], np.dtype]]]]
+
 
 @dataclass(frozen=True)
 class ShardContent:
@@ -37,6 +40,11 @@ class ShardContent:
         """A view of one sample's activations at the `layer_slot`-th stored layer."""
         return self.activations[layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
 
+    def outline(self) -> Outline:
+        """What two runs of one window agree on, whatever their rounding."""
+        shapes = [(self.activation(0, sample).shape, self.activations.dtype) for sample in range(len(self.samples))]
+        return tuple(sample.sample_idx for sample in self.samples), dict.fromkeys(self.layers, shapes)
+
 
 @dataclass(frozen=True)
 class StoredShard:
@@ -44,6 +52,11 @@ class StoredShard:
 
     sample_idx: tuple[int, ...]
     layers: dict[int, list[Shaped[np.ndarray, "T D"]]]
+
+    def outline(self) -> Outline:
+        """What two runs of one window agree on, whatever their rounding."""
+        shapes = {layer: [(array.shape, array.dtype) for array in arrays] for layer, arrays in self.layers.items()}
+        return self.sample_idx, shapes
 
 
 class ShardFormat(Protocol):

@@ -1,7 +1,8 @@
 """safetensors: raw tensors behind a JSON header, so one sample of one layer can be read without the rest.
 
 Tensors: `layer_{i}` (N, D) in the stored dtype (bfloat16 exact), `token_ids` (N,) int32, `sample_idx` (S,) int64 and
-`sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Previews and labels are in the header.
+`sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Previews and labels stand in the sample
+table alone: the package opens no file whose header is above 100 MB.
 The header is written here rather than by the safetensors package, whose writers copy every tensor first.
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, header, tensors back to back).
 """
@@ -69,8 +70,6 @@ def _metadata(content: ShardContent) -> dict[str, str]:
     return {
         "site": content.site,
         "layers": json.dumps(list(content.layers)),
-        "text_previews": json.dumps([sample.text_preview for sample in content.samples], ensure_ascii=False),
-        "labels": json.dumps([sample.labels for sample in content.samples], ensure_ascii=False, sort_keys=True),
     }
 
 

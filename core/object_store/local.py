@@ -24,8 +24,6 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turn what the disk refuses while writing `path` into a RunError; a full disk says so first."""
     try:
         yield
-    except (FileExistsError, FileNotFoundError):
-        raise
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = "free some space or choose a folder on another disk, then run the same command again to resume"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import N_LAYERS, arc_lines, cache_dir, committed_files, token_lines, write_jsonl, write_model
 
+from analysis.verification import verify
 from core.activation_storage import ActivationStorage
 from core.errors import RunError, UsageError
 from core.extraction import WINDOWS_IN_MEMORY, WindowBuffer
@@ -313,3 +314,77 @@ def test_no_more_windows_are_in_memory_than_stated_however_slow_the_storage(conf
     monkeypatch.setattr(ActivationStorage, "store", slow)
     assert run(replace(config, shard_size_gb=30_000 / 2**30)).shards > 3 * WINDOWS_IN_MEMORY
     assert most <= WINDOWS_IN_MEMORY
+
+
+def test_a_foreign_file_under_a_shards_name_is_refused_not_adopted(config, tmp_path):
+    run(config)
+    folder = tmp_path / "out/tpu_0"
+    foreign = (folder / "shard_0001.pkl.gz").read_bytes()
+    for record in sorted(folder.glob("shard_*.json"))[3:]:
+        record.unlink()
+    for content in (b"junk", foreign, foreign[:-20]):
+        (folder / "shard_0004.pkl.gz").write_bytes(content)
+        with pytest.raises(RunError, match=r"shard_0004\.pkl\.gz stands there without a commit record"):
+            run(config)
+        assert not (folder / "shard_0004.json").exists()
+
+
+def test_shards_of_another_run_whose_records_are_gone_are_refused(config, tmp_path):
+    run(config)
+    for path in [tmp_path / "out/run.json", *(tmp_path / "out/tpu_0").glob("*.json")]:
+        path.unlink()
+    with pytest.raises(RunError, match="does not hold this window"):
+        run(replace(config, layers_to_extract=(1,)))
+
+
+def test_a_file_that_differs_in_rounding_alone_is_kept_and_named_as_it_is(config, tmp_path):
+    fp32 = replace(config, dtype="float32")
+    run(fp32)
+    before = committed_files(tmp_path / "out")
+    for record in (tmp_path / "out/tpu_0").glob("shard_*.json"):
+        record.unlink()
+    # Other shapes of the batch round differently, as other hardware does.
+    run(replace(fp32, pack=False, batch_size=1))
+    assert verify(str(tmp_path / "out")).ok
+    assert committed_files(tmp_path / "out") == before
+
+
+def test_a_lost_record_or_file_is_made_again(config, tmp_path):
+    run(config)
+    before = committed_files(tmp_path / "out")
+    for lost in ("shard_0003.json", "shard_0002.pkl.gz", "samples_0004.jsonl.gz"):
+        (tmp_path / "out/tpu_0" / lost).unlink()
+        assert not verify(str(tmp_path / "out")).ok
+        run(config)
+        assert committed_files(tmp_path / "out") == before
+
+
+def test_the_same_sites_in_any_order_and_number_are_the_same_run(config, tmp_path):
+    run(replace(config, activation_type=("residual", "mlp", "residual")))
+    assert run(replace(config, activation_type=("mlp", "residual"))).samples == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["sites"] == ["mlp", "residual"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"shard_size_gb": float("inf")}, {"output_dir": "http://host/x"}, {"output_dir": "memory://x"}, {"batch_size": 0}],
+)
+def test_flags_that_cannot_be_are_refused_by_name(config, change):
+    (name,) = change
+    with pytest.raises(UsageError, match=f"--{name}"):
+        replace(config, **change)
+
+
+@pytest.mark.parametrize("flag", ["output_dir", "checkpoint_dir"])
+def test_a_folder_that_cannot_be_written_is_found_out_before_weights_are_loaded(
+    config, tmp_path, flag, monkeypatch
+):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("core.stream_run.load_model", lambda *args, **kwargs: pytest.fail("the weights were loaded"))
+    with pytest.raises((RunError, OSError), match="file"):
+        run(replace(config, **{flag: str(tmp_path / "file" / "below")}))
+
+
+def test_metrics_that_cannot_be_kept_are_no_reason_to_stop(config, tmp_path):
+    (tmp_path / "out/tpu_0/metrics.jsonl").mkdir(parents=True)
+    assert run(config).status == "complete"

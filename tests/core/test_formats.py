@@ -94,7 +94,7 @@ def test_the_safetensors_package_reads_every_tensor(tmp_path):
         np.testing.assert_array_equal(
             file.get_tensor("token_ids"), np.concatenate([s.token_ids for s in shard.samples])
         )
-        assert '"préview 0"' in file.metadata()["text_previews"]
+        assert file.metadata() == {"site": "residual", "layers": "[0, 7]"}
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS))
