@@ -4,13 +4,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo test lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
 	@echo "make demo       real activations from a real model in two minutes"
 	@echo "make test       the test suite (installs torch, the reference)"
-	@echo "make test-slow  the long tests"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the benchmarks, see benchmarks/README.md"
 
@@ -35,10 +34,7 @@ demo: .venv/.installed-demo
 	PYTHON=$(BIN)/python scripts/demo.sh
 
 test: .venv/.installed-dev
-	$(PYTEST) -m 'not slow'
-
-test-slow: .venv/.installed-dev
-	$(PYTEST) -m slow
+	$(PYTEST)
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

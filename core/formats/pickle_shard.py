@@ -21,7 +21,7 @@ _ALLOWED = {
     ("numpy.core.numeric", "_frombuffer"),
     ("ml_dtypes", "bfloat16"),
 }
-# Protocol 5 pickles of numpy 2 name a module that numpy 1 does not have; 4 is read by both.
+# Protocol 5 pickles of numpy 2 name a module that numpy 1.26 does not have; 4 is read by both.
 PROTOCOL = 4
 
 
