@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from core.activation_storage import SpooledFile, site_file_name, table_name
 from core.formats import Outline, ShardContent, ShardFormat, read_shard
 from core.object_store import LocalStore, disk_errors
-from core.sinks import DigestWriter, FileDigest, ParallelGzipWriter, Sink
+from core.sinks import DigestWriter, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 from core.windows import TokenizedSample, Window
 
 
@@ -80,12 +80,13 @@ class ShardEncoder:
         try:
             with disk_errors(path), path.open("wb") as raw:
                 digest = DigestWriter(raw)
-                if gzipped:
-                    compressor = ParallelGzipWriter(digest, self.executor)
-                    fill(compressor)
-                    compressor.close()
-                else:
-                    fill(digest)
+                with WriteBehind(digest) as sink:
+                    if gzipped:
+                        compressor = ParallelGzipWriter(sink, self.executor)
+                        fill(compressor)
+                        compressor.close()
+                    else:
+                        fill(sink)
             return path, digest.digest()
         except BaseException:
             path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
-"""The streams that shard files are written to: one keeps a digest of what passes, one compresses on several cores."""
+"""The streams that shard files are written to: one digests what passes, one has its own thread, one compresses."""
 
 import hashlib
 import struct
 from collections import deque
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -62,6 +62,35 @@ class DigestWriter:
     def digest(self) -> FileDigest:
         """The digest of what was written so far."""
         return FileDigest(self._bytes, f"{self._crc32c:08x}", self._sha256.hexdigest())
+
+
+class WriteBehind:
+    """Passes everything on to `sink` in a thread of its own, in order, while the caller produces more.
+
+    A context manager: at its end everything is written. At most `in_flight` writes wait, so memory stays bounded. An
+    error of the sink is raised by a later `write`, or at the end.
+    """
+
+    def __init__(self, sink: Sink, in_flight: int = 4) -> None:
+        self._sink = sink
+        self._in_flight = in_flight
+        self._pending: deque[Future[int]] = deque()
+        self._thread = ThreadPoolExecutor(1, "write-behind")
+
+    def __enter__(self) -> "WriteBehind":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._thread.shutdown(cancel_futures=kind is not None)
+        while kind is None and self._pending:
+            self._pending.popleft().result()
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Takes a copy of `data`; blocks while too many writes wait."""
+        self._pending.append(self._thread.submit(self._sink.write, bytes(data)))
+        if len(self._pending) > self._in_flight:
+            self._pending.popleft().result()
+        return len(data)
 
 
 def digest_stream(stream: BinaryIO) -> FileDigest:

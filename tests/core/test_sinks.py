@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core import sinks
-from core.sinks import DigestWriter, ParallelGzipWriter, digest_stream
+from core.sinks import DigestWriter, ParallelGzipWriter, WriteBehind, digest_stream
 
 
 @pytest.fixture
@@ -62,3 +62,20 @@ def test_a_digest_is_that_of_the_bytes_that_passed():
     assert digest.sha256 == hashlib.sha256(data).hexdigest()
     assert digest.crc32c == f"{google_crc32c.value(data):08x}"
     assert digest_stream(io.BytesIO(data)) == digest
+
+
+def test_writing_behind_keeps_order_and_finishes_before_it_ends():
+    sink, data = io.BytesIO(), np.random.default_rng(0).bytes(10_000)
+    with WriteBehind(sink, in_flight=2) as behind:
+        for start in range(0, len(data), 7):
+            behind.write(memoryview(data)[start : start + 7])
+    assert sink.getvalue() == data
+
+
+def test_an_error_of_the_sink_reaches_the_writer():
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"), WriteBehind(Full()) as behind:
+        behind.write(b"1")
