@@ -29,7 +29,11 @@ FAMILIES = {
 
 def decoder_config(fields: Fields) -> DecoderConfig:
     """The config of any registered family. Raises `ModelError` naming what is unsupported or inconsistent."""
-    config = FAMILIES[choice(fields, "model_type", FAMILIES)].config(fields)
+    family = FAMILIES[choice(fields, "model_type", FAMILIES)]
+    try:
+        config = family.config(fields)
+    except (TypeError, ValueError, AttributeError) as error:  # of a field that the family uses unchecked
+        raise ModelError(f"a field has a value of the wrong kind ({error})") from error
     if config.n_heads % config.n_kv_heads:
         raise ModelError(
             f"num_attention_heads {config.n_heads} is not a multiple of num_key_value_heads {config.n_kv_heads}"

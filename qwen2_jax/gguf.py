@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGUFReader, dequantize
 
 from qwen2_jax.config import DecoderConfig, FrequencyDivisors
-from qwen2_jax.errors import ModelError
+from qwen2_jax.errors import ModelError, reading
 from qwen2_jax.families import decoder_config
 
 ARCHITECTURES = ("llama", "qwen2")
@@ -71,8 +71,9 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            reader = GGUFReader(path)
-        except (ValueError, OSError, IndexError, KeyError) as error:
+            with reading(path):
+                reader = GGUFReader(path)
+        except (ValueError, IndexError, KeyError) as error:
             raise ModelError(f"{path}: not a whole GGUF file ({error}); download it again") from error
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}

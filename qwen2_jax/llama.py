@@ -6,7 +6,7 @@ import dataclasses
 
 from qwen2_jax.config import DecoderConfig
 from qwen2_jax.decoder import ACTIVATIONS
-from qwen2_jax.hf_config import Fields, choice, count, head_dim, read_rope, require
+from qwen2_jax.hf_config import Fields, choice, count, flag, head_dim, number, read_rope, require
 
 LAYER = "model.layers.{layer}."
 # One name per tensor of the checkpoint and the parameter it becomes. Rows of a bias the config lacks do not apply.
@@ -36,7 +36,7 @@ WEIGHTS = {
 def llama_config(fields: Fields) -> DecoderConfig:
     """A `LlamaConfig` as a `DecoderConfig`."""
     n_heads, n_layers = count(fields, "num_attention_heads"), count(fields, "num_hidden_layers")
-    bias = bool(fields.get("attention_bias", False))
+    bias = flag(fields, "attention_bias")
     return DecoderConfig(
         family=require(fields, "model_type"),
         vocab_size=count(fields, "vocab_size"),
@@ -44,14 +44,14 @@ def llama_config(fields: Fields) -> DecoderConfig:
         d_ff=count(fields, "intermediate_size"),
         n_layers=n_layers,
         n_heads=n_heads,
-        n_kv_heads=fields.get("num_key_value_heads") or n_heads,
+        n_kv_heads=n_heads if fields.get("num_key_value_heads") is None else count(fields, "num_key_value_heads"),
         head_dim=head_dim(fields),
-        norm_eps=require(fields, "rms_norm_eps"),
+        norm_eps=number(fields, "rms_norm_eps"),
         rope=read_rope(fields),
         qkv_bias=bias,
         o_bias=bias,
-        mlp_bias=bool(fields.get("mlp_bias", False)),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        mlp_bias=flag(fields, "mlp_bias"),
+        tie_embeddings=flag(fields, "tie_word_embeddings"),
         windows=(None,) * n_layers,
         max_positions=count(fields, "max_position_embeddings"),
         activation=choice(fields, "hidden_act", ACTIVATIONS),
@@ -61,4 +61,5 @@ def llama_config(fields: Fields) -> DecoderConfig:
 def mistral_config(fields: Fields) -> DecoderConfig:
     """Llama without biases, where `sliding_window`, when set, holds on every layer."""
     config = llama_config(fields)
-    return dataclasses.replace(config, windows=(fields.get("sliding_window"),) * config.n_layers)
+    window = None if fields.get("sliding_window") is None else count(fields, "sliding_window")
+    return dataclasses.replace(config, windows=(window,) * config.n_layers)

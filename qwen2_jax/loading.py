@@ -17,10 +17,10 @@ import numpy as np
 from qwen2_jax import gguf
 from qwen2_jax.config import DecoderConfig
 from qwen2_jax.decoder import Decoder
-from qwen2_jax.errors import ModelError
+from qwen2_jax.errors import ModelError, reading
 from qwen2_jax.families import FAMILIES, decoder_config
 from qwen2_jax.hf_config import read_config_json
-from qwen2_jax.locate import CONFIG_FILES, TOKENIZER_FILES, WEIGHT_FILES, hub_commit, locate_model
+from qwen2_jax.locate import CONFIG_FILES, TOKENIZER_FILES, VOCABULARY_FILES, WEIGHT_FILES, hub_commit, locate_model
 from qwen2_jax.weights import SafetensorsFolder, load_parameters, weight_files
 
 if TYPE_CHECKING:
@@ -90,10 +90,11 @@ def model_identity(path: str, revision: str | None = None) -> dict[str, str | No
     """
     found = locate_model(path, revision, WEIGHT_FILES)
     files = [found] if found.is_file() else weight_files(found)
+    family = _config(found).family
     config = b"" if found.is_file() else (found / "config.json").read_bytes()
     described = [[file.name, file.stat().st_size, _crc32c(file)] for file in files]
     digest = hashlib.sha256(json.dumps(described).encode() + config).hexdigest()
-    return {"family": _config(found).family, "revision": hub_commit(found), "digest": digest}
+    return {"family": family, "revision": hub_commit(found), "digest": digest}
 
 
 def tokenizer_digest(path: str, revision: str | None = None) -> str | None:
@@ -110,13 +111,14 @@ def tokenizer_digest(path: str, revision: str | None = None) -> str | None:
         return None
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        with reading(file):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
 
 
 def _crc32c(path: Path) -> str:
     checksum = google_crc32c.Checksum()
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while block := file.read(8 << 20):
             checksum.update(block)
     return checksum.hexdigest().decode()
@@ -125,7 +127,7 @@ def _crc32c(path: Path) -> str:
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id, or one built from a GGUF file's metadata. Needs no torch.
 
-    Raises `ModelError` when there is none or the GGUF file's kind is not known.
+    Raises `ModelError` when there is none, its vocabulary is empty or the GGUF file's kind is not known.
     """
     found = locate_model(path, revision, TOKENIZER_FILES)
     # transformers' advice to install torch is not for those who need a tokenizer alone.
@@ -134,10 +136,20 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         from qwen2_jax.gguf_tokenizer import gguf_tokenizer
 
         return gguf_tokenizer(gguf.open_gguf(found))
+    if not any(file for pattern in VOCABULARY_FILES for file in found.glob(pattern)):
+        raise ModelError(f"no tokenizer files in {found}; give one with --tokenizer_path")
+    tokenizer = _tokenizer_of_folder(path, found)
+    # transformers builds some kinds around no vocabulary at all, and they then find no token in any text.
+    if not tokenizer.vocab_size:
+        raise ModelError(f"{path}: the tokenizer's vocabulary is empty; give one with --tokenizer_path")
+    return tokenizer
+
+
+def _tokenizer_of_folder(path: str, found: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(found)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers lets through whatever a file's content makes its code raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{path}: no tokenizer could be loaded ({reason}); give one with --tokenizer_path") from error

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwen2_jax.config import DecoderConfig
 from qwen2_jax.decoder import ParamSpec, parameter_specs
-from qwen2_jax.errors import ModelError
+from qwen2_jax.errors import ModelError, reading
 from qwen2_jax.sharding import parameter_sharding
 
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
@@ -85,8 +85,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise ModelError(f"{folder}: no model.safetensors(.index.json); convert the weights to safetensors first")
+    with reading(index):
+        content = index.read_bytes()
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(content.decode())["weight_map"]
         files = sorted({folder / file for file in weight_map.values()})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelError(f"{index}: no weight_map could be read from it; download it again") from error
@@ -97,8 +99,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
+        with reading(path):
+            path.open("rb").close()  # safe_open says "no such file" of one it may not read
+            return safe_open(path, framework="numpy")
+    except SafetensorError as error:
         raise ModelError(f"{path}: not a whole safetensors file ({error}); download it again") from error
 
 

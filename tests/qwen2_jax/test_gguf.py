@@ -82,7 +82,7 @@ REFUSED = {
     "GGUF architecture 'gemma2' is not supported": {"arch": "gemma2"},
     "llama.expert_count = 8 is not supported": COMPLETE | {"expert_count": 8},
     "llama.rope.scaling.yarn_beta_fast = 8.0 is not": COMPLETE | {"rope.scaling.yarn_beta_fast": 8.0},
-    "rope type 'longrope' is not supported": COMPLETE | {"rope.scaling.type": "longrope"},
+    "rope_type 'longrope' is not supported": COMPLETE | {"rope.scaling.type": "longrope"},
     "rope.dimension_count 2 is not the head size 4": COMPLETE | {"rope.dimension_count": 2},
     "rope_theta is missing": {k: v for k, v in COMPLETE.items() if k != "rope.freq_base"},
 }

@@ -1,7 +1,10 @@
 """Model folders as they come: whole, in pieces, in bf16, broken."""
 
+import contextlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +15,17 @@ from hf_reference import SIZES, everything, forward, save, tiny_model, worst_tok
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qwen2_jax import Capture, ModelError, load_config, load_model, load_tokenizer, model_identity
+from qwen2_jax import (
+    Capture,
+    ModelError,
+    families,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    model_identity,
+    tokenizer_digest,
+)
 
 TOKENS = np.random.default_rng(2).integers(0, SIZES["vocab_size"], (1, 9))
 CONFIG = LlamaConfig(
@@ -22,6 +35,8 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
 )
+
+EMPTY_BPE = {"type": "BPE", "vocab": {}, "merges": []}
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +186,8 @@ BROKEN = {
     "hidden_size must be a positive integer, found '48'": lambda f: edit_config(f, hidden_size="48"),
     "num_attention_heads 6 is not a multiple of num_key_value_heads 4": lambda f: edit_config(f, num_key_value_heads=4),
     "gptq weights are not supported": lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}),
+    "config.json: quantization_config: fp8 weights": lambda f: edit_config(f, quantization_config="fp8"),
+    "config.json: quantization_config: unknown weights": lambda f: edit_config(f, quantization_config={}),
     "no model.safetensors": lambda f: (f / "model.safetensors").unlink(),
     "model.safetensors: not a whole safetensors file": lambda f: truncate(f / "model.safetensors"),
     "model.safetensors: not a whole": lambda f: (f / "model.safetensors").write_bytes(b""),
@@ -202,10 +219,135 @@ def test_qwen2_layer_types_must_agree_with_the_window(folder):
         load_config(str(folder))
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./models/none", "gs://bucket/model"])
+PLAIN = {"rope_theta": 1e4}
+YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 2}
+WRONG_TYPES = [
+    ({"rms_norm_eps": "x"}, "rms_norm_eps must be a positive number, found 'x'"),
+    ({"rms_norm_eps": True}, "rms_norm_eps must be a positive number, found True"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number, found nan"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a positive number, found 1000"),
+    ({"rope_theta": "abc"}, "rope_theta must be a positive number, found 'abc'"),
+    ({"rope_theta": [1e4]}, "rope_theta must be a positive number"),
+    ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": "foo"}, "rope_scaling must be a JSON object"),
+    ({"rope_parameters": ["default"]}, "rope_parameters must be a JSON object"),
+    ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta must be a positive number"),
+    ({"rope_parameters": PLAIN | {"rope_type": ["yarn"]}}, "rope_type ['yarn'] is not supported"),
+    ({"rope_parameters": PLAIN | {"type": 1}}, "type 1 is not supported"),
+    ({"rope_parameters": PLAIN | {"type": "linear", "factor": "2"}}, "factor must be a positive number"),
+    ({"rope_parameters": YARN | {"mscale": "1", "mscale_all_dim": 1}}, "mscale must be a positive number"),
+    ({"rope_parameters": YARN | {"beta_fast": "x"}}, "beta_fast must be a positive number"),
+    ({"rope_parameters": YARN | {"truncate": "no"}}, "truncate must be true or false"),
+    ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+    ({"hidden_act": {"silu": 1}}, "hidden_act {'silu': 1} is not supported"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads must be a positive integer"),
+    ({"attention_bias": "false"}, "attention_bias must be true or false"),
+    ({"tie_word_embeddings": 0}, "tie_word_embeddings must be true or false"),
+    ({"model_type": "mistral", "sliding_window": "4"}, "sliding_window must be a positive integer"),
+    ({"model_type": "qwen2", "use_sliding_window": "no"}, "use_sliding_window must be true or false"),
+    (
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": "2"},
+        "max_window_layers must be an integer, found '2'",
+    ),
+    ({"model_type": "qwen2", "layer_types": 4}, "layer_types must be a JSON list"),
+    ({"model_type": "qwen2", "layer_types": [["full_attention"]] * 4}, "layer type ['full_attention'] is not"),
+]
+
+
+@pytest.mark.parametrize(("edits", "message"), WRONG_TYPES, ids=[message for _, message in WRONG_TYPES])
+def test_a_value_of_the_wrong_type_gets_one_line_naming_file_and_field(edits, message, folder):
+    edit_config(folder, **edits)
+    with pytest.raises(ModelError) as refusal:
+        load_config(str(folder))
+    assert str(refusal.value).startswith(f"{folder / 'config.json'}: {message}")
+    assert "\n" not in str(refusal.value)
+
+
+def test_no_value_of_any_field_brings_a_python_error(folder):
+    fields = json.loads((folder / "config.json").read_text())
+    for field in [*fields, "rope_theta", "rope_scaling", "partial_rotary_factor", "original_max_position_embeddings"]:
+        for value in ("x", [], ["x"], {"x": 1}, -1, 0, 1.5, True):
+            (folder / "config.json").write_text(json.dumps(fields | {field: value}))
+            with contextlib.suppress(ModelError):
+                load_config(str(folder))
+
+
+def test_what_a_family_fails_to_check_is_still_one_line_with_the_file(folder, monkeypatch):
+    careless = families.Family(lambda fields: fields["hidden_size"] + fields["model_type"], {})
+    monkeypatch.setitem(families.FAMILIES, "llama", careless)
+    with pytest.raises(ModelError, match=r"config\.json: a field has a value of the wrong kind \(unsupported operand"):
+        load_config(str(folder))
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./models/none"])
 def test_a_path_that_is_not_there_is_named(path):
     with pytest.raises(ModelError, match="no such folder or file"):
         load_config(path)
+
+
+@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer])
+def test_a_bucket_is_no_place_to_load_from(load):
+    with pytest.raises(ModelError, match=r"^gs://bucket/model: .* read from the local disk or the hub; copy it .*"):
+        load("gs://bucket/model")
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs /proc: a file that opens and cannot be read")
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("config.json", load_config),
+        ("model.safetensors", load_model),
+        ("model.safetensors", model_identity),
+        ("model.safetensors.index.json", load_model),
+        ("tokenizer.json", tokenizer_digest),
+        ("model.gguf", load_config),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name, load, folder):
+    if name == "model.gguf":
+        (folder / "config.json").unlink()
+    if name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")
+    with pytest.raises(ModelError) as refusal:
+        load(str(folder))
+    assert str(refusal.value).startswith(f"{folder / name}: cannot be read (")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def as_anybody(folder, monkeypatch):
+    """Permissions hold for the test, though root runs it: `model` is reached from within its parent folder."""
+    folder.parent.chmod(0o755)
+    folder.chmod(0o755)
+    monkeypatch.chdir(folder.parent)
+
+    @contextlib.contextmanager
+    def without_rights():
+        user = os.geteuid()
+        os.seteuid(user or 65534)
+        try:
+            yield
+        finally:
+            os.seteuid(user)
+
+    return without_rights
+
+
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [(load_config, "config.json"), (load_model, "model.safetensors"), (load_config, "x.gguf"), (load_tokenizer, ".")],
+)
+def test_a_file_without_permission_is_named(load, name, as_anybody):
+    place = Path("model", name)
+    if name == "x.gguf":
+        Path("model", "config.json").rename(place)
+    place.chmod(0)
+    with as_anybody(), pytest.raises(ModelError) as refusal:
+        load("model")
+    place.chmod(0o755)
+    assert str(refusal.value).startswith(f"{place}")
+    assert str(refusal.value).endswith(": cannot be read (Permission denied)")
 
 
 def test_an_unreachable_hub_is_one_line():
@@ -215,8 +357,36 @@ def test_an_unreachable_hub_is_one_line():
     assert "\n" not in str(refusal.value)
 
 
-def test_a_folder_without_tokenizer_says_how_to_give_one(folder):
-    with pytest.raises(ModelError, match=r"no tokenizer could be loaded .*--tokenizer_path"):
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # transformers builds Qwen2's without any file, empty
+@pytest.mark.parametrize("files", [{}, {"tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}'}])
+def test_a_folder_without_tokenizer_says_how_to_give_one(files, family, folder):
+    edit_config(folder, model_type=family)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=f"^no tokenizer files in {folder}; give one with --tokenizer_path$"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"vocab.json": "{}", "merges.txt": ""},
+        {"tokenizer.json": json.dumps({"version": "1.0", "added_tokens": [], "model": EMPTY_BPE})},
+    ],
+    ids=lambda files: min(files),
+)
+def test_a_tokenizer_with_no_vocabulary_is_no_tokenizer(files, folder):
+    edit_config(folder, model_type="qwen2")
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    with pytest.raises(ModelError, match=f"{folder}: the tokenizer's vocabulary is empty; .*--tokenizer_path"):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"added_tokens": [], "model": 5}'])
+def test_a_broken_tokenizer_is_one_line(text, folder):
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match=r"^.*no tokenizer could be loaded \(.*\); give one with --tokenizer_path$"):
         load_tokenizer(str(folder))
 
 
@@ -233,19 +403,34 @@ def test_identity_follows_the_content_not_the_place(pristine, folder):
     assert len({here["digest"], *digests, model_identity(str(folder))["digest"]}) == 4
 
 
-def test_a_hub_snapshot_knows_its_commit(pristine, tmp_path, monkeypatch):
-    snapshot = tmp_path / "snapshots" / "0123abc"
-    shutil.copytree(pristine, snapshot)
-    asked = {}
+@pytest.fixture
+def moving_hub(pristine, tmp_path, monkeypatch):
+    """A hub whose branch moves on between any two downloads; what was asked of it, in order."""
+    asked = []
 
     def download(repo, *, revision, allow_patterns):
-        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
-        return str(snapshot)
+        commit = revision if revision and revision.startswith("commit") else f"commit{len(asked)}"
+        asked.append((repo, revision, allow_patterns))
+        return str(shutil.copytree(pristine, tmp_path / "snapshots" / commit, dirs_exist_ok=True))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert model_identity("org/model", "main")["revision"] == "0123abc"
-    assert asked["repo"] == "org/model"
-    assert asked["revision"] == "main"
-    assert "*.safetensors" in asked["patterns"]
+    locate.branch_commit.cache_clear()
+    yield asked
+    locate.branch_commit.cache_clear()
+
+
+@pytest.mark.parametrize("revision", ["main", None])
+def test_config_weights_and_tokenizer_are_of_one_commit(revision, moving_hub):
+    load_config("org/model", revision)
+    assert model_identity("org/model", revision)["revision"] == "commit0"
+    tokenizer_digest("org/model", revision)
+    assert [asked for _, asked, _ in moving_hub] == [revision, "commit0", "commit0", "commit0"]
+    assert {repo for repo, _, _ in moving_hub} == {"org/model"}
+    assert model_identity("org/model", "elsewhere")["revision"] == "commit4"
+
+
+def test_only_what_is_needed_is_fetched(moving_hub):
     load_config("org/model")
-    assert asked["patterns"] == ["config.json"]
+    assert {tuple(patterns) for _, _, patterns in moving_hub} == {("config.json",)}
+    model_identity("org/model")
+    assert "*.safetensors" in moving_hub[-1][2]
