@@ -45,7 +45,9 @@ def _plan(job: Job, windows: Iterator[Window]) -> PlanReport:
 
 
 def _extract(job: Job) -> Summary:
-    prepared = prepare_stream(job, open_storage(job))
+    storage = open_storage(job)
+    storage.spool.remove_stale_temporaries()
+    prepared = prepare_stream(job, storage)
     model = load(job) if prepared.windows is not None else None
     with stop_on_signals() as stop:
         return run_stream(prepared, model, stop)

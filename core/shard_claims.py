@@ -8,7 +8,8 @@
 The number of a lease is its epoch. The latest one holds the shard until it is released, or until an observer has seen
 no new sign of life for the TTL by its own monotonic clock; wall clocks are never compared. Whoever creates the next
 epoch has the shard: create-only, so exactly one does. A lease saves work and guards nothing: that two workers who both
-believe to hold a shard do no harm is the commit protocol's business.
+believe to hold a shard do no harm is the commit protocol's business. Nor is a lease believed that was released as
+"done": whether a shard is finished is asked of its output, so that a shard whose output was lost is free again.
 """
 
 import json
@@ -128,7 +129,7 @@ class Lease:
         return not self.lost.is_set()
 
     def release(self, reason: Reason) -> None:
-        """Gives the shard back; with "done" for good."""
+        """Gives the shard back; with "done" for as long as its output stays complete."""
         self._released = True
         data = canonical_json({"reason": reason, "owner": asdict(self._owner)})
         self._store.create_bytes(_lease_file(self.shard, self.epoch, "released"), data)
@@ -155,17 +156,17 @@ class ShardClaims:
     """The claims in an output folder, as one owner sees and makes them.
 
     Attributes:
+      is_finished: whether a shard's output is complete, whatever its claims say.
       ttl_s: how long this owner watches a silent lease before it takes the shard over.
       heartbeat_s: between signs of life of its own leases, and between looks at those of others.
-      is_finished: whether a shard's output is complete, whatever its claims say.
       clock: monotonic seconds.
     """
 
     store: ObjectStore
     owner: Owner
+    is_finished: Callable[[str], bool]
     ttl_s: float = 90.0
     heartbeat_s: float = 20.0
-    is_finished: Callable[[str], bool] = lambda shard: False
     clock: Callable[[], float] = time.monotonic
     set_aside: dict[str, str] = field(default_factory=dict)
     """The shards found poisoned, with the error that they fail with."""
@@ -203,7 +204,7 @@ class ShardClaims:
         return None
 
     def left(self, shards: Sequence[str]) -> list[str]:
-        """The shards that are neither released as done nor set aside, by a fresh look at the claims."""
+        """The shards that are neither done nor set aside, by a fresh look at the claims and what they call done."""
         return list(self._left(shards))
 
     def record_failure(self, lease: Lease, error: str) -> None:
@@ -222,7 +223,7 @@ class ShardClaims:
         return [shard for shard in shards if shard not in self._finished and shard not in self.set_aside]
 
     def _left(self, shards: Sequence[str]) -> dict[str, ClaimState]:
-        """The claims of every shard that is still to be done, as far as claims alone tell."""
+        """The claims of every shard that is still to be done; one that was finished without a release is among them."""
         claims = read_claims(self.store)
         states = {shard: claims.get(shard, ClaimState()) for shard in self._open(shards)}
         with ThreadPoolExecutor(_READ_THREADS) as pool:
@@ -234,8 +235,8 @@ class ShardClaims:
             }
 
     def _settle(self, shard: str, state: ClaimState) -> bool:
-        """Whether the claims say that a shard is done or set aside; remembers it."""
-        if state.is_released and self._read(_lease_file(shard, state.epoch, "released")).get("reason") == "done":
+        """Whether a shard is set aside, or done by its claims and its output; remembers it."""
+        if self._is_called_done(shard, state) and self.is_finished(shard):
             self._finished.add(shard)
             return True
         if len(state.failures) >= POISON_AFTER:
@@ -245,6 +246,9 @@ class ShardClaims:
                 self.set_aside[shard] = error
                 return True
         return False
+
+    def _is_called_done(self, shard: str, state: ClaimState) -> bool:
+        return state.is_released and self._read(_lease_file(shard, state.epoch, "released")).get("reason") == "done"
 
     def _in_order(
         self, shards: Sequence[str], states: dict[str, ClaimState], preferred: str | None

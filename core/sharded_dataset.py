@@ -241,8 +241,8 @@ def write_dataset(
     _make_room(store, wanted, overwrite)
     with ThreadPoolExecutor(_UPLOAD_THREADS) as pool:
         list(pool.map(lambda name: _store_chunk(store, name, lines, chunks[name]), chunks))
-        list(pool.map(lambda name: _taken(store, name, store.create_bytes(name, records[name])), records))
-    _taken(store, MASTER_FILE, store.create_bytes(MASTER_FILE, master))
+        list(pool.map(lambda name: refuse_taken(store, name, store.create_bytes(name, records[name])), records))
+    refuse_taken(store, MASTER_FILE, store.create_bytes(MASTER_FILE, master))
     return manifest
 
 
@@ -298,9 +298,10 @@ def _store_chunk(store: ObjectStore, name: str, lines: Path, piece: _Piece) -> N
         outcome = store.create_file(name, part, ObjectInfo(piece.chunk.bytes, piece.chunk.crc32c))
     finally:
         part.unlink(missing_ok=True)
-    _taken(store, name, outcome)
+    refuse_taken(store, name, outcome)
 
 
-def _taken(store: ObjectStore, name: str, outcome: Created) -> None:
+def refuse_taken(store: ObjectStore, name: str, outcome: Created) -> None:
+    """Raises RunError if something else was created under the name after it had been found free."""
     if outcome is Created.ALREADY_DIFFERENT:
-        raise RunError(f"{store.url}/{name}: someone else is writing another dataset there: use another --output_dir")
+        raise RunError(f"{store.url}/{name}: someone else is writing other data there: use another --output_dir")

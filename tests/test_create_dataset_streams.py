@@ -1,19 +1,22 @@
 import datetime
+import errno
 import gzip
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import fsspec
 import pytest
-from fake_gcs import FakeGcs, Status, gcs_environment
+from fake_gcs import CorruptUpload, FakeGcs, Status, gcs_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.dataset_utils import StreamRecord, read_stream, stream_identity
 from core.errors import RunError, UsageError
+from core.object_store.gcs import GcsStore
 from core.stream_writing import StreamOptions, TaskIds, create_streams
 
 ROOT = Path(__file__).parents[1]
@@ -293,6 +296,18 @@ def test_a_failed_run_leaves_the_streams_of_before(tmp_path):
     assert "a" in (out / "stream_000.jsonl").read_text()
 
 
+def test_a_disk_that_cannot_sync_a_folder_is_good_enough(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "cannot sync a folder")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert make(write_lines(tmp_path / "s.jsonl", [{"text": "a"}]), tmp_path / "out").samples == 1
+
+
 def test_source_and_output_may_be_urls(tmp_path):
     with fsspec.open("memory://in/s.jsonl", "wb") as file:
         file.write(b'{"text": "a"}\n{"text": "b"}\n')
@@ -315,7 +330,7 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch):
     for module in ("pyarrow", "datasets"):
         monkeypatch.setitem(sys.modules, module, None)
     for name in (str(tmp_path / "t.parquet"), "user/name"):
-        with pytest.raises(UsageError, match=r"pip install 'qwen2-jax-activations\[datasets\]'"):
+        with pytest.raises(UsageError, match=r"pip install -e '\.\[datasets\]'"):
             make(name, tmp_path / "out")
 
 
@@ -393,3 +408,47 @@ def test_streams_are_made_in_a_bucket_read_from_it_and_identified_without_downlo
         assert again.returncode == 2
         assert "error: gs://bucket/in/stream_000.jsonl: another stream is already there" in again.stderr
         assert server.objects() == {f"in/{path.name}": path.read_bytes() for path in local}
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with FakeGcs() as server:
+        for name, value in gcs_environment(server).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def put(server, name, data):
+    server.state.insert("bucket", {"name": name}, data, {})
+
+
+def test_a_stream_that_is_damaged_on_its_way_to_a_bucket_is_sent_again(tmp_path, bucket):
+    source = write_lines(tmp_path / "s.jsonl", [{"text": text} for text in "abcde"])
+    (local,) = make(source, tmp_path / "out").streams
+    bucket.faults.add("upload", CorruptUpload(offset=3), times=1)
+    make(source, "gs://bucket/in")
+    assert bucket.faults.taken == 1
+    assert bucket.objects() == {"in/stream_000.jsonl": Path(local.path).read_bytes()}
+
+
+def test_overwriting_in_a_bucket_leaves_no_stream_of_before(tmp_path, bucket):
+    source = write_lines(tmp_path / "s.jsonl", [{"text": text} for text in "abcde"])
+    local = [Path(stream.path) for stream in make(source, tmp_path / "out", num_streams=2).streams]
+    before = {"in/notes.txt": b"mine", "in/old/stream_000.jsonl": b"mine"}
+    for name, data in {**before, "in/stream_001.jsonl": b"old", "in/stream_007.jsonl.gz": b"old"}.items():
+        put(bucket, name, data)
+    with pytest.raises(UsageError, match=r"gs://bucket/in/stream_001\.jsonl: another stream is already there"):
+        make(source, "gs://bucket/in", num_streams=2)
+    make(source, "gs://bucket/in", num_streams=2, overwrite=True)
+    assert bucket.objects() == {f"in/{path.name}": path.read_bytes() for path in local} | before
+    uploads = [request.query for request in bucket.requests if request.kind.startswith("upload")]
+    assert [query["ifGenerationMatch"] for query in uploads] == ["0", "0"]
+
+
+def test_a_stream_that_somebody_else_writes_meanwhile_is_not_replaced(tmp_path, bucket, monkeypatch):
+    source = write_lines(tmp_path / "s.jsonl", [{"text": "a"}])
+    put(bucket, "in/stream_000.jsonl", b"theirs")
+    monkeypatch.setattr(GcsStore, "list", lambda *_: [])
+    with pytest.raises(RunError, match=r"gs://bucket/in/stream_000\.jsonl: someone else is writing"):
+        make(source, "gs://bucket/in")
+    assert bucket.objects() == {"in/stream_000.jsonl": b"theirs"}

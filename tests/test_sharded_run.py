@@ -33,7 +33,7 @@ from core.object_store import LocalStore
 from core.run_config import RunConfig
 from core.runner import run
 from core.sharded_dataset import read_dataset, write_dataset
-from core.sharded_run import ShardedSummary, is_fault_of_the_machine
+from core.sharded_run import ShardedSummary, is_fault_of_the_machine, is_shard_finished
 
 N_LINES, N_SHARDS = 260, 6
 FLAGS = {"max_seq_length": 128, "shard_size_gb": 0.0001, "claim_heartbeat_s": 0.2, "claim_ttl_s": 3.0}
@@ -314,6 +314,33 @@ def test_verify_misses_a_shard_that_nobody_began(model, calm, tmp_path):
     report = verify(str(out))
     assert [folder.folder for folder in report.folders if folder.problems] == ["shard_003"]
     assert verify(str(out), allow_unfinished=True).ok
+
+
+DAMAGES = {
+    "a whole shard": "shard_002",
+    "a file": "shard_002/shard_0001.pkl.gz",
+    "a sample table": "shard_002/samples_0002.jsonl.gz",
+    "a record with others behind it": "shard_002/shard_0001.json",
+    "the last record": "last",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_a_finished_run_has_lost_is_made_again(damage, model, calm, tmp_path):
+    data, calm_out = calm
+    out = Path(shutil.copytree(calm_out, tmp_path / "out"))
+    lost = max(out.glob("shard_002/shard_*.json")) if DAMAGES[damage] == "last" else out / DAMAGES[damage]
+    if lost.is_dir():
+        shutil.rmtree(lost)
+    else:
+        lost.unlink()
+    assert not is_shard_finished(LocalStore(out), "shard_002")
+    assert not verify(str(out)).ok
+    summary = run(config(model, data, out))
+    assert (summary.status, summary.finished_shards) == ("complete", ("shard_002",))
+    assert outputs(committed_files(out)) == outputs(committed_files(calm_out))
+    assert [path.parent.name for path in out.glob("claims/*/000002.json")] == ["shard_002"]
+    assert run(config(model, data, out)).samples == 0
 
 
 def test_the_plan_covers_all_shards_and_writes_nothing(model, calm, tmp_path):

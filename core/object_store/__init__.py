@@ -11,7 +11,7 @@ with the spawn method, and open the store in the child (or send the store, which
 from __future__ import annotations
 
 from core.object_store.base import Created, ObjectInfo, ObjectStore, RetryPolicy, bytes_info, file_info
-from core.object_store.local import LocalStore, disk_errors
+from core.object_store.local import LocalStore, disk_errors, sync_folder
 
 __all__ = [
     "Created",
@@ -23,6 +23,7 @@ __all__ = [
     "disk_errors",
     "file_info",
     "open_store",
+    "sync_folder",
 ]
 
 

@@ -83,7 +83,7 @@ class LocalStore:
         with _removing(temporary), disk_errors(final):
             _sync_file(temporary)
             os.replace(temporary, final)
-            _sync_folder(final.parent)
+            sync_folder(final.parent)
 
     def read_bytes(self, name: str) -> bytes:
         """See `ObjectStore`."""
@@ -117,13 +117,13 @@ class LocalStore:
         existing = next(folder for folder in (self.root, *self.root.parents) if folder.exists())
         return shutil.disk_usage(existing).free
 
-    def remove_stale_temporaries(self) -> tuple[Path, ...]:
-        """Delete the temporary files of dead processes of this host, and return their paths.
+    def remove_stale_temporaries(self, folder: str = "") -> tuple[Path, ...]:
+        """Delete the temporary files of dead processes of this host below `folder`, and return their paths.
 
         Files of other hosts and of other process-id namespaces (containers) stay: nothing here can tell whether
         their writers live.
         """
-        stale = tuple(path for path in _walk(self.root) if _is_stale(path.name))
+        stale = tuple(path for path in _walk(self.root / folder) if _is_stale(path.name))
         for path in stale:
             with disk_errors(path):
                 path.unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def _publish(temporary: Path, final: Path) -> bool:
             # Over NFS a link can succeed and its reply be lost: the repeated request then finds our own link.
             if not (temporary.exists() and os.path.samefile(temporary, final)):
                 return False
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
         return True
 
 
@@ -220,7 +220,7 @@ def _make_folders(folder: Path) -> None:
     missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _sync_file(path: Path) -> None:
@@ -231,7 +231,8 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable, as far as its file system can."""
     try:
         _sync_file(folder)
     except OSError as exc:

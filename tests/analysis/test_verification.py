@@ -1,6 +1,7 @@
 """`verify` on a committed run that is damaged in every way a disk or a bug can damage it."""
 
 import gzip
+import io
 import json
 import pickle
 import shutil
@@ -12,7 +13,9 @@ from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
 from analysis.verification import verify
 from core.activation_storage import CommitRecord
-from core.errors import UsageError
+from core.errors import RunError, UsageError
+from core.object_store import LocalStore
+from core.object_store.generic import FsspecStore
 from core.run_config import RunConfig
 from core.runner import run
 from core.sinks import digest_stream
@@ -22,20 +25,24 @@ from core.sinks import digest_stream
 def pristine(request, tmp_path_factory) -> Path:
     """About four windows of 20 samples, two sites."""
     folder = tmp_path_factory.mktemp("pristine")
-    run(
-        RunConfig(
-            model_path=str(write_model(folder / "model", tokenizer=False)),
-            dataset_path=str(write_jsonl(folder / "s.jsonl", token_lines(20, longest=100))),
-            output_dir=str(folder / "out"),
-            checkpoint_dir=str(folder / "ck"),
-            compilation_cache_dir=cache_dir(),
-            shard_size_gb=50_000 / 2**30,
-            max_seq_length=128,
-            activation_type=("residual", "mlp"),
-            format=request.param,
-        )
-    )
+    write_model(folder / "model", tokenizer=False)
+    write_jsonl(folder / "s.jsonl", token_lines(20, longest=100))
+    run(config(folder, request.param, folder / "out"))
     return folder / "out"
+
+
+def config(folder: Path, format_name: str, out: Path) -> RunConfig:
+    return RunConfig(
+        model_path=str(folder / "model"),
+        dataset_path=str(folder / "s.jsonl"),
+        output_dir=str(out),
+        checkpoint_dir=str(folder / "ck"),
+        compilation_cache_dir=cache_dir(),
+        shard_size_gb=50_000 / 2**30,
+        max_seq_length=128,
+        activation_type=("residual", "mlp"),
+        format=format_name,
+    )
 
 
 @pytest.fixture
@@ -44,10 +51,12 @@ def out(pristine, tmp_path) -> Path:
 
 
 def problems(out: Path) -> list[str]:
-    return [problem for folder in verify(str(out)).folders for problem in folder.problems]
+    report = verify(str(out))
+    assert report.ok == (not report.problems and not any(folder.problems for folder in report.folders))
+    return [*report.problems, *(problem for folder in report.folders for problem in folder.problems)]
 
 
-def rewrite_record(out: Path, window: int, **changes) -> None:
+def rewrite_record(out: Path, window: int, /, **changes) -> None:
     path = out / f"tpu_0/shard_{window:04d}.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -160,3 +169,175 @@ def test_nan_and_wrong_shapes_inside_a_valid_file_are_found(out):
 def test_a_folder_without_a_run_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no run here"):
         verify(str(tmp_path))
+
+
+NOT_OBJECTS = [b"[]", b"[1, 2]", b"null", b'"x"', b"7", b"{", b"\xff\xfe", b""]
+
+
+@pytest.mark.parametrize("name", ["run.json", "tpu_0/stream.json", "tpu_0/shard_0002.json", "dataset.json"])
+@pytest.mark.parametrize("data", NOT_OBJECTS)
+def test_json_that_is_no_object_is_a_problem_that_names_the_file(out, name, data):
+    (out / name).write_bytes(data)
+    assert any(name in problem for problem in problems(out))
+
+
+@pytest.mark.parametrize("data", NOT_OBJECTS)
+def test_an_index_that_is_no_object_is_a_note_for_it_is_rebuilt(out, data):
+    (out / "tpu_0/metadata.json").write_bytes(data)
+    report = verify(str(out))
+    assert report.ok
+    assert any("metadata.json" in warning for warning in report.folders[0].warnings)
+
+
+@pytest.mark.parametrize("wrong", [None, True, -1, "x", [], ["x"], {}, {"x": []}])
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("run.json", "format"),
+        ("tpu_0/stream.json", "identity"),
+        ("tpu_0/stream.json", "machine_id"),
+        ("tpu_0/stream.json", "total_machines"),
+        ("tpu_0/stream.json", "max_tasks"),
+        ("tpu_0/stream.json", "first_position"),
+        ("dataset.json", "shards"),
+    ],
+)
+def test_a_field_of_another_type_is_a_problem_and_no_trace(out, name, field, wrong):
+    path = out / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | {field: wrong}))
+    if (field, wrong) not in [("max_tasks", None), ("shards", {})]:
+        assert problems(out)
+
+
+@pytest.mark.parametrize("wrong", [None, True, -1, "x", [], ["x"], [{}], [{"position": "x"}], {}, {"x": []}])
+def test_no_field_of_a_record_can_make_a_trace(out, wrong):
+    whole = (out / "tpu_0/shard_0002.json").read_text()
+    for field in json.loads(whole):
+        rewrite_record(out, 2, **{field: wrong})
+        verify(str(out))
+        (out / "tpu_0/shard_0002.json").write_text(whole)
+    fields = json.loads(whole)
+    for field in fields["files"][0]:
+        rewrite_record(out, 2, files=[fields["files"][0] | {field: wrong}, *fields["files"][1:]])
+        assert problems(out), field
+    rewrite_record(out, 2, samples_per_record=0)
+    assert any("shard_0002.json" in problem for problem in problems(out))
+
+
+def test_a_folder_whose_stream_file_is_lost_is_not_passed_over(out):
+    (out / "tpu_0/stream.json").rename(out / "stream.txt")
+    assert any("tpu_0/stream.json is missing" in problem for problem in problems(out))
+
+
+def test_a_wrong_line_in_a_sample_table_is_found(out):
+    table = out / "tpu_0/samples_0001.jsonl.gz"
+    lines = gzip.decompress(table.read_bytes()).splitlines()
+    table.write_bytes(gzip.compress(b"\n".join([*lines[:-1], b"[1]"])))
+    fields = json.loads((out / "tpu_0/shard_0001.json").read_text())
+    with table.open("rb") as stream:
+        digest = digest_stream(stream)
+    whole = {"bytes": digest.bytes, "crc32c": digest.crc32c, "sha256": digest.sha256}
+    files = [file | whole if file["site"] is None else file for file in fields["files"]]
+    rewrite_record(out, 1, files=files)
+    assert any(f"samples_0001.jsonl.gz: cannot be read: line {len(lines)}" in problem for problem in problems(out))
+
+
+def test_a_file_that_may_not_be_read_is_one_problem(out, monkeypatch):
+    """Tests may run as root, whom no permission bits stop."""
+    for name in ("run.json", "tpu_0/stream.json", "tpu_0/shard_0001.json", "tpu_0/samples_0001.jsonl.gz"):
+        with monkeypatch.context() as patch:
+            for method in ("read_bytes", "open"):
+                patch.setattr(LocalStore, method, refusing(getattr(LocalStore, method), name))
+            assert any(name.split("/")[-1] in p and "Permission denied" in p for p in problems(out)), name
+
+
+def refusing(method, forbidden: str):
+    def read(store, name):
+        if name == forbidden:
+            raise PermissionError(13, "Permission denied", f"{store.url}/{name}")
+        return method(store, name)
+
+    return read
+
+
+def test_a_file_in_place_of_a_folder_and_a_folder_that_cannot_be_listed_are_one_line_each(out, monkeypatch):
+    with pytest.raises(UsageError, match="no run here"):
+        verify(str(out / "run.json"))
+
+    def refuse(store, prefix=""):
+        raise PermissionError(13, "Permission denied", store.url)
+
+    monkeypatch.setattr(LocalStore, "list", refuse)
+    with pytest.raises(RunError, match="cannot be listed: Permission denied"):
+        verify(str(out))
+
+
+def test_a_missing_or_damaged_file_comes_with_what_mends_it(out):
+    mend = "remove shard_0002.json and the files it names, then run the same extraction again"
+    table = out / "tpu_0/samples_0002.jsonl.gz"
+    table.write_bytes(table.read_bytes()[:-1])
+    (shard,) = (out / "tpu_0/residual").glob("shard_0002.*")
+    shard.unlink()
+    found = problems(out)
+    assert any(problem.startswith("window 2: samples_0002.jsonl.gz: bytes") and mend in problem for problem in found)
+    assert any(
+        problem.startswith(f"window 2: residual/{shard.name} is missing") and mend in problem for problem in found
+    )
+
+
+def test_what_mends_a_damaged_window_does_mend_it(pristine, out):
+    record = record_of(out / "tpu_0/shard_0002.json")
+    whole = {path.name: path.read_bytes() for path in (out / "tpu_0").rglob("*_0002.*")}
+    for name in ["shard_0002.json", *(file.name for file in record.files)]:
+        (out / "tpu_0" / name).unlink()
+    run(config(pristine.parent, json.loads((out / "run.json").read_text())["format"], out))
+    assert problems(out) == []
+    assert {path.name: path.read_bytes() for path in (out / "tpu_0").rglob("*_0002.*")} == whole
+
+
+def test_shards_on_a_disk_are_neither_read_whole_nor_copied(out, monkeypatch):
+    def records_alone(store, name):
+        assert name.endswith(".json"), name
+        return (store.root / name).read_bytes()
+
+    monkeypatch.setattr(LocalStore, "read_bytes", records_alone)
+    monkeypatch.delattr("tempfile.SpooledTemporaryFile")
+    assert problems(out) == []
+
+
+class Counted(io.BytesIO):
+    """A remote object that counts what is taken from it."""
+
+    def __init__(self, data: bytes, taken: list[int]) -> None:
+        super().__init__(data)
+        self.taken = taken
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.taken.append(len(data))
+        return data
+
+
+def test_an_output_behind_a_url_is_downloaded_once_and_in_pieces(out, tmp_path, monkeypatch):
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    root = f"/{tmp_path.name}"
+    fs.put(str(out), root, recursive=True)
+    taken: dict[str, list[int]] = {}
+
+    def counting(store, name):
+        return Counted(store.read_bytes(name), taken.setdefault(name, []))
+
+    monkeypatch.setattr(FsspecStore, "open", counting)
+    monkeypatch.setattr("analysis.window_checks._COPY_BYTES", 1000)
+    monkeypatch.setattr("analysis.window_checks._SPOOL_BYTES", 5000)
+    report = verify(f"memory:/{root}")
+    assert report.ok, report.lines()
+    sizes = {file.name: file.bytes for path in out.glob("tpu_0/shard_*.json") for file in record_of(path).files}
+    assert {name.removeprefix("tpu_0/"): sum(reads) for name, reads in taken.items()} == sizes
+    assert max(max(reads) for reads in taken.values()) <= 1000
+    damaged = f"{root}/tpu_0/samples_0001.jsonl.gz"
+    fs.pipe_file(damaged, fs.cat_file(damaged)[:-1])
+    assert any("samples_0001" in problem for problem in problems(f"memory:/{root}"))
+    fs.rm(root, recursive=True)

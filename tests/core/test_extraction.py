@@ -376,9 +376,7 @@ def test_flags_that_cannot_be_are_refused_by_name(config, change):
 
 
 @pytest.mark.parametrize("flag", ["output_dir", "checkpoint_dir"])
-def test_a_folder_that_cannot_be_written_is_found_out_before_weights_are_loaded(
-    config, tmp_path, flag, monkeypatch
-):
+def test_a_folder_that_cannot_be_written_is_found_out_before_weights_are_loaded(config, tmp_path, flag, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr("core.stream_run.load_model", lambda *args, **kwargs: pytest.fail("the weights were loaded"))
     with pytest.raises((RunError, OSError), match="file"):

@@ -40,8 +40,18 @@ def store(tmp_path: Path) -> ObjectStore:
     return LocalStore(tmp_path)
 
 
-def claims(store: ObjectStore, worker_id: int = 0, **options) -> ShardClaims:
-    return ShardClaims(store, Owner.of_this_process(worker_id), **options)
+def never(shard: str) -> bool:
+    return False
+
+
+def always(shard: str) -> bool:
+    return True
+
+
+def claims(
+    store: ObjectStore, worker_id: int = 0, is_finished: Callable[[str], bool] = never, **options
+) -> ShardClaims:
+    return ShardClaims(store, Owner.of_this_process(worker_id), is_finished, **options)
 
 
 def claimed(who: ShardClaims, shard: str = "shard_000") -> Lease:
@@ -176,7 +186,8 @@ def test_an_owner_whose_acknowledgement_is_lost_knows_its_own_claim(server, faul
         server.faults.add("upload", fault)
         lease.release("done")
     assert server.faults.taken == 2
-    assert claims(store).next(["shard_000"]) is None
+    assert [json.loads(blob)["reason"] for name, blob in server.objects().items() if "released" in name] == ["done"]
+    assert claims(store, is_finished=always).next(["shard_000"]) is None
 
 
 class LosesReplies(LocalStore):
@@ -201,7 +212,7 @@ def test_a_heartbeat_that_fails_is_no_end(server):
         assert not lease.lost.is_set()
 
 
-def test_a_shard_given_back_is_free_at_once_and_a_done_one_never_again(store):
+def test_a_shard_given_back_is_free_at_once_and_a_done_one_only_while_its_output_is_incomplete(store):
     with claimed(claims(store)):
         pass
     with pytest.raises(RunError, match="told"), claimed(claims(store)) as second:
@@ -211,17 +222,31 @@ def test_a_shard_given_back_is_free_at_once_and_a_done_one_never_again(store):
     assert (second.epoch, third.epoch) == (2, 3)
     reasons = [json.loads(store.read_bytes(f"claims/shard_000/00000{epoch}.released"))["reason"] for epoch in (1, 2, 3)]
     assert reasons == ["stopped", "failed", "done"]
-    assert claims(store).next(["shard_000"]) is None
+    assert claims(store, is_finished=always).next(["shard_000"]) is None
+    observer = claims(store)
+    assert observer.left(["shard_000"]) == ["shard_000"]
+    assert claimed(observer).epoch == 4
+
+
+def test_the_output_of_a_shard_released_as_done_is_looked_at_once(store):
+    with claimed(claims(store)) as lease:
+        lease.release("done")
+    looks = []
+    observer = claims(store, is_finished=lambda shard: looks.append(shard) is None)
+    assert [observer.left(["shard_000"]), observer.try_next(["shard_000"]), observer.left(["shard_000"])] == [
+        [], None, [],
+    ]  # fmt: skip
+    assert looks == ["shard_000"]
 
 
 def test_a_shard_whose_output_is_complete_is_not_claimed(store):
-    assert claims(store, is_finished=lambda shard: True).next(["shard_000"]) is None
+    assert claims(store, is_finished=always).next(["shard_000"]) is None
     assert store.list() == []
 
 
 def test_whoever_finds_all_shards_held_waits_until_they_are_done(store):
     with claimed(claims(store)) as lease, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(claims(store, heartbeat_s=0.02).next, ["shard_000"])
+        waiting = pool.submit(claims(store, is_finished=always, heartbeat_s=0.02).next, ["shard_000"])
         time.sleep(0.2)
         assert not waiting.done()
         lease.release("done")
