@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import jax
+from absl import logging
 
 from core.jax_utils import enable_compilation_cache, join_hosts, resolve_compute_dtype
 from core.job import Job, open_storage, open_stores, prepare_job, prepare_shard_jobs
@@ -21,6 +22,8 @@ def run(config: RunConfig) -> Summary | PlanReport:
     config = _join_hosts(config)
     enable_compilation_cache(config.compilation_cache_dir)
     compute_dtype = resolve_compute_dtype(config.compute_dtype)
+    if config.gcs_bucket is not None and not config.uploads:
+        logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)
     if config.use_sharded_dataset:
         jobs = prepare_shard_jobs(config, compute_dtype)
         return _plan(jobs[0], windows_of(jobs)) if config.plan else run_shards(jobs, open_stores(config))

@@ -39,12 +39,16 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class PreparedStream:
-    """A stream whose folder has been opened and whose first window has been read. No windows: it is complete."""
+    """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
+
+    No windows: it is complete.
+    """
 
     job: Job
     storage: ActivationStorage
     survey: Survey
     windows: Iterator[Window] | None
+    read_seconds: float = 0.0
 
 
 def load(job: Job) -> LoadedModel:
@@ -76,9 +80,11 @@ def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
         logging.info("going on at sample %d: %d shards are committed", place.sample_idx, len(records))
     windows = job.windows(start=place, first_index=index, bad_before=bad_before)
     # A stream that is bad from the start is refused before seconds are spent on the weights.
+    started = time.monotonic()
     first = next(windows)
+    read_seconds = time.monotonic() - started
     _require_writable(job, storage)
-    return PreparedStream(job, storage, survey, itertools.chain([first], windows))
+    return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds)
 
 
 def _require_writable(job: Job, storage: ActivationStorage) -> None:
@@ -110,6 +116,7 @@ def run_stream(
     """
     job, storage = prepared.job, prepared.storage
     pipeline = Pipeline()
+    pipeline.clock("read").add_busy(prepared.read_seconds)
     progress = Progress(
         pipeline,
         expected_samples=prepared.survey.samples,
