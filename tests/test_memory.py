@@ -5,16 +5,17 @@ import sys
 
 from tiny_run import cache_dir, environment, token_lines, write_jsonl, write_model
 
-# Prints the peak of its own resident memory (KiB on Linux) after the run.
+# Prints the peak of its own resident memory in KiB after the run. VmHWM begins at the exec; ru_maxrss would begin with
+# the memory of the process that forked it.
 MEASURED = """
-import resource, sys
+import re, sys
 from core.run_config import RunConfig
 from core.runner import run
 dataset, out = sys.argv[1:3]
 summary = run(RunConfig(model_path="model", dataset_path=dataset, output_dir=out, checkpoint_dir=out + "_ck",
     compilation_cache_dir=sys.argv[3], shard_size_gb=8e6 / 2**30, max_seq_length=256, dtype="float32",
     activation_type=("residual", "mlp", "attn")))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, summary.bytes)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1], summary.bytes)
 """
 
 
