@@ -1,6 +1,8 @@
 """One run from flags to summary: set up, check, plan or extract, report."""
 
+import ctypes
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import jax
@@ -16,9 +18,14 @@ from core.signals import stop_on_signals
 from core.stream_run import load, prepare_stream, run_stream
 from core.windows import Window
 
+# malloc.h
+_M_ARENA_MAX = -8
+_M_MMAP_THRESHOLD = -3
+
 
 def run(config: RunConfig) -> Summary | PlanReport:
     """Runs (or with `config.plan` prices) one worker's extraction. Raises RunError, UsageError or ModelError."""
+    _keep_heap_flat()
     config = _join_hosts(config)
     enable_compilation_cache(config.compilation_cache_dir)
     compute_dtype = resolve_compute_dtype(config.compute_dtype)
@@ -29,6 +36,18 @@ def run(config: RunConfig) -> Summary | PlanReport:
         return _plan(jobs[0], windows_of(jobs)) if config.plan else run_shards(jobs, open_stores(config))
     job = prepare_job(config, compute_dtype)
     return _plan(job, job.windows()) if config.plan else _extract(job)
+
+
+def _keep_heap_flat() -> None:
+    """Has glibc give large arrays back to the system, and share two heaps among all threads.
+
+    Left to itself it gives every thread a heap of its own and keeps freed arrays in them, where they fragment: a long
+    run would hold on to ever more. Other C libraries are left alone.
+    """
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_ARENA_MAX, 2)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _join_hosts(config: RunConfig) -> RunConfig:
