@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from arc24.encoders import DEFAULT_GRID_ENCODER
+from arc24.prompting import DEFAULT_PROMPT_VERSION
 from core.errors import UsageError
 from core.formats import DTYPES, FORMATS
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
-DEFAULT_GRID_ENCODER = "GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))"
 BYTES_PER_GB = 1 << 30
 
 
@@ -32,7 +33,7 @@ class RunConfig:
     total_machines: int = 1
     max_bad_records: int = 0
     grid_encoder: str = DEFAULT_GRID_ENCODER
-    prompt_version: str = "output-from-examples-v0"
+    prompt_version: str = DEFAULT_PROMPT_VERSION
     predictions_per_task: int = 8
     random_seed: int = 42
     max_seq_length: int = 2048
