@@ -32,7 +32,6 @@ _TABLE_BYTES_PER_TOKEN = 4
 class Survey:
     """An estimate of a stream from a few records spread evenly over it."""
 
-    n_records: int
     samples: int
     tokens: int
 
@@ -52,7 +51,7 @@ def survey_stream(job: Job) -> Survey:
     records = list(surveyed)
     lengths = [len(item.token_ids) for item in job.tokenizer.samples(records) if isinstance(item, TokenizedSample)]
     scale = n_records / max(len(records), 1)
-    return Survey(n_records, round(len(lengths) * scale), round(sum(lengths) * scale))
+    return Survey(round(len(lengths) * scale), round(sum(lengths) * scale))
 
 
 def stored_bytes(job: Job, tokens: int, ratio: float | None = None) -> int:
