@@ -113,12 +113,25 @@ def half_done_shard(out: Path, pids: set[int]) -> int | None:
     return None
 
 
+def pause_midway(out: Path, pids: set[int]) -> int:
+    """Stops the process that is in the middle of a shard; one that finished it before the signal goes on."""
+    while True:
+        wait_until(lambda: half_done_shard(out, pids) is not None)
+        pid = half_done_shard(out, pids)
+        if pid is None:
+            continue
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        if half_done_shard(out, {pid}) == pid:
+            return pid
+        os.kill(pid, signal.SIGCONT)
+
+
 def test_three_workers_of_which_one_is_killed_leave_what_one_calm_worker_leaves(model, calm, tmp_path):
     data, calm_out = calm
     out = tmp_path / "out"
     workers = {worker.pid: worker for worker in (start(model, data, out, tmp_path, number) for number in range(3))}
-    wait_until(lambda: half_done_shard(out, set(workers)) is not None)
-    victim = workers.pop(half_done_shard(out, set(workers)))
+    victim = workers.pop(pause_midway(out, set(workers)))
     victim.send_signal(signal.SIGKILL)
     victim.communicate()
     replacement = start(model, data, out, tmp_path, 0)
@@ -138,8 +151,7 @@ def test_a_worker_that_wakes_up_after_its_shard_was_taken_over_changes_nothing(m
     data, calm_out = calm
     out = tmp_path / "out"
     zombie = start(model, data, out, tmp_path, 0)
-    wait_until(lambda: half_done_shard(out, {zombie.pid}) is not None)
-    zombie.send_signal(signal.SIGSTOP)
+    pause_midway(out, {zombie.pid})
     try:
         assert run(config(model, data, out, claim_ttl_s=0.5)).status == "complete"
         before = outputs(committed_files(out))
