@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-launchers lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
 	@echo "make demo       real activations from a real model in two minutes"
 	@echo "make test       the test suite (installs torch, the reference)"
+	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the benchmarks, see benchmarks/README.md"
 
@@ -35,6 +36,16 @@ demo: .venv/.installed-demo
 
 test: .venv/.installed-dev
 	$(PYTEST)
+
+# In an environment of their own: these tools pin packages that the project uses too.
+build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt
+	$(PYTHON) -m venv build/launchers
+	build/launchers/bin/python -m pip install --quiet --disable-pip-version-check -c launchers/constraints.txt \
+		-r launchers/requirements.txt
+	@touch $@
+
+test-launchers: build/launchers/.installed
+	build/launchers/bin/python -m pytest tests/launchers
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

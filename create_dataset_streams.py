@@ -5,9 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from absl.flags import argparse_flags
-
-from core.command_line import run_command
+from core.command_line import CommandParser, run_command
 
 _SOURCES = """\
 sources for --dataset_name:
@@ -18,9 +16,9 @@ sources for --dataset_name:
 """
 
 
-def build_parser() -> argparse_flags.ArgumentParser:
+def build_parser() -> CommandParser:
     """The flags of the command."""
-    parser = argparse_flags.ArgumentParser(
+    parser = CommandParser(
         description=__doc__, epilog=_SOURCES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument

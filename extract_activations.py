@@ -2,21 +2,28 @@
 
 import argparse
 import json
+import re
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
-from absl.flags import argparse_flags
 
-from core.command_line import log_to_file, run_command
+from core.backends import BACKENDS
+from core.command_line import CommandParser, log_to_file, run_command
 from core.formats import DTYPES, FORMATS
+from core.selection import TOKEN_CHOICES, TOKEN_KINDS
 from qwen2_jax.taps import SITES
 
+if TYPE_CHECKING:
+    from core.sharded_run import BeforeExtraction
 
-def build_parser() -> argparse_flags.ArgumentParser:
+
+def build_parser() -> CommandParser:
     """All flags, in groups; their defaults are those of `core.run_config.RunConfig`."""
     # A flag that is not given is absent, so that RunConfig alone knows the defaults.
-    parser = argparse_flags.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = CommandParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    # Without it `--positions -8:` is an unknown flag to argparse.
+    parser._negative_number_matcher = re.compile(r"-[0-9.]+(:-?[0-9]*)?$")
     _add_model_flags(parser.add_argument_group("model"))
     _add_data_flags(parser.add_argument_group("dataset and prompts"))
     _add_capture_flags(parser.add_argument_group("what is captured"))
@@ -31,11 +38,23 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add("--revision", help="hub revision: a branch, tag or commit")
     add("--tokenizer_path", help="where the tokenizer is, when not with the model")
     add(
+        "--backend",
+        choices=BACKENDS,
+        help="auto: JAX for the families that it knows, torch for any other (default auto)",
+    )
+    add("--mesh", help="auto, 1d (every device holds the model), 2d (all hold it together), DATAxMODEL (default auto)")
+    add("--trust_remote_code", action="store_true", help="run the code that a model brings; with --backend torch alone")
+    add(
         "--compute_dtype", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on TPU and GPU, float32 on CPU"
     )
     add("--batch_size", type=int, help="rows per step and device (default 4)")
     add("--no_pack", dest="pack", action="store_false", help="one sample to a row, padded, instead of packing")
     add("--compilation_cache_dir", help="compiled programs are kept here (default ~/.cache/qwen2_jax/compiled)")
+    add(
+        "--weights_cache_dir",
+        help="where scripts/convert_checkpoint.py put converted weights, local or gs:// "
+        "(default ~/.cache/qwen2_jax/weights)",
+    )
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
@@ -57,8 +76,18 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
 def _add_capture_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--layers_to_extract", type=int, nargs="+", metavar="LAYER", help="block numbers from 0 (default all)")
-    add("--activation_type", nargs="+", choices=tuple(SITES), help="one site or several (default residual)")
+    add(
+        "--activation_type",
+        nargs="+",
+        metavar="SITE",
+        help=f"one or several of {', '.join(SITES)}, or TransformerLens' or Hugging Face's names (default residual)",
+    )
     add("--dtype", choices=tuple(DTYPES), help="stored dtype (default float16)")
+    add("--exclude_tokens", nargs="+", choices=TOKEN_KINDS, help="kinds of tokens that are not stored")
+    add("--positions", nargs="+", metavar="START:STOP", help="store these tokens of a sample alone, as Python slices")
+    add("--exclude_norm_outliers", type=float, metavar="K", help="leave out tokens of over K times the median norm")
+    add("--max_tokens_per_sample", type=int, metavar="N", help="store at most N of the tokens that are left")
+    add("--token_choice", choices=TOKEN_CHOICES, help="which N (default first); random follows --random_seed")
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
@@ -74,6 +103,9 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     add("--delete_local_after_upload", action="store_true", help="keep no local copy")
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
     add("--log_file", help="also write what is reported to this file")
+    add("--certify", type=int, metavar="N", help="first compare N samples with transformers in float32; needs torch")
+    add("--certify_against", metavar="PATH", help="another copy of the model for transformers to load")
+    add("--allow_unfaithful", action="store_true", help="extract even when --certify finds the activations wrong")
     add("--plan", action="store_true", help="print what the run will cost, after timing one step, and stop")
     add("--verbose", action="store_true", default=False, help="debug messages, and stack traces of errors")
 
@@ -88,10 +120,23 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
     add("--checkpoint_dir", help="where the checkpoint file lies (default ./checkpoints)")
     add("--claim_heartbeat_s", type=float, help="seconds between signs of life for a claimed shard (default 20)")
     add("--claim_ttl_s", type=float, help="a claim without a sign of life for so long is taken over (default 90)")
+    add("--claim_stall_s", type=float, help="work that stands still for so long is given up to others (default 1800)")
+    add("--stop_grace_s", type=float, help="seconds that SIGTERM leaves to commit what is computed (default 15)")
     add("--multihost", action="store_true", help="join the other hosts of a pod slice")
     add("--coordinator_address", help="host:port of host 0; found by JAX on a TPU VM")
     add("--host_id", type=int, help="number of this host; found by JAX on a TPU VM")
     add("--num_hosts", type=int, help="hosts of the slice; found by JAX on a TPU VM")
+
+
+def _certifier() -> "BeforeExtraction":
+    """Certifies the run before it extracts anything; raises RunError when torch, which it needs, is not there."""
+    from analysis.certification import require_reference
+
+    require_reference("--certify: the reference")
+
+    from analysis.certified_runs import certify_run
+
+    return certify_run
 
 
 def extract(args: argparse.Namespace) -> int:
@@ -111,7 +156,7 @@ def extract(args: argparse.Namespace) -> int:
     from core.runner import run
 
     log_to_file(config.log_file)
-    result = run(config)
+    result = run(config, _certifier() if config.certify else None)
     for line in result.lines():
         logging.info(line)
     if config.json:

@@ -16,7 +16,6 @@ from analysis.stored_plans import (
     read_object,
     read_run,
     read_stream,
-    record_fault,
 )
 from analysis.stream_shares import share_faults
 from analysis.window_checks import CheckedWindow, check_window
@@ -29,13 +28,13 @@ from core.activation_storage import (
     CommitRecord,
     index_of,
     read_records,
-    shard_stem,
 )
 from core.dataset_utils import first_selected
 from core.errors import RunError, UsageError
 from core.formats import FORMATS
 from core.object_store import ObjectStore, open_store
-from core.plan import StreamPlan
+from core.plan import StreamPlan, read_sealed_json
+from core.shard_claims import CLAIMS_FOLDER, damaged_claims
 
 # Each thread holds one shard in memory.
 _THREADS = 2
@@ -50,6 +49,7 @@ class FolderReport:
     samples: int = 0
     tokens: int = 0
     bytes: int = 0
+    lines_done: int = 0
     complete: bool = False
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -94,8 +94,8 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
     note instead of a problem.
     Raises UsageError when there is no run at `url`, RunError when it cannot be listed.
     """
-    root, names, only = _listed_root(url.rstrip("/"))
-    folders = [folder for folder in _worker_folders(names) if only in (None, folder)]
+    root, names, only = listed_root(url.rstrip("/"))
+    folders = [folder for folder in worker_folders(names) if only in (None, folder)]
     if not folders:
         raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
     try:
@@ -117,11 +117,11 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
     problems = [*faults.problems, *([] if allow_unfinished else faults.unfinished)]
     if DATASET_FILE in names:
         problems += _verify_dataset(root, reports, plans, allow_unfinished)
-    notes = faults.unfinished if allow_unfinished else ()
-    return VerificationReport(root.url, tuple(reports.values()), tuple(problems), notes)
+    notes = [*(faults.unfinished if allow_unfinished else ()), *_claim_notes(root, names)]
+    return VerificationReport(root.url, tuple(reports.values()), tuple(problems), tuple(notes))
 
 
-def _listed_root(url: str) -> tuple[ObjectStore, list[str], str | None]:
+def listed_root(url: str) -> tuple[ObjectStore, list[str], str | None]:
     """The store of the whole output, its names, and the one folder that is meant when `url` names it."""
     store = open_store(url)
     only = None
@@ -136,7 +136,7 @@ def _listed_root(url: str) -> tuple[ObjectStore, list[str], str | None]:
     return store, names, only
 
 
-def _worker_folders(names: Sequence[str]) -> list[str]:
+def worker_folders(names: Sequence[str]) -> list[str]:
     """Every folder that says which stream it is for, or holds a commit record and should say so."""
     parts = (name.rpartition("/") for name in names)
     return sorted(
@@ -155,14 +155,26 @@ def _verify_dataset(
         shards = read_dataset_shards(root)
     except RunError as error:
         return [str(error)]
-    for shard, plan in shards.items():
+    for shard, stored in shards.items():
         if shard not in reports:
             report = reports[shard] = FolderReport(shard)
             note = "no worker has begun this shard of the dataset"
             (report.warnings if allow_unfinished else report.problems).append(note)
-        elif shard in plans and plans[shard] != plan:
+        elif shard in plans and plans[shard] != stored.plan:
             reports[shard].problems.append(f"{STREAM_FILE} and {DATASET_FILE} disagree about the stream")
+        elif reports[shard].complete and reports[shard].lines_done != stored.num_tasks:
+            reports[shard].problems.append(
+                f"{reports[shard].lines_done} lines are done where {DATASET_FILE} says {stored.num_tasks}"
+            )
     return []
+
+
+def _claim_notes(root: ObjectStore, names: Sequence[str]) -> list[str]:
+    """Claims matter to running workers alone."""
+    return [
+        f"{name} is damaged: once no worker runs, remove the folder {CLAIMS_FOLDER}; nothing that is committed is lost"
+        for name in damaged_claims(root, names)
+    ]
 
 
 def _verify_folder(
@@ -174,7 +186,7 @@ def _verify_folder(
     allow_unfinished: bool,
 ) -> None:
     """Fills the report; raises RunError when the records of the folder cannot be read."""
-    records = _sound_records(root, report.folder)
+    records = _records(root, report.folder)
     hashes = (run_plan.hash, stream.hash)
     report.problems += [
         f"window {record.window} was written for another plan or stream than {RUN_FILE} and {STREAM_FILE} say"
@@ -188,20 +200,17 @@ def _verify_folder(
         where = f"sample {records[-1].next_place.sample_idx}" if records and records[-1].next_place else "the beginning"
         unfinished = f"the stream is not finished: the run goes on at {where}"
         (report.warnings if allow_unfinished else report.problems).append(unfinished)
+    report.lines_done = sum(len(record.bad_records) for record in records)
+    report.lines_done += report.samples // records[0].samples_per_record if records else 0
     report.warnings += _stray_files(report.folder, records, names)
     report.warnings += _index_notes(root, report.folder, records)
 
 
-def _sound_records(root: ObjectStore, folder: str) -> list[CommitRecord]:
+def _records(root: ObjectStore, folder: str) -> list[CommitRecord]:
     try:
-        records = read_records(root, folder)
+        return read_records(root, folder)
     except OSError as error:
         raise RunError(f"{root.url}/{folder}: its records cannot be read: {error}") from error
-    for record in records:
-        fault = record_fault(record)
-        if fault is not None:
-            raise RunError(f"{root.url}/{folder}/{shard_stem(record.window)}.json: {fault}")
-    return records
 
 
 def _check_windows(
@@ -254,8 +263,12 @@ def _stray_files(folder: str, records: Sequence[CommitRecord], names: Sequence[s
 def _index_notes(root: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> Iterator[str]:
     try:
         index = read_object(root, f"{folder}/{INDEX_FILE}")
+        read_sealed_json(root.read_bytes(f"{folder}/{INDEX_FILE}"))
     except RunError as error:
         yield f"{error}: the next run rebuilds it"
+        return
+    except ValueError as error:
+        yield f"{INDEX_FILE}: {error}: the next run rebuilds it"
         return
     if any(index.get(key) != value for key, value in index_of(records).items()):
         yield f"{INDEX_FILE} is behind the records: the next run rebuilds it"

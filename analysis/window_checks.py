@@ -9,26 +9,40 @@ from typing import BinaryIO, cast
 
 import numpy as np
 from isal import igzip
+from jaxtyping import Int32, UInt8
 
-from analysis.stored_plans import mistyped
 from core.activation_storage import CommitRecord, StoredFile, shard_stem
 from core.errors import RunError
 from core.formats import DTYPES, StoredShard, read_shard
+from core.json_types import Kinds, require_all, require_types
 from core.object_store import LocalStore, ObjectStore
+from core.selection import count_reasons, reasons_of
 from core.sinks import DigestWriter, FileDigest, digest_stream
 
 # What comes from a bucket is kept in memory up to this size, and in a temporary file beyond it.
 _SPOOL_BYTES = 64 << 20
 _COPY_BYTES = 4 << 20
+_ROW: Kinds = {"sample_idx": (int,), "n_tokens": (int,), "token_ids": (list,)}
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """What the checks need of a sample's line in the table."""
+    """What the checks need of a sample's line in the table.
+
+    Attributes:
+      n_tokens: stored, as it says; token_ids: of all tokens that the model saw.
+      reasons: why each of them is not stored, 0 for one that is; None where no token is left out.
+    """
 
     sample_idx: int
     n_tokens: int
-    n_token_ids: int
+    token_ids: Int32[np.ndarray, "T"]
+    reasons: UInt8[np.ndarray, "T"] | None
+
+    @property
+    def positions(self) -> np.ndarray | None:
+        """The places of the stored tokens; None where all are."""
+        return None if self.reasons is None else np.flatnonzero(self.reasons == 0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +64,7 @@ def check_window(store: ObjectStore, folder: str, record: CommitRecord, format_n
                 if damage is not None:
                     problems.append(f"{file.name}: {damage}: {_mend(record)}")
                 elif file.site is None:
-                    table = _read_table(stream)
+                    table = read_table(stream)
                     problems += [f"{file.name}: {problem}" for problem in _table_problems(table, record)]
                 else:
                     found = _site_problems(stream, file, file.site, table, record, format_name)
@@ -94,17 +108,22 @@ def _damage(digest: FileDigest, file: StoredFile) -> str | None:
     return None
 
 
-def _read_table(stream: BinaryIO) -> list[TableRow]:
+def read_table(stream: BinaryIO) -> list[TableRow]:
+    """A sample table. Raises ValueError naming the line that is none of it."""
     with igzip.open(stream, "rb") as lines:
         return [_table_row(line, number) for number, line in enumerate(lines, 1)]
 
 
 def _table_row(line: bytes, number: int) -> TableRow:
     row = json.loads(line)
-    wrong = mistyped(row, {"sample_idx": (int,), "n_tokens": (int,), "token_ids": (list,)})
-    if wrong is not None:
-        raise ValueError(f"line {number}: {wrong!r} is missing or of the wrong type")
-    return TableRow(row["sample_idx"], row["n_tokens"], len(row["token_ids"]))
+    try:
+        require_types(row, _ROW)
+        require_all(row["token_ids"], int, "token_ids")
+        token_ids = np.array(row["token_ids"], np.int32)
+        reasons = reasons_of(row["dropped"], len(token_ids)) if "dropped" in row else None
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"line {number}: {error}") from error
+    return TableRow(row["sample_idx"], row["n_tokens"], token_ids, reasons)
 
 
 def _table_problems(table: Sequence[TableRow], record: CommitRecord) -> Iterator[str]:
@@ -112,10 +131,17 @@ def _table_problems(table: Sequence[TableRow], record: CommitRecord) -> Iterator
         yield f"it lists {len(table)} samples, the record says {record.n_samples}"
     n_tokens = sum(row.n_tokens for row in table)
     if n_tokens != record.n_tokens:
-        yield f"its samples have {n_tokens} tokens, the record says {record.n_tokens}"
+        yield f"its samples have {n_tokens} stored tokens, the record says {record.n_tokens}"
+    n_empty = sum(row.n_tokens == 0 for row in table)
+    if n_empty != record.n_empty:
+        yield f"{n_empty} of its samples have no stored token, the record says {record.n_empty}"
+    dropped = count_reasons(row.reasons for row in table if row.reasons is not None)
+    if dropped != record.n_dropped:
+        yield f"it says that {dropped} tokens are left out, the record says {record.n_dropped}"
     for row in table:
-        if row.n_token_ids != row.n_tokens:
-            yield f"sample {row.sample_idx} has {row.n_token_ids} token ids for {row.n_tokens} tokens"
+        n_stored = len(row.token_ids) if row.positions is None else len(row.positions)
+        if n_stored != row.n_tokens:
+            yield f"sample {row.sample_idx} has {n_stored} token ids for {row.n_tokens} tokens"
 
 
 def _site_problems(
@@ -127,18 +153,35 @@ def _site_problems(
 
 
 def _shard_problems(shard: StoredShard, site: str, table: Sequence[TableRow], record: CommitRecord) -> Iterator[str]:
-    if tuple(shard.layers) != record.layers:
-        yield f"it holds layers {list(shard.layers)}, the record says {list(record.layers)}"
+    layers, width = record.sites[site].layers, record.sites[site].width
+    if tuple(shard.layers) != layers:
+        yield f"it holds layers {list(shard.layers)}, the record says {list(layers)}"
     if list(shard.sample_idx) != [row.sample_idx for row in table]:
         yield "its samples are not those of the sample table"
         return
+    yield from _token_problems(shard, table)
     dtype = DTYPES[record.dtype]
     for layer, arrays in shard.layers.items():
         for row, array in zip(table, arrays, strict=True):
             where = f"layer {layer}, sample {row.sample_idx}"
-            if array.shape != (row.n_tokens, record.widths[site]):
-                yield f"{where}: shape {array.shape} instead of {(row.n_tokens, record.widths[site])}"
+            if array.shape != (row.n_tokens, width):
+                yield f"{where}: shape {array.shape} instead of {(row.n_tokens, width)}"
             elif array.dtype != dtype:
                 yield f"{where}: dtype {array.dtype} instead of {dtype}"
             elif not np.isfinite(array).all():
                 yield f"{where}: it holds NaN or infinity"
+
+
+def _token_problems(shard: StoredShard, table: Sequence[TableRow]) -> Iterator[str]:
+    """Compares which tokens the shard says it holds with the sample table."""
+    for slot, row in enumerate(table):
+        wanted = row.positions
+        if shard.positions is not None and wanted is not None:
+            if not np.array_equal(shard.positions[slot], wanted):
+                yield f"sample {row.sample_idx}: its token positions are not those of the sample table"
+        elif (shard.positions is None) != (wanted is None):
+            yield f"sample {row.sample_idx}: the shard or the sample table alone leaves tokens out"
+            return
+        ids = row.token_ids if wanted is None else row.token_ids[wanted]
+        if shard.token_ids is not None and not np.array_equal(shard.token_ids[slot], ids):
+            yield f"sample {row.sample_idx}: its token ids are not those of the sample table"

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import jax
-
 from core.batching import StepArrays, plan_steps, step_arrays
 from core.job import Job, open_storage, prepare_job
 from core.progress import Summary
@@ -55,15 +53,13 @@ class Engine:
 
     def planned_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""
-        shape = self.job.batch_shape(jax.local_device_count())
         return [
             step_arrays(step, [sample.token_ids for sample in window.samples])
             for window in self.job.windows()
-            for step in plan_steps(window.lengths, shape)
+            for step in plan_steps(window.lengths, self.job.batch_shape)
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:
         """The forward passes alone: each waited for, nothing kept."""
         for arrays in steps:
-            output = self.model.step(arrays)
-            jax.block_until_ready((output.activations, output.peaks))
+            self.model.step(arrays).wait()

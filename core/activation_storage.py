@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,12 +26,25 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from core.errors import RunError, UsageError
+from core.fault_points import fault_point
+from core.formats import DTYPES
+from core.json_types import NONE, Kinds, require_all, require_types
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
-from core.plan import RunPlan, StreamPlan, canonical_json, content_hash, differing_fields
+from core.plan import (
+    RunPlan,
+    StreamPlan,
+    canonical_json,
+    content_hash,
+    differing_fields,
+    read_sealed_json,
+    sealed_json,
+)
 from core.sinks import FileDigest, digest_stream
 from core.windows import StreamPlace
 
-RECORD_NAME = re.compile(r"shard_(\d{4,})\.json")
+RECORD_NAME = re.compile(r"shard_([0-9]{4,})\.json")
+# What a record names is read, and becomes a path.
+_FILE_NAME = re.compile(r"(?:[a-z][a-z0-9_]*/)?(?:shard|samples)_([0-9]{4,})(?:\.[a-z0-9_]+)+")
 RUN_FILE = "run.json"
 STREAM_FILE = "stream.json"
 DATASET_FILE = "dataset.json"
@@ -52,11 +66,38 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
+class StoredSite:
+    """What the arrays of a site are: `layers` in their order, each of (tokens, width)."""
+
+    layers: tuple[int, ...]
+    width: int
+
+
+_FILE: Kinds = {"name": (str,), "site": (str, NONE), "bytes": (int,), "crc32c": (str,), "sha256": (str,)}
+_PLACE: Kinds = {"position": (int,), "sample_idx": (int,)}
+_SITE: Kinds = {"layers": (list,), "width": (int,)}
+_COUNTS = ("n_samples", "n_tokens", "n_truncated", "n_empty")
+_RECORD: Kinds = {
+    **dict.fromkeys(("window", "first_sample_idx", "last_sample_idx", "samples_per_record", *_COUNTS), (int,)),
+    **dict.fromkeys(("plan_hash", "stream_hash", "dtype"), (str,)),
+    "next_place": (dict, NONE),
+    "n_dropped": (dict,),
+    "sites": (dict,),
+    "files": (list,),
+    "bad_records": (list,),
+}
+
+
+@dataclass(frozen=True)
 class CommitRecord:
     """What one committed window holds. It carries no time and no name of who wrote it: same window, same bytes.
 
-    `next_place` is where the next window begins; None when the stream ends with this one. Every record of the stream
-    makes `samples_per_record` samples, `sample_idx` = position × samples_per_record + prediction.
+    Attributes:
+      next_place: where the next window begins; None when the stream ends with this one.
+      n_tokens: stored; n_dropped: by reason, those that the model saw besides (`core.selection`).
+      n_empty: samples of which no token is stored.
+      samples_per_record: each record of the stream makes so many samples, `sample_idx` = position ×
+        samples_per_record + prediction.
     """
 
     window: int
@@ -68,31 +109,62 @@ class CommitRecord:
     n_samples: int
     n_tokens: int
     n_truncated: int
+    n_dropped: dict[str, int]
+    n_empty: int
     samples_per_record: int
-    sites: tuple[str, ...]
-    layers: tuple[int, ...]
-    widths: dict[str, int]
+    sites: dict[str, StoredSite]
     dtype: str
     files: tuple[StoredFile, ...]
     bad_records: tuple[dict[str, Any], ...] = field(default=())
 
+    @property
+    def n_seen(self) -> int:
+        """Tokens that the model saw."""
+        return self.n_tokens + sum(self.n_dropped.values())
+
     def to_bytes(self) -> bytes:
-        """The record as stored."""
-        return canonical_json(asdict(self))
+        """The record as stored, with its own checksum."""
+        return sealed_json(asdict(self))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "CommitRecord":
-        """Reads a stored record; raises ValueError when a field is missing, unknown or of the wrong shape."""
+        """Reads a stored record; raises ValueError when it was changed, or a field is missing or cannot be."""
         try:
-            fields = json.loads(data)
+            fields = read_sealed_json(data)
+            _check_record(fields)
             if fields["next_place"] is not None:
                 fields["next_place"] = StreamPlace(**fields["next_place"])
             fields["files"] = tuple(StoredFile(**file) for file in fields["files"])
-            for name in ("sites", "layers", "bad_records"):
-                fields[name] = tuple(fields[name])
+            fields["sites"] = {
+                name: StoredSite(**site | {"layers": tuple(site["layers"])}) for name, site in fields["sites"].items()
+            }
+            fields["bad_records"] = tuple(fields["bad_records"])
             return cls(**fields)
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a commit record: {error}") from error
+
+
+def _check_record(fields: Any) -> None:
+    require_types(fields, _RECORD)
+    if fields["next_place"] is not None:
+        require_types(fields["next_place"], _PLACE, "next_place.")
+    for file in fields["files"]:
+        require_types(file, _FILE, "files.")
+        named = _FILE_NAME.fullmatch(file["name"])
+        if named is None or int(named[1]) != fields["window"]:
+            raise ValueError(f"'files.name' is {file['name']!r}, which is no file of window {fields['window']}")
+    for bad in fields["bad_records"]:
+        require_types(bad, {"position": (int,)}, "bad_records.")
+    for name, site in fields["sites"].items():
+        require_types(site, _SITE, f"sites.{name}.")
+        require_all(site["layers"], int, f"sites.{name}.layers")
+    require_types(fields["n_dropped"], dict.fromkeys(fields["n_dropped"], (int,)), "n_dropped.")
+    negative = [name for name in _COUNTS if fields[name] < 0]
+    if negative or fields["samples_per_record"] < 1 or fields["dtype"] not in DTYPES:
+        name = [*negative, "samples_per_record" if fields["samples_per_record"] < 1 else "dtype"][0]
+        raise ValueError(f"{name!r} is {fields[name]!r}, which cannot be")
+    if {file["site"] for file in fields["files"]} - {None} != fields["sites"].keys():
+        raise ValueError("'sites' are not those of its files")
 
 
 @dataclass(frozen=True)
@@ -229,8 +301,10 @@ class ActivationStorage:
         if self._mirror is None:
             return
         held = (self._mirror.info(f"{self.folder}/{file.name}") for file in record.files)
+        fault_point("mirror.before")
         if list(held) == [ObjectInfo(file.bytes, file.crc32c) for file in record.files]:
             self._mirror.create_bytes(self._record_name(record.window), record.to_bytes())
+            fault_point("mirror.after")
         else:
             logging.warning("the local copy of window %d is not what the bucket holds: it is left out", record.window)
 
@@ -246,10 +320,12 @@ class ActivationStorage:
         """
         self._claim()
         name = f"{self.folder}/{file.name}"
+        fault_point("store.before")
         info = ObjectInfo(file.digest.bytes, file.digest.crc32c)
         mine = StoredFile(file.name, file.site, file.digest.bytes, file.digest.crc32c, file.digest.sha256)
         if self._primary.create_file(name, file.path, info) is Created.ALREADY_DIFFERENT:
             return self._standing(window, file)
+        fault_point("store.after")
         if self._mirror is not None:
             self._mirror.create_file(name, file.path, info)
         return mine
@@ -258,8 +334,10 @@ class ActivationStorage:
         """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
         name = self._record_name(record.window)
         data = record.to_bytes()
+        fault_point("commit.before")
         if self._primary.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
             data = self._primary.read_bytes(name)
+        fault_point("commit.after")
         standing = CommitRecord.from_bytes(data)
         if standing.next_place != record.next_place:
             raise RunError(f"{self.url}: window {record.window} was committed with other samples: verify the folder")
@@ -267,11 +345,33 @@ class ActivationStorage:
         self._records.append(standing)
         return standing
 
+    def commit_nothing(self) -> None:
+        """Commits that the stream has no sample for this folder: its share of a short stream is empty."""
+        self._claim()
+        nothing: dict[str, Any] = dict.fromkeys((*_COUNTS, "first_sample_idx"), 0)
+        self.commit(
+            CommitRecord(
+                window=1,
+                plan_hash=self.plan_hash,
+                stream_hash=self.stream_hash,
+                last_sample_idx=-1,
+                next_place=None,
+                n_dropped={},
+                samples_per_record=1,
+                sites={},
+                dtype=self._plan.dtype,
+                files=(),
+                **nothing,
+            )
+        )
+
     def write_index(self) -> None:
         """Rebuilds metadata.json from the records."""
-        data = canonical_json(index_of(self._records) | self._index_extra)
+        data = sealed_json(index_of(self._records) | self._index_extra)
+        fault_point("index.before")
         for store in self._stores():
             store.replace_bytes(f"{self.folder}/{INDEX_FILE}", data)
+        fault_point("index.after")
 
     def _stores(self) -> list[ObjectStore]:
         return [self._primary, *([self._mirror] if self._mirror is not None else [])]
@@ -320,8 +420,10 @@ def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
 
 def declare(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
     """Writes what an output is for, create-only; raises UsageError when it says something else already."""
+    fault_point("declare.before")
     if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
         refuse_other(store, name, wanted)
+    fault_point("declare.after")
 
 
 def committed_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
@@ -338,6 +440,15 @@ def committed_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
     if len(kept) < len(by_window):
         logging.warning("%s/%s: window %d is damaged: going on from there", store.url, folder, len(kept) + 1)
     return kept
+
+
+def has_index_of(store: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> bool:
+    """Whether a folder's index is whole, and that of these records."""
+    try:
+        index = read_sealed_json(store.read_bytes(f"{folder}/{INDEX_FILE}"))
+    except (FileNotFoundError, ValueError):
+        return False
+    return index.items() >= index_of(records).items()
 
 
 def read_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
@@ -380,8 +491,9 @@ def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
             "filename": file.name,
             "file_size": file.bytes,
             "site": file.site,
-            "layers": list(record.layers),
-            "samples_per_layer": {str(layer): record.n_samples for layer in record.layers},
+            "layers": list(record.sites[file.site].layers),
+            "width": record.sites[file.site].width,
+            "samples_per_layer": {str(layer): record.n_samples for layer in record.sites[file.site].layers},
             "first_sample_idx": record.first_sample_idx,
             "last_sample_idx": record.last_sample_idx,
             "total_tokens": record.n_tokens,
@@ -391,11 +503,16 @@ def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
         for file in record.files
         if file.site is not None
     ]
+    dropped: Counter[str] = Counter()
+    for record in records:
+        dropped.update(record.n_dropped)
     return {
         "total_shards": len(records),
-        "total_activations": sum(r.n_samples * len(r.layers) * len(r.sites) for r in records),
+        "total_activations": sum(r.n_samples * len(site.layers) for r in records for site in r.sites.values()),
         "total_unique_samples": sum(record.n_samples for record in records),
+        "total_empty_samples": sum(record.n_empty for record in records),
         "total_tokens": sum(record.n_tokens for record in records),
+        "total_dropped_tokens": dict(dropped),
         "total_bytes": sum(file.bytes for record in records for file in record.files),
         "shards": shards,
     }

@@ -13,6 +13,8 @@ from jaxtyping import Int32
 # The vector unit of a TPU and the attention blocks are 128 wide: other row lengths would be padded on the device.
 ROW_MULTIPLE = 128
 SMALLEST_PACKED_ROW = 512
+# How many of the longest samples share a row where attention costs what the samples cost, however long the row.
+LONG_ROW = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class BatchShape:
     Attributes:
       rows_per_step: rows of a full step over all devices.
       row_multiple: every step has a multiple of this many rows (the number of data-parallel devices).
-      row_lengths: ascending; the last one holds the longest sample.
+      row_lengths: ascending; the last one holds the longest sample, and is what samples are packed into.
       pack: several samples to a row; otherwise one.
     """
 
@@ -60,7 +62,7 @@ class BatchShape:
 
 def default_row_lengths(max_seq_length: int) -> tuple[int, ...]:
     """Powers of two times 128 below `max_seq_length`, then `max_seq_length` rounded up to a multiple of 128."""
-    longest = -(-max_seq_length // ROW_MULTIPLE) * ROW_MULTIPLE
+    longest = _round_up(max_seq_length)
     lengths = []
     length = ROW_MULTIPLE
     while length < longest:
@@ -69,28 +71,46 @@ def default_row_lengths(max_seq_length: int) -> tuple[int, ...]:
     return (*lengths, longest)
 
 
+def packed_row_lengths(max_seq_length: int, *, long_rows: bool) -> tuple[int, ...]:
+    """The row lengths for packing: those of `default_row_lengths` that are not too short to share.
+
+    `long_rows`, for devices whose attention skips what lies outside a sample and that compile in a second: rows that
+    hold the longest sample twice, in eighths, which leaves few holes and trims the last rows closely.
+    """
+    if not long_rows:
+        lengths = default_row_lengths(max_seq_length)
+    else:
+        longest = LONG_ROW * _round_up(max_seq_length)
+        lengths = tuple(sorted({_round_up(longest * eighths // 8) for eighths in range(1, 9)}))
+    floor = min(SMALLEST_PACKED_ROW, lengths[-1])
+    return tuple(length for length in lengths if length >= floor)
+
+
+def _round_up(length: int) -> int:
+    return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
 def plan_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
     """Lays samples of `lengths` tokens into rows, longest row first.
 
-    Best-fit decreasing: a sample goes to the open row that it fills best, else opens a row of the shortest length that
-    holds it. Packed rows are at least SMALLEST_PACKED_ROW long while the longest sample allows, so that short samples
-    share rows and few shapes are compiled.
+    Best-fit decreasing: a sample goes to the open row that it fills best, else opens another of the longest length.
+    Every row is then cut down to the shortest length that holds its samples.
     """
-    floor = min(SMALLEST_PACKED_ROW, shape.row_lengths[-1]) if shape.pack else 0
     members: list[list[int]] = []
-    row_lengths: list[int] = []
     open_rows = _OpenRows()
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         row, room = open_rows.take(lengths[index]) if shape.pack else (None, 0)
         if row is None:
-            needed = max(lengths[index], floor)
-            row, room = len(members), next(length for length in shape.row_lengths if length >= needed)
+            row, room = len(members), shape.row_lengths[-1]
             members.append([])
-            row_lengths.append(room)
         members[row].append(index)
         open_rows.add(row, room - lengths[index])
-    rows = [Row(length, tuple(row)) for length, row in zip(row_lengths, members, strict=True)]
+    rows = [Row(_shortest(shape, sum(lengths[index] for index in row)), tuple(row)) for row in members]
     return sorted(rows, key=lambda row: -row.length)
+
+
+def _shortest(shape: BatchShape, needed: int) -> int:
+    return next(length for length in shape.row_lengths if length >= needed)
 
 
 class _OpenRows:

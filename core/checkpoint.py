@@ -1,11 +1,12 @@
 """The local checkpoint: a cache for people. What is committed is decided by the records in the output folder alone."""
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from core.object_store import disk_errors
+from core.fault_points import fault_point
+from core.object_store import LocalStore
+from core.redaction import redact
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,7 @@ def checkpoint_path(directory: str, worker_id: int) -> Path:
 def save_checkpoint(directory: str, checkpoint: Checkpoint) -> None:
     """Replaces the worker's checkpoint in one step; raises RunError when the folder cannot be written."""
     path = checkpoint_path(directory, checkpoint.worker_id)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(checkpoint), indent=1) + "\n")
-        temporary.replace(path)
+    data = redact(json.dumps(asdict(checkpoint), indent=1) + "\n").encode()
+    fault_point("checkpoint.before")
+    LocalStore(path.parent).replace_bytes(path.name, data)
+    fault_point("checkpoint.after")

@@ -3,15 +3,26 @@
 import argparse
 import logging as standard_logging
 import sys
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from absl import app, logging
 from absl.flags import argparse_flags
 
 from core.errors import RunError, UsageError
+from core.redaction import RedactingFormatter, redact
 from qwen2_jax.errors import ModelError
 
-_FORMAT = standard_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+_FORMAT = RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+
+
+class CommandParser(argparse_flags.ArgumentParser):
+    """Tells what is wrong with a command line in one line, as all other errors are told; so do its subcommands."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits."""
+        self.exit(UsageError.exit_code, f"error: {message} (--help lists the flags)\n")
 
 
 def run_command(
@@ -29,13 +40,9 @@ def run_command(
         try:
             return run(args) or 0
         except (RunError, ModelError) as error:
-            if args.verbose:
-                raise
-            return _report(error)
+            return _report(error, args.verbose)
         except Exception as error:
-            if args.verbose:
-                raise
-            return _report(_as_run_error(error))
+            return _report(_as_run_error(error), args.verbose)
         except KeyboardInterrupt:
             print("interrupted: run the same command again to continue", file=sys.stderr)
             return 130
@@ -74,6 +81,9 @@ def _as_run_error(error: Exception) -> RunError:
     return RunError(f"{type(error).__name__}: {error} (an unexpected error: --verbose shows where)")
 
 
-def _report(error: Exception) -> int:
-    print("error: " + " ".join(str(error).split()), file=sys.stderr)
+def _report(error: Exception, verbose: bool) -> int:
+    """Prints the error that is being handled, with its stack trace for those who ask; returns the exit code."""
+    if verbose:
+        print(redact(traceback.format_exc()), file=sys.stderr)
+    print(redact("error: " + " ".join(str(error).split())), file=sys.stderr)
     return error.exit_code if isinstance(error, RunError) else UsageError.exit_code

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import fsspec
 import google_crc32c
@@ -24,7 +25,8 @@ import zstandard
 
 from arc24.tasks import validate_task
 from core.errors import RunError, UsageError
-from core.object_store import ObjectInfo, ObjectStore, open_store
+from core.object_store import ObjectInfo, ObjectStore, is_loopback, open_store
+from core.redaction import redact
 from core.sharded_dataset import ShardEntry, check_chunk, find_shard, is_dataset
 
 Kind = Literal["arc", "text", "messages", "input_ids"]
@@ -34,6 +36,7 @@ _CHUNK_BYTES = 1 << 20
 _COMPRESSED_CHUNK_BYTES = 1 << 12
 _ZSTD_LONGEST_WINDOW = 1 << 31
 _NUMBERED_STREAM = re.compile(r"(.*stream_)([0-9]+)(\.jsonl(?:\.gz|\.zst)?)")
+_CLEAR_SCHEMES = ("http", "ftp", "ws", "webhdfs", "webdav")
 _BLANK = "blank line: remove it, or make it a sample"
 
 
@@ -126,11 +129,27 @@ def first_selected(first_position: int, machine_id: int, total_machines: int) ->
     return first_position + (machine_id - first_position) % total_machines
 
 
-def selected_positions(path: str, machine_id: int, total_machines: int, max_tasks: int | None) -> range:
-    """The positions that `read_stream` yields: counts the lines of a file; a shard knows its own number."""
+def survey_records(
+    path: str, machine_id: int, total_machines: int, max_tasks: int | None, *, wanted: int
+) -> tuple[int, list[StreamRecord | BadRecord]]:
+    """How many records `read_stream` yields, and from `wanted` to twice as many of them, spread evenly, in one pass."""
     shard = find_shard(path)
-    start, count = (shard.first_task, shard.num_tasks) if shard else (0, sum(1 for _ in read_jsonl_lines(path)))
-    return range(first_selected(start, machine_id, total_machines), start + count, total_machines)[:max_tasks]
+    first = first_selected(shard.first_task if shard else 0, machine_id, total_machines)
+    count, stride = 0, 1
+    kept: list[tuple[int, int, bytes]] = []
+    kind: Kind | None = None
+    for position, line, raw in _numbered_lines(path, shard):
+        kind = kind or _kind_of_line(raw, _parse_line(raw, position, line, None))
+        if position < first or (position - first) % total_machines:
+            continue
+        if count == max_tasks:
+            break
+        if count % stride == 0:
+            kept.append((position, line, raw))
+        count += 1
+        if len(kept) >= 2 * wanted:
+            kept, stride = kept[::2], 2 * stride
+    return count, [_parse_line(raw, position, line, kind) for position, line, raw in kept]
 
 
 def _numbered_lines(path: str, shard: ShardEntry | None) -> Iterator[tuple[int, int, bytes]]:
@@ -371,10 +390,21 @@ def _other_spellings(path: str) -> list[str]:
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The filesystem of a path or URL, and the path inside it. Raises UsageError for an unknown protocol."""
+    _refuse_unsafe_url(path)
     try:
         return fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ValueError, ImportError) as error:
         raise UsageError(f"{path}: {error}") from error
+
+
+def _refuse_unsafe_url(path: str) -> None:
+    """Raises UsageError for a URL that travels in the clear, or carries a password into logs and records."""
+    for scheme, host in re.findall(r"(?:^|::)([A-Za-z][A-Za-z0-9+.-]*)://([^/:]*(?::[^/:]*)*)", path):
+        shown = redact(path)
+        if scheme.lower() in _CLEAR_SCHEMES and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            raise UsageError(f"{shown}: {scheme} is for loopback only: use https, gs:// or a local copy")
+        if "@" in host:
+            raise UsageError(f"{shown}: leave user and password out of the URL, use the environment or ~/.netrc")
 
 
 def _in_bucket(path: str) -> bool:
@@ -490,7 +520,12 @@ def stream_identity(path: str) -> dict[str, Any]:
         if shard is not None:
             return shard.identity
         info = _stored_info(path)
-    return {"name": path.rsplit("/", 1)[-1], "bytes": info.size, "crc32c": info.crc32c}
+    return {"name": _without_query(path).rsplit("/", 1)[-1], "bytes": info.size, "crc32c": info.crc32c}
+
+
+def _without_query(path: str) -> str:
+    """A URL without its query, which may sign the request; a local path as it is."""
+    return path.partition("?")[0] if "://" in path else path
 
 
 def _stored_info(path: str) -> ObjectInfo:

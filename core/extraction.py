@@ -2,6 +2,7 @@
 
 read      stream → prompts → tokens → windows            a thread
 forward   windows → packed steps → device                the main thread; timed on the device
+select    norms → which tokens are stored                a thread, only where norms decide
 copy      device → window buffers on the host            a thread
 encode    window buffers → finished files                a pool
 store     upload, commit record, index, checkpoint       a pool, and a thread that commits in order
@@ -11,21 +12,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
-import jax
 import numpy as np
+from jaxtyping import Shaped
 
-from core.activation_storage import ActivationStorage, CommitRecord, StoredFile
+from core import backend
+from core.activation_storage import ActivationStorage, CommitRecord, StoredFile, StoredSite
 from core.batching import BatchShape, Step, plan_steps, sample_spans, step_arrays
 from core.errors import RunError
+from core.fetching import Fetch, plan_fetch
 from core.formats import DTYPES
-from core.jax_utils import ExtractionStep, StepOutput
 from core.job import Job
 from core.pipeline import Channel, Pipeline, StageClock
 from core.progress import Progress
+from core.selection import Selection, count_reasons
 from core.shard_encoding import ShardEncoder, WindowActivations
-from core.windows import StreamPlace, Window
+from core.windows import StreamPlace, TokenizedSample, Window
+from qwen2_jax.taps import SITES
 
 # One window fills while others are encoded: what bounds host memory is this many times the shard size.
 WINDOWS_IN_MEMORY = 3
@@ -36,36 +40,58 @@ _STEPS_IN_FLIGHT = 1
 
 @dataclass
 class WindowBuffer:
-    """A window whose activations arrive step by step, scattered to where each sample belongs."""
+    """A window whose activations arrive step by step, scattered to where each sample belongs.
+
+    `samples` are those of the window, replaced where norms decide what is stored of them.
+    """
 
     activations: WindowActivations
+    samples: list[TokenizedSample]
     steps_left: int
 
     @classmethod
     def allocate(cls, job: Job, window: Window, n_steps: int) -> "WindowBuffer":
-        """Room for every site: (L, N, D) in the stored dtype."""
-        shape = (len(job.capture.layers), window.n_tokens, job.model.d_model)
-        arrays = {site: np.empty(shape, DTYPES[job.config.dtype]) for site in job.capture.sites}
-        return cls(WindowActivations(window, job.capture.layers, arrays), n_steps)
+        """Room for every site: (L, N, D) in the stored dtype, N the tokens that are stored at most."""
+        shapes = {
+            site: (len(layers), window.n_kept, job.model.site_widths[site]) for site, layers in job.layers.items()
+        }
+        arrays = {site: np.empty(shape, DTYPES[job.config.dtype]) for site, shape in shapes.items()}
+        return cls(WindowActivations(window, job.layers, arrays), list(window.samples), n_steps)
 
-    def scatter(self, step: Step, output: StepOutput) -> None:
-        """Copies the samples of one step to their places; waits for the device."""
-        window, offsets = self.activations.window, self.activations.offsets
+    def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
+        """Copies the samples of one step to their places."""
+        offsets = self.activations.window.offsets
         for site, buffer in self.activations.by_site.items():
-            values = np.asarray(output.activations[site])
-            for row, sample, start, stop in sample_spans(step, window.lengths):
-                buffer[:, offsets[sample] : offsets[sample + 1]] = values[:, row, start:stop]
+            for sample, (row, places) in fetch.samples.items():
+                values = fetched[site][:, row, places]
+                buffer[:, offsets[sample] : offsets[sample] + values.shape[1]] = values
         self.steps_left -= 1
+
+    def select(self, step: Step, norms: dict[str, Shaped[np.ndarray, "L B T"]], selection: Selection) -> None:
+        """Decides by their norms which tokens of the step's samples are stored."""
+        stacked = np.concatenate(list(norms.values()))
+        for row, index, start, stop in sample_spans(step, self.activations.window.lengths):
+            sample = self.samples[index]
+            assert sample.reasons is not None
+            reasons = selection.after(sample.reasons, stacked[:, row, start:stop], sample.sample_idx)
+            self.samples[index] = replace(sample, reasons=reasons, most_kept=None)
+
+    def finished(self) -> WindowActivations:
+        """The window's activations, once all steps have arrived."""
+        if all(final is first for final, first in zip(self.samples, self.activations.window.samples, strict=True)):
+            return self.activations
+        return self.activations.narrowed_to(tuple(self.samples))
 
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step the device is working on."""
+    """A step the device is working on. `fetch` is None until norms have decided."""
 
     buffer: WindowBuffer
     step: Step
-    output: StepOutput
+    output: backend.StepOutput
     started: float
+    fetch: Fetch | None
 
 
 @dataclass
@@ -79,7 +105,7 @@ class Extraction:
 
     job: Job
     storage: ActivationStorage
-    step: ExtractionStep
+    step: backend.Step
     shape: BatchShape
     encoder: ShardEncoder
     progress: Progress
@@ -97,7 +123,8 @@ class Extraction:
         encoded: Channel[tuple[Window, Future[list[StoredFile]]]] = pipeline.channel(_WINDOWS_IN_STORAGE)
         pool = ThreadPoolExecutor(_WINDOWS_IN_STORAGE, "encode")
         pipeline.start("read", lambda clock: self._read(windows, read, clock))
-        pipeline.start("copy", lambda clock: self._copy(steps, encoded, pool, clock))
+        selected = self._start_select(steps)
+        pipeline.start("copy", lambda clock: self._copy(selected, encoded, pool, clock))
         pipeline.start("commit", lambda clock: self._commit(encoded, clock))
         try:
             self._forward(read, steps, StageClock("dispatch"))
@@ -133,12 +160,39 @@ class Extraction:
                 return
             started = time.monotonic()
             output = self.step(step_arrays(step, token_ids))
-            output.copy_to_host_async()
-            steps.put(StepInFlight(buffer, step, output, started), clock)
+            fetch = None
+            if not self._norms_decide:
+                fetch = plan_fetch(step, window.samples, window.lengths)
+                output.start_copy(fetch.gathered)
+            steps.put(StepInFlight(buffer, step, output, started, fetch), clock)
 
     def _acquire_buffer(self) -> None:
         while not self._buffers.acquire(timeout=0.1):
             self.pipeline.check()
+
+    @property
+    def _norms_decide(self) -> bool:
+        return self.job.selection is not None and self.job.selection.needs_norms
+
+    def _start_select(self, steps: Channel[StepInFlight]) -> Channel[StepInFlight]:
+        """Where norms decide, a stage of its own asks for the copy of a step while the one before is being copied."""
+        if not self._norms_decide:
+            return steps
+        selected: Channel[StepInFlight] = self.pipeline.channel(_STEPS_IN_FLIGHT)
+        self.pipeline.start("select", lambda clock: self._select(steps, selected, clock))
+        return selected
+
+    def _select(self, steps: Channel[StepInFlight], selected: Channel[StepInFlight], clock: StageClock) -> None:
+        selection = self.job.selection
+        assert selection is not None
+        for flight in steps.drain(clock):
+            self._wait_for_device(flight, clock)
+            flight.buffer.select(flight.step, flight.output.norms(), selection)
+            fetch = plan_fetch(flight.step, flight.buffer.samples, flight.buffer.activations.window.lengths)
+            flight.output.start_copy(fetch.gathered)
+            selected.put(replace(flight, fetch=fetch), clock)
+            del flight
+        selected.close()
 
     def _copy(
         self,
@@ -148,22 +202,25 @@ class Extraction:
         clock: StageClock,
     ) -> None:
         for flight in steps.drain(clock):
-            self._wait_for_device(flight, clock)
-            check_peaks(flight, self.job)
-            flight.buffer.scatter(flight.step, flight.output)
-            spans = [sample for row in flight.step.rows for sample in row.samples]
-            lengths = flight.buffer.activations.window.lengths
-            self.progress.computed(len(spans), sum(lengths[sample] for sample in spans))
+            fetch = flight.fetch
+            assert fetch is not None
+            if not self._norms_decide:
+                self._wait_for_device(flight, clock)
+            check_peaks(flight, fetch, self.job)
+            flight.buffer.scatter(fetch, flight.output.fetch())
+            lengths = [len(flight.buffer.samples[sample].token_ids) for sample in fetch.samples]
+            self.progress.computed(len(lengths), sum(lengths))
             if not flight.buffer.steps_left:
-                window = flight.buffer.activations.window
-                encoded.put((window, pool.submit(self._encode_and_store, flight.buffer.activations)), clock)
+                activations = flight.buffer.finished()
+                encoded.put((activations.window, pool.submit(self._encode_and_store, activations)), clock)
+                del activations
             del flight
         encoded.close()
 
     def _wait_for_device(self, flight: StepInFlight, clock: StageClock) -> None:
         """Waits for the step, and counts the time as the device's rather than the copy's."""
         waiting_since = time.monotonic()
-        jax.block_until_ready((flight.output.activations, flight.output.peaks))
+        flight.output.wait()
         ready = time.monotonic()
         clock.waiting += ready - waiting_since
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
@@ -203,40 +260,43 @@ class Extraction:
             last_sample_idx=window.samples[-1].sample_idx,
             next_place=window.next_place,
             n_samples=len(window.samples),
-            n_tokens=window.n_tokens,
+            n_tokens=window.n_kept,
             n_truncated=sum(sample.full_length > len(sample.token_ids) for sample in window.samples),
+            n_dropped=count_reasons(sample.reasons for sample in window.samples if sample.reasons is not None),
+            n_empty=sum(sample.n_kept == 0 for sample in window.samples),
             samples_per_record=window.samples_per_record,
-            sites=self.job.capture.sites,
-            layers=self.job.capture.layers,
-            widths=dict.fromkeys(self.job.capture.sites, self.job.model.d_model),
+            sites={
+                site: StoredSite(layers, self.job.model.site_widths[site]) for site, layers in self.job.layers.items()
+            },
             dtype=self.job.config.dtype,
             files=tuple(files),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
         )
 
 
-def check_peaks(flight: StepInFlight, job: Job) -> None:
-    """Raises RunError when a value is NaN, infinite or too large for the stored dtype, naming where it is."""
+def check_peaks(flight: StepInFlight, fetch: Fetch, job: Job) -> None:
+    """Raises RunError when a stored value is NaN, infinite or too large for the stored dtype, naming where it is."""
     limit = float(np.finfo(DTYPES[job.config.dtype]).max) if job.config.dtype != "bfloat16" else 3.38e38
-    for site, device_peaks in flight.output.peaks.items():
-        peaks = np.asarray(device_peaks)
-        for slot, row in np.argwhere(~(peaks <= limit)):
-            sample = _sample_at_fault(flight, site, int(slot), int(row))
-            where = f"{job.stream_path}, sample_idx {sample}, {site} after layer {job.capture.layers[slot]}"
-            if np.isfinite(peaks[slot, row]):
+    for site, peaks in flight.output.peaks().items():
+        for slot, row, token in np.argwhere(~(peaks <= limit) & fetch.stored):
+            after = f" after layer {job.layers[site][slot]}" if SITES[site].per_layer else ""
+            sample, place = _sample_at(flight, row, token)
+            where = f"{job.stream_path}, sample_idx {sample.sample_idx}, {site}{after}"
+            if np.isfinite(peaks[slot, row, token]):
                 raise RunError(
-                    f"{where}: magnitude {peaks[slot, row]:.0f} does not fit {job.config.dtype} (at most {limit:.0f}): "
-                    "store with --dtype bfloat16 or --dtype float32"
+                    f"{where}: magnitude {peaks[slot, row, token]:.0f} at token {place} does not fit "
+                    f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
+                    "leave such tokens out, see --exclude_norm_outliers"
                 )
-            raise RunError(f"{where}: the model computes NaN or infinity: try --compute_dtype float32")
+            raise RunError(f"{where}: the model computes NaN or infinity at token {place}: try --compute_dtype float32")
 
 
-def _sample_at_fault(flight: StepInFlight, site: str, slot: int, row: int) -> int:
-    window = flight.buffer.activations.window
-    values = np.abs(np.asarray(flight.output.activations[site][slot, row]).astype(np.float32))
-    spans = [span for span in sample_spans(flight.step, window.lengths) if span[0] == row]
-    peaks = [np.nan_to_num(values[start:stop], nan=np.inf).max() for _, _, start, stop in spans]
-    return window.samples[spans[int(np.argmax(peaks))][1]].sample_idx
+def _sample_at(flight: StepInFlight, row: int, token: int) -> tuple[TokenizedSample, int]:
+    """The sample that a token of a step belongs to, and its place there."""
+    for in_row, index, start, stop in sample_spans(flight.step, flight.buffer.activations.window.lengths):
+        if in_row == row and start <= token < stop:
+            return flight.buffer.samples[index], token - start
+    raise AssertionError("a stored token belongs to a sample")
 
 
 def resume_place(records: Sequence[CommitRecord]) -> tuple[StreamPlace | None, int, int]:

@@ -1,25 +1,34 @@
 """The device side: runtime set-up, the data-parallel mesh and the compiled extraction step.
 
-Axis letters: L captured layers, B rows, T tokens, D width of the site.
+Axis letters: L stored layers of a site, B rows, T tokens of a row, K tokens of a row that are fetched, D width of the
+site.
 """
 
 import hashlib
 import platform
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from core.backend import StepRequest
 from core.batching import StepArrays
+from core.device_mesh import device_bytes, device_share, model_parallelism
 from core.errors import UsageError
-from qwen2_jax import Capture, Decoder
+from core.model_shape import ModelShape
+from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
+from qwen2_jax.loading import model_digest
+from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
 
-DATA_AXIS = "data"
+# Steps that a CPU computes at once: one fills the cores while another waits for its slowest thread.
+_CPU_LANES = 2
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -28,11 +37,6 @@ def resolve_compute_dtype(name: str) -> str:
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def data_mesh() -> Mesh:
-    """All devices of this process on one data axis."""
-    return Mesh(np.array(jax.local_devices()), (DATA_AXIS,))
 
 
 def enable_compilation_cache(directory: str) -> None:
@@ -73,60 +77,192 @@ def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: 
     return hosts, host
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """Device arrays of one step, still being computed when this is handed out.
+def _report_split(mesh: ModelMesh, share: int) -> None:
+    """Says over how many devices a model is split, and what each then holds: less is split than some would think."""
+    shape = mesh.mesh.shape
+    n_devices = mesh.mesh.size // shape[DATA_AXIS]
+    if n_devices > 1:
+        split = {"attention": mesh.split.heads, "MLP": mesh.split.mlp}
+        whole = " and ".join(part for part, axes in split.items() if not axes)
+        alike = f"; {whole} of this model cannot be divided so, and all of them compute it" if whole else ""
+        logging.info("a copy of the model lies on %d devices, %.2f GB on each%s", n_devices, share / 1e9, alike)
 
-    Attributes:
-      activations: by site, (L, B, T, D) in the stored dtype.
-      peaks: by site, (L, B) float32: the largest magnitude before the cast, padding left out; infinity when
-        a value is infinite or NaN.
-    """
 
-    activations: dict[str, Array]
-    peaks: dict[str, Array]
+class JaxBackend:
+    """The decoder of `qwen2_jax` on all devices of this process. Satisfies `core.backend.Backend`."""
 
-    def copy_to_host_async(self) -> None:
-        """Starts the copy to the host as soon as the values are there."""
-        for array in (*self.activations.values(), *self.peaks.values()):
+    name = "jax"
+    can_pack = True
+
+    def __init__(self, layout: str = "auto", weights_cache_dir: str | None = None) -> None:
+        self._layout = layout
+        self._weights_cache_dir = weights_cache_dir
+
+    @property
+    def has_long_rows(self) -> bool:
+        """The attention for CPUs skips what lies outside a sample."""
+        return jax.default_backend() == "cpu"
+
+    def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
+        """The batch is split over so many devices, or groups of devices that hold the model together."""
+        return self._mesh(model, request).mesh.shape[DATA_AXIS]
+
+    def _mesh(self, model: ModelShape, request: StepRequest) -> ModelMesh:
+        assert isinstance(model, DecoderConfig)
+        devices = jax.local_devices()
+
+        def share(n: int) -> int:
+            return device_share(model, request, ModelMesh.of(model, devices, n))
+
+        return ModelMesh.of(model, devices, model_parallelism(self._layout, len(devices), share, device_bytes()))
+
+    def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
+        """The model's config. Raises ModelError for what is missing or not supported."""
+        return load_config(path, revision)
+
+    def model_digest(self, path: str, revision: str | None) -> str:
+        """See the protocol."""
+        return model_digest(path, revision)
+
+    def compute_dtype(self, name: str) -> str:
+        """See the protocol."""
+        return resolve_compute_dtype(name)
+
+    def load(self, path: str, revision: str | None, request: StepRequest) -> "ExtractionStep":
+        """Loads the layers up to the last one that is captured. Raises ModelError."""
+        capture = request.capture
+        config = load_config(path, revision)
+        mesh = self._mesh(config, request)
+        _report_split(mesh, device_share(config, request, mesh))
+        model = load_model(
+            path,
+            dtype=COMPUTE_DTYPES[request.compute_dtype],
+            revision=revision,
+            mesh=mesh,
+            # The embedding alone needs no block; stacks of none would be a case of their own for every loader.
+            n_layers=max(1, capture.layers_run(config.n_layers)),
+            with_final_norm=capture.needs_final_norm,
+            with_head=capture.logits,
+            weights_cache_dir=self._weights_cache_dir,
+        )
+        return ExtractionStep(model, request, mesh)
+
+
+class JaxStepOutput:
+    """Device arrays of one step, still being computed when this is handed out. Satisfies `core.backend.StepOutput`."""
+
+    def __init__(self, step: "ExtractionStep", outputs: "Future[Outputs]") -> None:
+        self._step = step
+        self._outputs = outputs
+        self._kept: Int32[np.ndarray, "B K"] | None = None
+        self._fetched: dict[str, Array] | None = None
+
+    def wait(self) -> None:
+        """Blocks until the devices are done."""
+        jax.block_until_ready(self._outputs.result())
+
+    def peaks(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
+        """See the protocol."""
+        _, peaks, _ = self._outputs.result()
+        return {site: np.asarray(values) for site, values in peaks.items()}
+
+    def norms(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
+        """See the protocol."""
+        _, _, norms = self._outputs.result()
+        return {site: np.asarray(values) for site, values in norms.items()}
+
+    def start_copy(self, kept: Int32[np.ndarray, "B K"] | None) -> None:
+        """Gathers on the device, then copies. On a CPU, where a step has to be run first, `fetch` does it."""
+        self._kept = kept
+        if self._outputs.done():
+            self._begin()
+
+    def _begin(self) -> dict[str, Array]:
+        activations, _, _ = self._outputs.result()
+        fetched = dict(activations) if self._kept is None else self._step.gather(activations, self._kept)
+        activations.clear()  # what is not wanted is let go
+        for array in fetched.values():
             array.copy_to_host_async()
+        self._fetched = fetched
+        return fetched
+
+    def fetch(self) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
+        """See the protocol."""
+        fetched = self._begin() if self._fetched is None else self._fetched
+        return {site: np.asarray(values) for site, values in fetched.items()}
 
 
-def _peak(x: Float[Array, "L B T D"], is_token: Bool[Array, "1 B T 1"]) -> Float[Array, "L B"]:
+# Activations, peaks and norms by site.
+Outputs = tuple[dict[str, Array], dict[str, Array], dict[str, Array]]
+
+
+def _peaks(x: Float[Array, "L B T D"], over: MeshAxes) -> Float[Array, "L B T"]:
     """NaN is made infinite first: XLA's maximum may drop it."""
-    magnitude = jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
-    return jnp.max(jnp.where(is_token, magnitude, 0), axis=(2, 3)).astype(jnp.float32)
+    peaks = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf), axis=3).astype(jnp.float32)
+    return jax.lax.pmax(peaks, over) if over else peaks
+
+
+def _norms(x: Float[Array, "L B T D"], over: MeshAxes) -> Float[Array, "L B T"]:
+    return jnp.sqrt(sum_over(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3), over))
+
+
+def _gather(activations: dict[str, Array], kept: Array) -> dict[str, Array]:
+    take = jax.vmap(lambda row, places: jnp.take(row, places, axis=1, mode="clip"), in_axes=(1, 0), out_axes=1)
+    return {site: take(x, kept) for site, x in activations.items()}
+
+
+def _has_lanes(mesh: Mesh) -> bool:
+    """A CPU runs a step at a time for each thread that calls it. Devices that work together need steps in one order."""
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
 class ExtractionStep:
     """The compiled forward pass: token arrays in, activations in the stored dtype out.
 
-    The batch is split over the mesh's data axis with the weights replicated; every device computes its rows alone, so
-    the program has no collectives. One compilation for each (rows, row length).
+    The batch is split over the mesh's data axis. With the whole model on every device each computes its rows alone, and
+    the program has no collectives. One compilation for each (rows, row length), and a small one for each number of
+    tokens that are gathered from a row.
     """
 
-    def __init__(self, model: Decoder, capture: Capture, stored_dtype: str, mesh: Mesh) -> None:
+    def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
         graphdef, self._state = nnx.split(model)
-        self._mesh = mesh
-        self._split = NamedSharding(mesh, PartitionSpec(DATA_AXIS))
-        dtype = jnp.dtype(stored_dtype)
+        self._rows = NamedSharding(mesh.mesh, PartitionSpec(DATA_AXIS))
+        dtype = jnp.dtype(request.stored_dtype)
+        split = mesh.split
 
-        def forward(
-            state: nnx.State, tokens: Array, segment_ids: Array, positions: Array
-        ) -> tuple[dict[str, Array], dict[str, Array]]:
-            captured = nnx.merge(graphdef, state)(tokens, segment_ids, positions, capture)
-            is_token = (segment_ids > 0)[None, :, :, None]
-            peaks = {site: _peak(x, is_token) for site, x in captured.items()}
-            return {site: x.astype(dtype) for site, x in captured.items()}, peaks
+        def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
+            captured = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split)
+            peaks = {site: _peaks(x, split.of_site(site)) for site, x in captured.items()}
+            norms = {site: _norms(captured[site], split.of_site(site)) for site in request.norm_sites}
+            return {site: x.astype(dtype) for site, x in captured.items()}, peaks, norms
 
         rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
-        self._forward = jax.jit(
-            jax.shard_map(
-                forward, mesh=mesh, in_specs=(PartitionSpec(), rows, rows, rows), out_specs=layers_rows, check_vma=False
-            )
-        )
+        sites = {
+            site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites
+        }
+        weights = jax.tree.map(lambda array: array.sharding.spec, self._state)
+        mapped = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
+        in_specs, out_specs = (weights, rows, rows, rows), (sites, layers_rows, layers_rows)
+        self._forward = jax.jit(mapped(forward, in_specs=in_specs, out_specs=out_specs))
+        self._gather = jax.jit(mapped(_gather, in_specs=(sites, rows), out_specs=sites))
+        self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
 
-    def __call__(self, arrays: StepArrays) -> StepOutput:
+    def __call__(self, arrays: StepArrays) -> JaxStepOutput:
         """Starts one step; returns at once with arrays that fill when the device is done."""
-        inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), self._split)
-        return StepOutput(*self._forward(self._state, *inputs))
+        if self._lanes is not None:
+            return JaxStepOutput(self, self._lanes.submit(lambda: jax.block_until_ready(self._dispatch(arrays))))
+        started: Future[Outputs] = Future()
+        started.set_result(self._dispatch(arrays))
+        return JaxStepOutput(self, started)
+
+    def _dispatch(self, arrays: StepArrays) -> Outputs:
+        inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), self._rows)
+        outputs: Outputs = self._forward(self._state, *inputs)
+        # The little that decides what is fetched is on its way before anybody asks.
+        for array in (*outputs[1].values(), *outputs[2].values()):
+            array.copy_to_host_async()
+        return outputs
+
+    def gather(self, activations: dict[str, Array], kept: Int32[np.ndarray, "B K"]) -> dict[str, Array]:
+        """The tokens at `kept` of each row, (L, B, K, D) by site; on the devices that hold the rows."""
+        return self._gather(activations, jax.device_put(kept, self._rows))

@@ -7,8 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from absl import logging
+
 from core.activation_storage import ActivationStorage
-from core.batching import BatchShape, default_row_lengths
+from core.backend import Backend, StepRequest
+from core.backends import choose_backend
+from core.batching import BatchShape, default_row_lengths, packed_row_lengths
+from core.capture import resolve_capture, site_bytes
 from core.dataset_utils import (
     BadRecord,
     format_bad,
@@ -17,14 +22,15 @@ from core.dataset_utils import (
     stream_identity,
 )
 from core.errors import RunError, UsageError
-from core.formats import DTYPES
+from core.model_shape import ModelShape
 from core.object_store import LocalStore, ObjectStore, open_store
 from core.plan import RunPlan, StreamPlan
 from core.prompts import PromptOptions, Tokenizer
 from core.run_config import RunConfig
+from core.selection import NORM_SITES, Selection, TokenFacts
 from core.sharded_dataset import ShardEntry, find_shard, read_dataset
 from core.windows import StreamPlace, TokenizedSample, Window, cut_windows
-from qwen2_jax import SITES, Capture, DecoderConfig, load_config, load_tokenizer, model_identity, tokenizer_digest
+from qwen2_jax import Capture, ModelError, load_tokenizer, tokenizer_digest
 
 
 @dataclass(frozen=True)
@@ -35,31 +41,55 @@ class Job:
       stream_path: the stream, in the spelling that exists, or the folder of a dataset shard.
       folder: where its activations go in the output: the worker's folder, or that of the dataset shard.
       compute_dtype: resolved for this machine.
-      bytes_per_token: stored by the largest file of a window.
+      facts: what the tokenizer says of token ids, where the selection asks for it.
     """
 
     config: RunConfig
     stream_path: str
     folder: str
-    model: DecoderConfig
+    backend: Backend
+    model: ModelShape
     capture: Capture
     compute_dtype: str
     plan: RunPlan
     stream: StreamPlan
     tokenizer: Tokenizer
+    selection: Selection | None = None
+    facts: TokenFacts | None = None
 
     @property
-    def bytes_per_token(self) -> int:
-        """Stored bytes of one token in one site's file: every layer, before compression."""
-        return len(self.capture.layers) * self.model.d_model * DTYPES[self.config.dtype].itemsize
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """By site, the layer numbers under which it is stored."""
+        return {site: self.capture.layers_of(site, self.model.n_layers) for site in self.capture.sites}
 
-    def batch_shape(self, n_devices: int) -> BatchShape:
-        """How samples are laid into steps on `n_devices` data-parallel devices."""
-        row_lengths = default_row_lengths(self.config.max_seq_length)
-        return BatchShape(self.config.batch_size * n_devices, n_devices, row_lengths, self.config.pack)
+    @property
+    def bytes_per_token(self) -> dict[str, int]:
+        """By site, the stored bytes of one token: every layer, before compression."""
+        return site_bytes(self.capture, self.model, self.config.dtype)
+
+    @property
+    def step_request(self) -> StepRequest:
+        """What the backend has to compute."""
+        norm_sites = NORM_SITES if self.selection is not None and self.selection.needs_norms else ()
+        return StepRequest(
+            self.capture,
+            self.config.dtype,
+            self.compute_dtype,
+            tuple(site for site in self.capture.sites if site in norm_sites),
+        )
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        """How samples are laid into steps."""
+        row_multiple = self.backend.row_multiple(self.model, self.step_request)
+        pack, longest = self.config.pack and self.backend.can_pack, self.config.max_seq_length
+        row_lengths = (
+            packed_row_lengths(longest, long_rows=self.backend.has_long_rows) if pack else default_row_lengths(longest)
+        )
+        return BatchShape(self.config.batch_size * row_multiple, row_multiple, row_lengths, pack)
 
     def items(self, start: StreamPlace | None = None) -> Iterator[TokenizedSample | BadRecord]:
-        """The samples and bad records of the stream from `start` on."""
+        """The samples and bad records of the stream from `start` on, with the reasons that are known beforehand."""
         records = read_stream(
             self.stream_path,
             machine_id=self.config.machine_id,
@@ -67,7 +97,16 @@ class Job:
             max_tasks=self.stream.max_tasks,
             start_position=start.position if start else 0,
         )
-        return self.tokenizer.samples(records, start.sample_idx if start else 0)
+        items = self.tokenizer.samples(records, start.sample_idx if start else 0)
+        return items if self.selection is None else map(self.select, items)
+
+    def select(self, item: TokenizedSample | BadRecord) -> TokenizedSample | BadRecord:
+        """A sample with what the selection says of it before the forward pass; a bad record as it is."""
+        if self.selection is None or isinstance(item, BadRecord):
+            return item
+        reasons = self.selection.before(item.token_ids, item.sample_idx, self.facts)
+        most_kept = self.selection.most_kept(reasons) if self.selection.needs_norms else None
+        return replace(item, reasons=reasons, most_kept=most_kept)
 
     def windows(
         self, *, start: StreamPlace | None = None, first_index: int = 1, bad_before: int = 0
@@ -75,7 +114,7 @@ class Job:
         """The windows of the stream from `start` on; raises RunError at one bad record too many."""
         return cut_windows(
             self._admit(self.items(start), bad_before),
-            bytes_per_token=self.bytes_per_token,
+            bytes_per_token=max(self.bytes_per_token.values()),
             shard_bytes=self.config.shard_bytes,
             first_index=first_index,
         )
@@ -93,10 +132,24 @@ class Job:
             else:
                 n_samples += 1
             yield item
-        if not n_samples:
-            config = self.config
-            share = f" for machine {config.machine_id} of {config.total_machines}" if config.total_machines > 1 else ""
+        config = self.config
+        is_share = config.total_machines > 1
+        # A stream may have fewer lines than machines: there is nothing to do then, and nothing wrong.
+        if not n_samples and (n_bad or not is_share):
+            share = f" for machine {config.machine_id} of {config.total_machines}" if is_share else ""
             raise RunError(f"{self.stream_path}: no usable sample{share} ({n_bad} bad records)")
+
+
+def backend_of(config: RunConfig) -> Backend:
+    """What computes the activations. Raises as `choose_backend` does."""
+    return choose_backend(
+        config.backend,
+        config.model_path,
+        config.revision,
+        mesh=config.mesh,
+        weights_cache_dir=config.weights_cache_dir,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def prepare_job(config: RunConfig, compute_dtype: str) -> Job:
@@ -149,37 +202,58 @@ def _prepare(config: RunConfig, compute_dtype: str, stream_path: str, folder: st
         overlong=config.overlong,
     )
     options.validate()
-    model = load_config(config.model_path, config.revision)
-    capture = _capture(config, model)
+    backend = backend_of(config)
+    model = backend.model_shape(config.model_path, config.revision)
+    capture = resolve_capture(config.activation_type, config.layers_to_extract, model, config.model_path)
     _check_length(config, model)
+    selection = _checked_selection(config, capture)
     tokenizer_path = config.tokenizer_path or config.model_path
     revision = None if config.tokenizer_path else config.revision
+    tokenizer = Tokenizer(options, partial(load_tokenizer, tokenizer_path, revision), model.vocab_size)
+    facts = _token_facts(config, tokenizer)
     return Job(
         config=config,
         stream_path=stream_path,
         folder=folder,
+        backend=backend,
         model=model,
         capture=capture,
         compute_dtype=compute_dtype,
-        plan=_run_plan(config, capture, options, compute_dtype, tokenizer_digest(tokenizer_path, revision)),
+        plan=_run_plan(config, backend, model, capture, compute_dtype, tokenizer_digest(tokenizer_path, revision)),
         stream=stream,
-        tokenizer=Tokenizer(options, partial(load_tokenizer, tokenizer_path, revision), model.vocab_size),
+        tokenizer=tokenizer,
+        selection=selection,
+        facts=facts,
     )
 
 
-def _capture(config: RunConfig, model: DecoderConfig) -> Capture:
-    layers = range(model.n_layers) if config.layers_to_extract is None else sorted(set(config.layers_to_extract))
-    missing = [layer for layer in layers if not 0 <= layer < model.n_layers]
-    if missing:
-        raise UsageError(f"--layers_to_extract {missing[0]}: {config.model_path} has layers 0 to {model.n_layers - 1}")
-    unknown = [site for site in config.activation_type if site not in SITES]
-    if unknown:
-        raise UsageError(f"--activation_type {unknown[0]}: must be one of {', '.join(SITES)}")
-    # In the order of the registry and once each: the same sites are the same run however they are listed.
-    return Capture(layers=tuple(layers), sites=tuple(site for site in SITES if site in config.activation_type))
+def _checked_selection(config: RunConfig, capture: Capture) -> Selection | None:
+    selection = config.selection
+    if selection is not None and selection.needs_norms and not set(NORM_SITES) & set(capture.sites):
+        raise UsageError(
+            "--exclude_norm_outliers: the norms are those of the residual stream: capture one of "
+            f"{', '.join(NORM_SITES)} too"
+        )
+    return selection
 
 
-def _check_length(config: RunConfig, model: DecoderConfig) -> None:
+def _token_facts(config: RunConfig, tokenizer: Tokenizer) -> TokenFacts | None:
+    """Loads the tokenizer where a kind of token is left out, even if the stream holds token ids."""
+    if not config.exclude_tokens:
+        return None
+    try:
+        facts = tokenizer.facts()
+    except ModelError as error:
+        raise UsageError(
+            f"--exclude_tokens {config.exclude_tokens[0]}: only a tokenizer says which tokens these are: {error}"
+        ) from error
+    for kind in config.exclude_tokens:
+        if kind in facts.ids and not facts.ids[kind]:
+            logging.warning("--exclude_tokens %s: the tokenizer has no such token, so none is left out", kind)
+    return facts
+
+
+def _check_length(config: RunConfig, model: ModelShape) -> None:
     if config.max_seq_length > model.max_positions:
         raise UsageError(
             f"--max_seq_length {config.max_seq_length}: {config.model_path} knows {model.max_positions} positions"
@@ -187,18 +261,17 @@ def _check_length(config: RunConfig, model: DecoderConfig) -> None:
 
 
 def _run_plan(
-    config: RunConfig, capture: Capture, options: PromptOptions, compute_dtype: str, tokenizer: str | None
+    config: RunConfig, backend: Backend, model: ModelShape, capture: Capture, compute_dtype: str, tokenizer: str | None
 ) -> RunPlan:
-    model = model_identity(config.model_path, config.revision)
     return RunPlan(
         # The digest says which weights these are; the revision only says where they were found.
-        model={"family": model["family"], "digest": model["digest"]},
+        model={"family": model.family, "digest": backend.model_digest(config.model_path, config.revision)},
         tokenizer=tokenizer,
         prompts={
-            "grid_encoder": options.grid_encoder,
-            "prompt_version": options.prompt_version,
-            "predictions_per_task": options.predictions,
-            "random_seed": options.seed,
+            "grid_encoder": config.grid_encoder,
+            "prompt_version": config.prompt_version,
+            "predictions_per_task": config.predictions_per_task,
+            "random_seed": config.random_seed,
         },
         sites=capture.sites,
         layers=capture.layers,
@@ -209,6 +282,8 @@ def _run_plan(
         shard_bytes=config.shard_bytes,
         max_seq_length=config.max_seq_length,
         overlong=config.overlong,
+        selection=None if config.selection is None else config.selection.to_json(),
+        backend=backend.name,
     )
 
 

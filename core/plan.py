@@ -9,6 +9,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import google_crc32c
+
+CHECKSUM = "checksum"
+"""The field that holds an object's own crc32c."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -18,10 +23,11 @@ class RunPlan:
       model: family and content digest; independent of where the model lies.
       tokenizer: content digest, or None when the stream holds token ids.
       prompts: grid encoder, prompt version, predictions per task and seed.
-      layers: block indices, ascending.
+      layers: block indices, ascending, of the sites that every block has.
       dtype: stored dtype; compute_dtype: what the forward pass runs in.
       shard_bytes: a window ends where the stored bytes of its largest file reach this.
       overlong: what happens to samples longer than max_seq_length.
+      selection: which tokens are stored; None: all.
     """
 
     model: dict[str, Any]
@@ -36,10 +42,15 @@ class RunPlan:
     shard_bytes: int
     max_seq_length: int
     overlong: str
+    selection: dict[str, Any] | None = None
+    backend: str = "jax"
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as it is stored and hashed."""
-        return json.loads(canonical_json(asdict(self)))
+        """The plan as it is stored and hashed; the backend where it is not JAX."""
+        fields = asdict(self)
+        if self.backend == "jax":
+            del fields["backend"]
+        return json.loads(canonical_json(fields))
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,22 @@ class StreamPlan:
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and fixed spacing: the same value always gives the same bytes."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """Canonical JSON of an object that carries its own crc32c, so that no change of a byte goes unnoticed."""
+    return canonical_json(value | {CHECKSUM: f"{google_crc32c.value(canonical_json(value)):08x}"})
+
+
+def read_sealed_json(data: bytes) -> dict[str, Any]:
+    """The object that `sealed_json` wrote. Raises ValueError for anything that differs from it by a byte."""
+    value = json.loads(data)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    value.pop(CHECKSUM, None)
+    if sealed_json(value) != data:
+        raise ValueError(f"its {CHECKSUM!r} is not that of its content: it was damaged or changed")
+    return value
 
 
 def content_hash(value: Any) -> str:

@@ -2,22 +2,24 @@
 
 import errno
 import itertools
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
-from core.batching import BatchShape, Step, plan_steps, step_arrays
-from core.dataset_utils import read_stream, selected_positions
+from core import backend
+from core.activation_storage import CommitRecord
+from core.batching import Step, plan_steps, step_arrays
+from core.dataset_utils import survey_records
 from core.errors import RunError
 from core.extraction import WINDOWS_IN_MEMORY
-from core.jax_utils import ExtractionStep
+from core.fetching import plan_fetch
 from core.job import Job
-from core.progress import format_bytes
+from core.progress import format_bytes, format_reasons
+from core.selection import count_reasons
 from core.sinks import BLOCK_BYTES, deflate_block
 from core.windows import TokenizedSample, Window
 
@@ -30,50 +32,50 @@ _TABLE_BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Survey:
-    """An estimate of a stream from a few records spread evenly over it."""
+    """An estimate of a stream from a few records spread evenly over it: what the model sees, and what is stored."""
 
     samples: int
     tokens: int
+    stored_tokens: int
 
 
 def survey_stream(job: Job) -> Survey:
     """Counts the records and tokenises a few of them; a small stream is counted whole."""
     config = job.config
-    positions = selected_positions(job.stream_path, config.machine_id, config.total_machines, job.stream.max_tasks)
-    n_records = len(positions)
-    stride = max(1, n_records // _SURVEYED_RECORDS)
-    surveyed = read_stream(
-        job.stream_path,
-        machine_id=positions.start % (positions.step * stride),
-        total_machines=positions.step * stride,
-        max_tasks=math.ceil(n_records / stride) or None,
-    )
-    records = list(surveyed)
-    lengths = [len(item.token_ids) for item in job.tokenizer.samples(records) if isinstance(item, TokenizedSample)]
+    share = (config.machine_id, config.total_machines, job.stream.max_tasks)
+    n_records, records = survey_records(job.stream_path, *share, wanted=_SURVEYED_RECORDS)
+    samples = [item for item in map(job.select, job.tokenizer.samples(records)) if isinstance(item, TokenizedSample)]
     scale = n_records / max(len(records), 1)
-    return Survey(round(len(lengths) * scale), round(sum(lengths) * scale))
+    return Survey(
+        round(len(samples) * scale),
+        round(sum(len(sample.token_ids) for sample in samples) * scale),
+        round(sum(sample.n_kept for sample in samples) * scale),
+    )
 
 
-def stored_bytes(job: Job, tokens: int, ratio: float | None = None) -> int:
-    """Bytes on disk of `tokens` tokens; `ratio` is stored over raw bytes where it was measured."""
+def stored_bytes(job: Job, tokens: int, stored_tokens: int, ratio: float | None = None) -> int:
+    """Bytes on disk when the model sees `tokens` and `stored_tokens` of them are stored.
+
+    ratio: of stored over raw bytes, where it was measured.
+    """
     config = job.config
     if ratio is None:
         ratio = _GZIP_RATIO[config.dtype] if config.gzipped else 1.0
-    per_token = job.bytes_per_token * len(job.capture.sites) * ratio + _TABLE_BYTES_PER_TOKEN
-    return int(tokens * per_token)
+    return int(stored_tokens * sum(job.bytes_per_token.values()) * ratio + tokens * _TABLE_BYTES_PER_TOKEN)
 
 
-def disk_needed(job: Job, tokens: int, ratio: float | None = None) -> int:
+def disk_needed(job: Job, tokens: int, stored_tokens: int, ratio: float | None = None) -> int:
     """Local bytes a run needs: everything, or the few windows under way when the local files do not stay."""
-    needed = stored_bytes(job, tokens, ratio)
+    needed = stored_bytes(job, tokens, stored_tokens, ratio)
     if job.config.local_copy_stays:
         return needed
-    return min(needed, 2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * len(job.capture.sites))
+    sizes = job.bytes_per_token.values()
+    return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))
 
 
 def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
     """Raises RunError when the run cannot fit on the disk."""
-    needed = disk_needed(job, survey.tokens) - already_stored
+    needed = disk_needed(job, survey.tokens, survey.stored_tokens) - already_stored
     if free is not None and needed > free:
         raise RunError(
             f"the run needs about {format_bytes(needed)} below {job.config.output_dir}, where {format_bytes(free)} "
@@ -83,21 +85,32 @@ def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `--plan` prints. `padding_waste` is the share of computed tokens that belong to no sample."""
+    """What `--plan` prints: what is left to do, and what earlier runs have committed.
 
-    samples: int
-    tokens: int
-    truncated: int
-    bad_records: int
-    padding_waste: float
-    steps: int
-    shards: int
-    bytes_on_disk: int
-    free_disk_bytes: int | None
-    fits_on_disk: bool
-    seconds_per_step: float
-    tokens_per_second: float
-    estimated_seconds: float
+    Attributes:
+      padding_waste: share of computed tokens that belong to no sample.
+      dropped_tokens: by reason, the tokens that are computed and not stored; without norm outliers, which only the
+        run will know. bytes_saved: what storing them would take.
+    """
+
+    committed_samples: int
+    committed_shards: int
+    samples: int = 0
+    tokens: int = 0
+    stored_tokens: int = 0
+    dropped_tokens: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    bad_records: int = 0
+    padding_waste: float = 0.0
+    steps: int = 0
+    shards: int = 0
+    bytes_on_disk: int = 0
+    bytes_saved: int = 0
+    free_disk_bytes: int | None = None
+    fits_on_disk: bool = True
+    seconds_per_step: float = 0.0
+    tokens_per_second: float = 0.0
+    estimated_seconds: float = 0.0
 
     @property
     def exit_code(self) -> int:
@@ -110,10 +123,22 @@ class PlanReport:
 
     def lines(self) -> list[str]:
         """The plan for people."""
+        done = [f"committed        {self.committed_samples} samples in {self.committed_shards} shards; what is left:"]
+        lines = done if self.committed_shards else []
+        if not self.samples:
+            return [*lines, "nothing is left to do"]
         free = "unbounded" if self.free_disk_bytes is None else format_bytes(self.free_disk_bytes)
-        return [
+        lines += [
             f"samples          {self.samples} ({self.truncated} truncated, {self.bad_records} bad records)",
             f"tokens           {self.tokens}",
+        ]
+        if self.dropped_tokens:
+            lines.append(
+                f"stored tokens    {self.stored_tokens} (left out: {format_reasons(self.dropped_tokens)}), "
+                f"which saves {format_bytes(self.bytes_saved)}"
+            )
+        return [
+            *lines,
             f"padding waste    {self.padding_waste:.1%} of {self.steps} steps",
             f"shards           {self.shards}",
             f"bytes on disk    {format_bytes(self.bytes_on_disk)} ({free} free"
@@ -133,28 +158,45 @@ def format_duration(seconds: float) -> str:
 
 
 def plan_run(
-    job: Job, windows: Iterator[Window], step: ExtractionStep, shape: BatchShape, free: int | None
+    job: Job,
+    windows: Iterator[Window],
+    load: Callable[[], backend.Step],
+    *,
+    committed: Sequence[CommitRecord],
+    free: int | None,
 ) -> PlanReport:
-    """Lays `windows` (of one stream, or of all shards) out exactly as the run would, and times one step."""
+    """Lays `windows` (of one stream, or of all shards) out exactly as the run would, and times one step.
+
+    Args:
+      windows: those that are left, behind the `committed` ones.
+      load: loads the model, if anything is left.
+    """
+    samples_done = sum(record.n_samples for record in committed)
     first = next(windows, None)
     if first is None:
-        raise RunError(f"{job.stream_path}: no sample to extract")
-    timed = plan_steps(first.lengths, shape)[0]
-    seconds, ratio = time_step(job, step, first, timed)
+        return PlanReport(samples_done, len(committed), free_disk_bytes=free)
+    timed = plan_steps(first.lengths, job.batch_shape)[0]
+    seconds, ratio = time_step(job, load(), first, timed)
     totals = _Totals()
     for window in itertools.chain([first], windows):
-        totals.add(window, plan_steps(window.lengths, shape))
+        totals.add(window, plan_steps(window.lengths, job.batch_shape))
     rate = timed.n_rows * timed.length / seconds
-    needed = disk_needed(job, totals.tokens, ratio)
+    needed = disk_needed(job, totals.tokens, totals.stored, ratio)
+    on_disk = stored_bytes(job, totals.tokens, totals.stored, ratio)
     return PlanReport(
+        committed_samples=samples_done,
+        committed_shards=len(committed),
         samples=totals.samples,
         tokens=totals.tokens,
+        stored_tokens=totals.stored,
+        dropped_tokens=dict(totals.dropped),
         truncated=totals.truncated,
         bad_records=totals.bad_records,
         padding_waste=round(1 - totals.tokens / totals.computed, 4),
         steps=totals.steps,
         shards=totals.windows,
-        bytes_on_disk=stored_bytes(job, totals.tokens, ratio),
+        bytes_on_disk=on_disk,
+        bytes_saved=stored_bytes(job, totals.tokens, totals.tokens, ratio) - on_disk,
         free_disk_bytes=free,
         fits_on_disk=free is None or needed <= free,
         seconds_per_step=round(seconds, 4),
@@ -168,31 +210,40 @@ class _Totals:
     windows: int = 0
     samples: int = 0
     tokens: int = 0
+    stored: int = 0
     truncated: int = 0
     bad_records: int = 0
     steps: int = 0
     computed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def add(self, window: Window, steps: list[Step]) -> None:
         self.windows += 1
         self.samples += len(window.samples)
         self.tokens += window.n_tokens
+        self.stored += window.n_kept
+        self.dropped.update(count_reasons(s.reasons for s in window.samples if s.reasons is not None))
         self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)
         self.bad_records += len(window.bad_records)
         self.steps += len(steps)
         self.computed += sum(step.n_rows * step.length for step in steps)
 
 
-def time_step(job: Job, step: ExtractionStep, window: Window, planned: Step) -> tuple[float, float]:
-    """Seconds of one step after compilation, and stored over raw bytes of what it gives."""
+def time_step(job: Job, step: backend.Step, window: Window, planned: Step) -> tuple[float, float | None]:
+    """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
     arrays = step_arrays(planned, [sample.token_ids for sample in window.samples])
-    jax.block_until_ready(step(arrays).activations)
+    fetch = plan_fetch(planned, window.samples, window.lengths)
+
+    def fetched() -> dict[str, np.ndarray]:
+        output = step(arrays)
+        output.start_copy(fetch.gathered)
+        return output.fetch()
+
+    fetched()
     started = time.monotonic()
-    output = step(arrays)
-    activations = {site: np.asarray(values) for site, values in output.activations.items()}
+    activations = fetched()
     seconds = time.monotonic() - started
-    if not job.config.gzipped:
-        return seconds, 1.0
-    first_row = next(iter(activations.values()))[:, 0]
-    raw = np.ascontiguousarray(first_row).tobytes()[: 4 * BLOCK_BYTES]
-    return seconds, len(deflate_block(raw)) / len(raw)
+    values = next(iter(activations.values()))
+    stored = (values[:, row, places] for row, places in fetch.samples.values() if row == 0)
+    raw = b"".join(np.ascontiguousarray(sample).tobytes() for sample in stored)[: 4 * BLOCK_BYTES]
+    return seconds, len(deflate_block(raw)) / len(raw) if job.config.gzipped and raw else None

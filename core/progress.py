@@ -5,7 +5,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class Summary:
 
     Attributes:
       samples, tokens, bytes, shards: of this run alone; `total_samples`, `total_shards` count what earlier runs left.
+      tokens: that the model saw; dropped_tokens: by reason, those of them that are not stored.
+      empty_samples: of which no token is stored.
       tokens_per_second: over `seconds`, which begins when the model is loaded.
     """
 
@@ -45,6 +48,8 @@ class Summary:
     load_seconds: float
     stages: dict[str, float] = field(default_factory=dict)
     bottleneck: str | None = None
+    dropped_tokens: dict[str, int] = field(default_factory=dict)
+    empty_samples: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -60,6 +65,8 @@ class Summary:
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages.items())
         notes = [f"{self.truncated} truncated"] * bool(self.truncated)
         notes += [f"{self.bad_records} bad records set aside"] * bool(self.bad_records)
+        notes += [f"tokens left out: {format_reasons(self.dropped_tokens)}"] * bool(self.dropped_tokens)
+        notes += [f"{self.empty_samples} samples without a stored token"] * bool(self.empty_samples)
         return [
             f"{self.status}: {self.samples} samples, {self.tokens} tokens in {self.seconds:.1f} s "
             f"({self.tokens_per_second:.0f} tokens/s), {self.shards} shards, {format_bytes(self.bytes)}"
@@ -99,6 +106,8 @@ class Progress:
         self._ticker = threading.Thread(target=self._tick, name="progress", daemon=True)
         self.samples_computed = self.tokens_computed = 0
         self.samples = self.tokens = self.bytes = self.shards = self.truncated = self.bad_records = 0
+        self.dropped_tokens: Counter[str] = Counter()
+        self.empty_samples = 0
 
     def __enter__(self) -> "Progress":
         self._ticker.start()
@@ -118,7 +127,9 @@ class Progress:
         """Counts a committed window and appends a line of metrics."""
         with self._lock:
             self.samples += record.n_samples
-            self.tokens += record.n_tokens
+            self.tokens += record.n_seen
+            self.dropped_tokens.update(record.n_dropped)
+            self.empty_samples += record.n_empty
             self.bytes += sum(file.bytes for file in record.files)
             self.shards += 1
             self.truncated += record.n_truncated
@@ -152,6 +163,8 @@ class Progress:
             seconds=round(seconds, 3),
             stages=self.stage_seconds(),
             bottleneck=self.bottleneck(),
+            dropped_tokens=dict(self.dropped_tokens),
+            empty_samples=self.empty_samples,
             **known,
         )
         self._write_metrics({"event": "end", "status": summary.status})
@@ -210,6 +223,11 @@ class Progress:
             f"{done}/{max(self._expected, done)} samples, {self._rate():.0f} tokens/s, {eta}, "
             f"{format_bytes(self.bytes)} written in {self.shards} shards, slowest stage: {self.bottleneck()}"
         )
+
+
+def format_reasons(counts: Mapping[str, int]) -> str:
+    """`bos 3, position 120`."""
+    return ", ".join(f"{reason} {count}" for reason, count in counts.items())
 
 
 def format_bytes(count: float) -> str:

@@ -13,6 +13,7 @@ from arc24.encoders import create_grid_encoder
 from arc24.prompting import PROMPT_VERSIONS, create_prompts_from_task
 from core.dataset_utils import BadRecord, StreamRecord, sample_index
 from core.errors import UsageError
+from core.selection import TokenFacts, facts_of
 from core.windows import TokenizedSample
 
 PREVIEW_PROMPT_CHARS = 100
@@ -66,6 +67,10 @@ class Tokenizer:
     @cached_property
     def _tokenizer(self) -> Any:
         return self._load()
+
+    def facts(self) -> TokenFacts:
+        """What the tokenizer says of token ids; loads it, with whatever that raises."""
+        return facts_of(self._tokenizer)
 
     def samples(
         self, records: Iterable[StreamRecord | BadRecord], first_sample_idx: int = 0

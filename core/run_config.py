@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from arc24.encoders import DEFAULT_GRID_ENCODER
 from arc24.prompting import DEFAULT_PROMPT_VERSION
 from core.errors import UsageError
 from core.formats import DTYPES, FORMATS
+from core.selection import TOKEN_CHOICES, TOKEN_KINDS, Selection, parse_positions
 
+# --mesh: rows of devices that hold a copy of the model each, and the devices in a row.
+EXPLICIT_MESH = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
 BYTES_PER_GB = 1 << 30
 
@@ -21,6 +25,12 @@ class RunConfig:
 
     model_path: str = DEFAULT_MODEL
     revision: str | None = None
+    backend: str = "auto"
+    trust_remote_code: bool = False
+    mesh: str = "auto"
+    certify: int = 0
+    certify_against: str | None = None
+    allow_unfaithful: bool = False
     tokenizer_path: str | None = None
     dataset_path: str | None = None
     use_sharded_dataset: bool = False
@@ -28,6 +38,8 @@ class RunConfig:
     preferred_shard_id: int | None = None
     claim_heartbeat_s: float = 20.0
     claim_ttl_s: float = 90.0
+    claim_stall_s: float = 1800.0
+    stop_grace_s: float = 15.0
     max_tasks: int | None = None
     machine_id: int = 0
     total_machines: int = 1
@@ -40,6 +52,11 @@ class RunConfig:
     overlong: str = "truncate"
     layers_to_extract: tuple[int, ...] | None = None
     activation_type: tuple[str, ...] = ("residual",)
+    exclude_tokens: tuple[str, ...] = ()
+    positions: tuple[str, ...] = ()
+    exclude_norm_outliers: float | None = None
+    max_tokens_per_sample: int | None = None
+    token_choice: str = "first"
     dtype: str = "float16"
     compute_dtype: str = "auto"
     batch_size: int = 4
@@ -60,6 +77,7 @@ class RunConfig:
     host_id: int | None = None
     num_hosts: int | None = None
     compilation_cache_dir: str = "~/.cache/qwen2_jax/compiled"
+    weights_cache_dir: str = "~/.cache/qwen2_jax/weights"
     json: bool = False
     log_file: str | None = None
     plan: bool = False
@@ -70,11 +88,16 @@ class RunConfig:
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("max_bad_records", "random_seed", "worker_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
+        self._require(0 <= self.stop_grace_s < math.inf, "stop_grace_s", "must not be negative, nor infinite")
         self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
         self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
+        has_layout = self.mesh in ("auto", "1d", "2d") or EXPLICIT_MESH.fullmatch(self.mesh) is not None
+        self._require(has_layout, "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
+        self._check_certificate()
+        self._check_selection()
         self._check_dataset()
         scheme = self.output_dir.partition("://")[0] if self.output_is_remote else "gs"
         self._require(scheme in ("gs", "gcs"), "output_dir", "must be a local folder or a gs:// URL")
@@ -88,6 +111,26 @@ class RunConfig:
             raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
         if self.delete_local_after_upload and not self.uploads:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
+
+    def _check_certificate(self) -> None:
+        self._require(self.certify >= 0, "certify", "must not be negative")
+        if not self.certify and self.certify_against is not None:
+            raise UsageError("--certify_against needs --certify")
+        if not self.certify and self.allow_unfaithful:
+            raise UsageError("--allow_unfaithful needs --certify")
+
+    def _check_selection(self) -> None:
+        unknown = [kind for kind in self.exclude_tokens if kind not in TOKEN_KINDS]
+        if unknown:
+            raise UsageError(f"--exclude_tokens {unknown[0]}: must be one of {', '.join(TOKEN_KINDS)}")
+        factor, most = self.exclude_norm_outliers, self.max_tokens_per_sample
+        # At a factor of 1 half of all tokens would be outliers.
+        self._require(factor is None or 1 < factor < math.inf, "exclude_norm_outliers", "must be above 1 and finite")
+        self._require(most is None or most >= 1, "max_tokens_per_sample", "must be at least 1")
+        self._require(self.token_choice in TOKEN_CHOICES, "token_choice", f"must be one of {', '.join(TOKEN_CHOICES)}")
+        self._require(self.token_choice == "first" or most is not None, "token_choice", "needs --max_tokens_per_sample")
+        for text in self.positions:
+            parse_positions(text)
 
     def _check_dataset(self) -> None:
         if not self.use_sharded_dataset:
@@ -105,10 +148,24 @@ class RunConfig:
         self._require((self.preferred_shard_id or 0) >= 0, "preferred_shard_id", "must not be negative")
         self._require(self.claim_heartbeat_s > 0, "claim_heartbeat_s", "must be above 0")
         self._require(self.claim_ttl_s >= 2 * self.claim_heartbeat_s, "claim_ttl_s", "must be two heartbeats or more")
+        self._require(self.claim_stall_s > 0, "claim_stall_s", "must be above 0")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
             raise UsageError(f"--{name} {getattr(self, name)}: {rule}")
+
+    @property
+    def selection(self) -> Selection | None:
+        """Which tokens are stored; None: all. Rules that mean the same are the same selection."""
+        rules = Selection(
+            exclude=tuple(kind for kind in TOKEN_KINDS if kind in self.exclude_tokens),
+            positions=tuple(sorted({parse_positions(text) for text in self.positions}, key=str)),
+            outlier_factor=self.exclude_norm_outliers,
+            max_tokens=self.max_tokens_per_sample,
+            choice=self.token_choice,
+            seed=self.random_seed,
+        )
+        return None if rules == Selection(seed=self.random_seed) else rules
 
     @property
     def shard_bytes(self) -> int:

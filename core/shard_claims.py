@@ -4,12 +4,16 @@
     claims/<shard>/000001.beat         its owner's last sign of life, replaced at every heartbeat
     claims/<shard>/000001.released     its end and why; create-only
     claims/<shard>/failures/000.json   an error that the shard's data met; create-only
+    claims/<shard>/poisoned.json       the error that it keeps meeting: nobody claims it any more; create-only
 
 The number of a lease is its epoch. The latest one holds the shard until it is released, or until an observer has seen
 no new sign of life for the TTL by its own monotonic clock; wall clocks are never compared. Whoever creates the next
 epoch has the shard: create-only, so exactly one does. A lease saves work and guards nothing: that two workers who both
 believe to hold a shard do no harm is the commit protocol's business. Nor is a lease believed that was released as
 "done": whether a shard is finished is asked of its output, so that a shard whose output was lost is free again.
+
+A sign of life says that the work goes on, not that a process exists: an owner whose work makes no progress for
+`stall_s` falls silent, and the shard passes to another one.
 """
 
 import json
@@ -29,17 +33,36 @@ from typing import Any, Literal
 from absl import logging
 
 from core.errors import RunError
+from core.fault_points import fault_point
+from core.json_types import NONE, Kinds, require_types
 from core.object_store import Created, ObjectStore
-from core.plan import canonical_json
+from core.plan import read_sealed_json, sealed_json
 
 CLAIMS_FOLDER = "claims"
 POISON_AFTER = 3
 """A shard that fails so often with the same error is set aside."""
+DEFAULT_HEARTBEAT_S = 20.0
+DEFAULT_TTL_S = 90.0
+DEFAULT_STALL_S = 1800.0
+"""Longer than what may hold everything up: compiling a large program, or one upload with all its repetitions."""
 
 Reason = Literal["done", "stopped", "failed"]
 
 _LEASE_FILE = re.compile(r"([0-9]{6,})\.(json|beat|released)")
 _FAILURE_FILE = re.compile(r"failures/[0-9]{3,}\.json")
+_POISONED_FILE = "poisoned.json"
+_OWNER: Kinds = {"worker_id": (int,), "host": (str,), "pid": (int,), "nonce": (str,)}
+_LEASE: Kinds = {
+    "shard": (str,),
+    "epoch": (int,),
+    "owner": (dict,),
+    "replaces": (dict, NONE),
+    "heartbeat_s": (int, float),
+    "ttl_s": (int, float),
+}
+_RELEASE: Kinds = {"reason": (str,), "owner": (dict,)}
+_FAILURE: Kinds = {"error": (str,), "owner": (dict,), "epoch": (int,)}
+_POISONED: Kinds = {"error": (str,), "failures": (int,)}
 _ERROR_CHARS = 500
 _READ_THREADS = 16
 # A heartbeat that hangs in a stalled request must not hold up a worker that is told to go.
@@ -62,12 +85,30 @@ class Owner:
 
 
 @dataclass(frozen=True)
+class LeaseRecord:
+    """A lease as it is stored.
+
+    Attributes:
+      replaces: the owner whose expired or released lease this one follows, or None.
+      heartbeat_s, ttl_s: what its owner was told; an observer takes it over after its own TTL.
+    """
+
+    shard: str
+    epoch: int
+    owner: Owner
+    replaces: Owner | None
+    heartbeat_s: float
+    ttl_s: float
+
+
+@dataclass(frozen=True)
 class ClaimState:
     """What the names below a shard's claims say. `epoch` 0: never claimed."""
 
     epoch: int = 0
     is_released: bool = False
     failures: tuple[str, ...] = ()
+    is_poisoned: bool = False
 
     @property
     def is_held(self) -> bool:
@@ -82,30 +123,40 @@ class _Sighting:
 
 
 class Lease:
-    """A claimed shard. Inside its `with` block a thread gives signs of life.
+    """A claimed shard. Inside its `with` block a thread gives signs of life while the work makes progress.
 
     Attributes:
       lost: set when somebody has taken the shard over: stop working on it.
-      replaces: the owner whose expired or released lease this one follows, or None.
-      report: what to publish beside the heartbeat's counter, such as samples done; set it at any time.
+      report: what to publish beside the heartbeat's counter, such as samples done; set it at any time. The work makes
+        progress while this changes.
     """
 
     def __init__(
-        self, store: ObjectStore, shard: str, epoch: int, owner: Owner, replaces: dict[str, Any] | None, every_s: float
+        self, store: ObjectStore, record: LeaseRecord, stall_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.shard = shard
-        self.epoch = epoch
-        self.replaces = replaces
+        self.record = record
         self.lost = threading.Event()
         self.report: Callable[[], dict[str, Any]] = dict
         self._store = store
-        self._owner = owner
-        self._every_s = every_s
-        self._released = False
+        self._stall_s = stall_s
+        self._clock = clock
+        self._released = threading.Lock()
         self._ended = threading.Event()
-        self._started = time.monotonic()
+        self._started = self._moved_at = clock()
+        self._last_report: dict[str, Any] = {}
+        self._is_stalled = False
         self._beats = 0
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+
+    @property
+    def shard(self) -> str:
+        """The shard's name."""
+        return self.record.shard
+
+    @property
+    def epoch(self) -> int:
+        """The lease's number."""
+        return self.record.epoch
 
     def __enter__(self) -> "Lease":
         self._thread.start()
@@ -115,7 +166,7 @@ class Lease:
         self._ended.set()
         self._thread.join(_LAST_BEAT_S)
         try:
-            if not self._released and self.is_held():
+            if self.is_held():
                 self.release("failed" if kind is not None and issubclass(kind, Exception) else "stopped")
         except RunError as error:
             # It expires by itself; what ended the block must not be hidden.
@@ -123,27 +174,51 @@ class Lease:
 
     def is_held(self) -> bool:
         """Looks whether nobody has taken the shard over, and sets `lost` if somebody has."""
-        if not self.lost.is_set() and self._store.info(_lease_file(self.shard, self.epoch + 1, "json")) is not None:
+        if not self.lost.is_set() and self._store.info(lease_file(self.shard, self.epoch + 1, "json")) is not None:
             logging.warning("%s: another worker has taken it over", self.shard)
             self.lost.set()
         return not self.lost.is_set()
 
     def release(self, reason: Reason) -> None:
-        """Gives the shard back; with "done" for as long as its output stays complete."""
-        self._released = True
-        data = canonical_json({"reason": reason, "owner": asdict(self._owner)})
-        self._store.create_bytes(_lease_file(self.shard, self.epoch, "released"), data)
+        """Gives the shard back, once; with "done" for as long as its output stays complete."""
+        if not self._released.acquire(blocking=False):
+            return
+        data = sealed_json({"reason": reason, "owner": asdict(self.record.owner)})
+        fault_point("release.before")
+        self._store.create_bytes(lease_file(self.shard, self.epoch, "released"), data)
+        fault_point("release.after")
+
+    def abandon(self) -> None:
+        """Gives the shard back from another thread while the work is still under way: the process is about to end."""
+        self._ended.set()
+        if self.is_held():
+            self.release("stopped")
 
     def beat(self) -> None:
-        """Gives one sign of life, unless the shard is lost."""
-        if self.is_held():
+        """Gives one sign of life, unless the shard is lost or the work stands still."""
+        if self.is_held() and self._goes_on():
             self._beats += 1
-            seconds = round(time.monotonic() - self._started, 3)
-            sign = {"beat": self._beats, "seconds": seconds, "owner": self._owner.nonce} | self.report()
-            self._store.replace_bytes(_lease_file(self.shard, self.epoch, "beat"), canonical_json(sign))
+            seconds = round(self._clock() - self._started, 3)
+            sign = {"beat": self._beats, "seconds": seconds, "owner": self.record.owner.nonce} | self._last_report
+            fault_point("beat.before")
+            self._store.replace_bytes(lease_file(self.shard, self.epoch, "beat"), sealed_json(sign))
+            fault_point("beat.after")
+
+    def _goes_on(self) -> bool:
+        report = self.report()
+        if report != self._last_report:
+            self._last_report, self._moved_at = report, self._clock()
+        was_stalled, self._is_stalled = self._is_stalled, self._clock() - self._moved_at >= self._stall_s
+        if self._is_stalled and not was_stalled:
+            logging.error(
+                "%s: no progress for %.0f s: no more signs of life, so that another worker can take it over",
+                self.shard,
+                self._stall_s,
+            )
+        return not self._is_stalled
 
     def _beat_on(self) -> None:
-        while not self._ended.wait(self._every_s) and not self.lost.is_set():
+        while not self._ended.wait(self.record.heartbeat_s) and not self.lost.is_set():
             try:
                 self.beat()
             except Exception as error:
@@ -159,14 +234,16 @@ class ShardClaims:
       is_finished: whether a shard's output is complete, whatever its claims say.
       ttl_s: how long this owner watches a silent lease before it takes the shard over.
       heartbeat_s: between signs of life of its own leases, and between looks at those of others.
+      stall_s: without progress for so long, its own leases fall silent.
       clock: monotonic seconds.
     """
 
     store: ObjectStore
     owner: Owner
     is_finished: Callable[[str], bool]
-    ttl_s: float = 90.0
-    heartbeat_s: float = 20.0
+    ttl_s: float = DEFAULT_TTL_S
+    heartbeat_s: float = DEFAULT_HEARTBEAT_S
+    stall_s: float = DEFAULT_STALL_S
     clock: Callable[[], float] = time.monotonic
     set_aside: dict[str, str] = field(default_factory=dict)
     """The shards found poisoned, with the error that they fail with."""
@@ -211,13 +288,13 @@ class ShardClaims:
         """Notes that the shard's data met an error; the third time that it is the same, the shard is set aside."""
         content = {"error": error[:_ERROR_CHARS], "owner": asdict(self.owner), "epoch": lease.epoch}
         number = len(read_claims(self.store).get(lease.shard, ClaimState()).failures)
-        while (
-            self.store.create_bytes(
-                f"{CLAIMS_FOLDER}/{lease.shard}/failures/{number:03d}.json", canonical_json(content)
-            )
-            is Created.ALREADY_DIFFERENT
-        ):
+        fault_point("failure.before")
+        while self._create(_failure_file(lease.shard, number), content) is Created.ALREADY_DIFFERENT:
             number += 1
+        fault_point("failure.after")
+
+    def _create(self, name: str, content: dict[str, Any]) -> Created:
+        return self.store.create_bytes(name, sealed_json(content))
 
     def _open(self, shards: Iterable[str]) -> list[str]:
         return [shard for shard in shards if shard not in self._finished and shard not in self.set_aside]
@@ -225,6 +302,9 @@ class ShardClaims:
     def _left(self, shards: Sequence[str]) -> dict[str, ClaimState]:
         """The claims of every shard that is still to be done; one that was finished without a release is among them."""
         claims = read_claims(self.store)
+        # Whoever clears the failures of a shard gives it back to those who run.
+        for shard in [shard for shard in self.set_aside if not claims.get(shard, ClaimState()).failures]:
+            del self.set_aside[shard]
         states = {shard: claims.get(shard, ClaimState()) for shard in self._open(shards)}
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             settled = pool.map(lambda item: self._settle(*item), states.items())
@@ -239,16 +319,17 @@ class ShardClaims:
         if self._is_called_done(shard, state) and self.is_finished(shard):
             self._finished.add(shard)
             return True
-        if len(state.failures) >= POISON_AFTER:
-            errors = Counter(self._read(name)["error"] for name in state.failures)
-            error, times = errors.most_common(1)[0]
-            if times >= POISON_AFTER:
-                self.set_aside[shard] = error
-                return True
-        return False
+        error = poison_of(self.store, shard, state)
+        if error is None:
+            return False
+        if not state.is_poisoned:
+            # By whoever sees it first: the one that met the error the third time may be gone.
+            self._create(_poisoned_file(shard), {"error": error, "failures": POISON_AFTER})
+        self.set_aside[shard] = error
+        return True
 
     def _is_called_done(self, shard: str, state: ClaimState) -> bool:
-        return state.is_released and self._read(_lease_file(shard, state.epoch, "released")).get("reason") == "done"
+        return state.is_released and read_release(self.store, shard, state.epoch) == "done"
 
     def _in_order(
         self, shards: Sequence[str], states: dict[str, ClaimState], preferred: str | None
@@ -278,7 +359,7 @@ class ShardClaims:
         """Whether no sign of life has come for the TTL since this owner first saw the last one."""
         before = self.clock()
         try:
-            beat = self.store.read_bytes(_lease_file(shard, state.epoch, "beat"))
+            beat = self.store.read_bytes(lease_file(shard, state.epoch, "beat"))
         except FileNotFoundError:
             beat = None
         sighting = self._sightings.get(shard)
@@ -288,36 +369,112 @@ class ShardClaims:
         return before - sighting.since >= self.ttl_s
 
     def _claim(self, shard: str, state: ClaimState) -> Lease | None:
-        replaces = self._read(_lease_file(shard, state.epoch, "json"))["owner"] if state.epoch else None
-        epoch = state.epoch + 1
-        content = {"shard": shard, "epoch": epoch, "owner": asdict(self.owner), "replaces": replaces}
-        outcome = self.store.create_bytes(_lease_file(shard, epoch, "json"), canonical_json(content))
+        replaces = read_lease(self.store, shard, state.epoch).owner if state.epoch else None
+        record = LeaseRecord(shard, state.epoch + 1, self.owner, replaces, self.heartbeat_s, self.ttl_s)
+        fault_point("claim.before")
+        outcome = self._create(lease_file(shard, record.epoch, "json"), asdict(record))
+        fault_point("claim.after")
         # "Already there, and the same": it carries this owner's nonce, so an earlier reply to this owner was lost.
         if outcome is Created.ALREADY_DIFFERENT:
             return None
         if state.is_held and replaces:
-            logging.info(
-                "%s: taken over from %s:%s, silent for %.0f s", shard, replaces["host"], replaces["pid"], self.ttl_s
-            )
-        return Lease(self.store, shard, epoch, self.owner, replaces, self.heartbeat_s)
-
-    def _read(self, name: str) -> dict[str, Any]:
-        try:
-            return json.loads(self.store.read_bytes(name))
-        except (FileNotFoundError, ValueError) as error:
-            raise RunError(
-                f"{self.store.url}/{name}: the claim is gone or damaged: stop all workers, remove the folder "
-                f"{CLAIMS_FOLDER} and start them again; nothing that is committed is lost"
-            ) from error
+            logging.info("%s: taken over from %s, silent for %.0f s", shard, replaces, self.ttl_s)
+        return Lease(self.store, record, self.stall_s, self.clock)
 
 
 def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
     """The claims in an output folder by shard, from one listing."""
-    names: dict[str, list[str]] = {}
-    for name in store.list(f"{CLAIMS_FOLDER}/"):
-        _, shard, *rest = name.split("/", 2)
-        names.setdefault(shard, []).extend(rest)
-    return {shard: _state_of(shard, found) for shard, found in names.items()}
+    return claims_among(store.list(f"{CLAIMS_FOLDER}/"))
+
+
+def claims_among(names: Iterable[str]) -> dict[str, ClaimState]:
+    """The claims by shard that the names in an output folder say."""
+    by_shard: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith(f"{CLAIMS_FOLDER}/"):
+            _, shard, *rest = name.split("/", 2)
+            by_shard.setdefault(shard, []).extend(rest)
+    return {shard: _state_of(shard, found) for shard, found in by_shard.items()}
+
+
+def read_lease(store: ObjectStore, shard: str, epoch: int) -> LeaseRecord:
+    """A stored lease. Raises RunError when it is gone or damaged."""
+    value = _read(store, lease_file(shard, epoch, "json"), _LEASE, "owner", "replaces")
+    owner, replaces = (None if value[name] is None else _owner(value[name]) for name in ("owner", "replaces"))
+    assert owner is not None
+    return LeaseRecord(value["shard"], value["epoch"], owner, replaces, value["heartbeat_s"], value["ttl_s"])
+
+
+def _owner(value: dict[str, Any]) -> Owner:
+    return Owner(*(value[name] for name in _OWNER))
+
+
+def read_release(store: ObjectStore, shard: str, epoch: int) -> str:
+    """Why a lease ended. Raises RunError when that is gone or damaged."""
+    return _read(store, lease_file(shard, epoch, "released"), _RELEASE, "owner")["reason"]
+
+
+def read_beat(store: ObjectStore, shard: str, epoch: int) -> dict[str, Any]:
+    """The last sign of life of a lease, its whole numbers alone; empty when there is none, or none that is readable."""
+    try:
+        value = json.loads(store.read_bytes(lease_file(shard, epoch, "beat")))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return {name: number for name, number in value.items() if type(number) is int} if isinstance(value, dict) else {}
+
+
+def poison_of(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
+    """The error for which a shard is set aside; None when it is not. Raises RunError when a claim is damaged."""
+    if state.is_poisoned:
+        return _read(store, _poisoned_file(shard), _POISONED)["error"]
+    if len(state.failures) < POISON_AFTER:
+        return None
+    errors = Counter(_read(store, name, _FAILURE, "owner")["error"] for name in state.failures)
+    error, times = errors.most_common(1)[0]
+    return error if times >= POISON_AFTER else None
+
+
+def clear_failures(store: ObjectStore, shard: str) -> int:
+    """Forgets the failures of a shard, so that it is claimed again. Returns how many there were."""
+    state = read_claims(store).get(shard, ClaimState())
+    # The verdict goes last: whoever meets failures without it would pass it again.
+    for name in (*state.failures, _poisoned_file(shard)):
+        store.delete(name)
+    return len(state.failures)
+
+
+def damaged_claims(store: ObjectStore, names: Iterable[str]) -> list[str]:
+    """Those among the names of an output that are claims, and not as they were written."""
+    claims = [name for name in names if name.startswith(f"{CLAIMS_FOLDER}/")]
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        is_whole = list(pool.map(lambda name: _is_whole(store, name), claims))
+    return [name for name, whole in zip(claims, is_whole, strict=True) if not whole]
+
+
+def _is_whole(store: ObjectStore, name: str) -> bool:
+    try:
+        read_sealed_json(store.read_bytes(name))
+    except FileNotFoundError:
+        return True
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read(store: ObjectStore, name: str, kinds: Kinds, *owners: str) -> dict[str, Any]:
+    """A claim with these fields, of which `owners` are owners, or null."""
+    try:
+        value = read_sealed_json(store.read_bytes(name))
+        require_types(value, kinds)
+        for field_name in owners:
+            if value[field_name] is not None:
+                require_types(value[field_name], _OWNER, f"{field_name}.")
+        return value
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"{store.url}/{name}: the claim is gone or damaged ({error}): stop all workers, remove the folder "
+            f"{CLAIMS_FOLDER} and start them again; nothing that is committed is lost"
+        ) from error
 
 
 def _state_of(shard: str, names: list[str]) -> ClaimState:
@@ -325,8 +482,17 @@ def _state_of(shard: str, names: list[str]) -> ClaimState:
     epoch = max((int(match[1]) for match in matches if match[2] == "json"), default=0)
     is_released = any(int(match[1]) == epoch and match[2] == "released" for match in matches)
     failures = [f"{CLAIMS_FOLDER}/{shard}/{name}" for name in names if _FAILURE_FILE.fullmatch(name)]
-    return ClaimState(epoch, is_released, tuple(sorted(failures)))
+    return ClaimState(epoch, is_released, tuple(sorted(failures)), _POISONED_FILE in names)
 
 
-def _lease_file(shard: str, epoch: int, kind: str) -> str:
+def lease_file(shard: str, epoch: int, kind: Literal["json", "beat", "released"]) -> str:
+    """The name of a file of a lease."""
     return f"{CLAIMS_FOLDER}/{shard}/{epoch:06d}.{kind}"
+
+
+def _failure_file(shard: str, number: int) -> str:
+    return f"{CLAIMS_FOLDER}/{shard}/failures/{number:03d}.json"
+
+
+def _poisoned_file(shard: str) -> str:
+    return f"{CLAIMS_FOLDER}/{shard}/{_POISONED_FILE}"

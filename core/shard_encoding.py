@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,24 +12,40 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core.activation_storage import SpooledFile, site_file_name, table_name
+from core.fault_points import fault_point
 from core.formats import Outline, ShardContent, ShardFormat, read_shard
 from core.object_store import LocalStore, disk_errors
+from core.selection import dropped_ranges
 from core.sinks import DigestWriter, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 from core.windows import TokenizedSample, Window
 
 
 @dataclass(frozen=True)
 class WindowActivations:
-    """A window with its activations by site, (L, N, D) in the stored dtype; sample s owns rows offsets[s:s+2]."""
+    """A window with its activations in the stored dtype; sample s owns tokens window.offsets[s:s+2] of each array.
+
+    Attributes:
+      layers: by site, the layer numbers under which its arrays are stored.
+      by_site: the arrays, N the window's stored tokens.
+    """
 
     window: Window
-    layers: tuple[int, ...]
+    layers: dict[str, tuple[int, ...]]
     by_site: dict[str, Shaped[np.ndarray, "L N D"]]
 
-    @property
-    def offsets(self) -> np.ndarray:
-        """(S+1,) int64: where each sample begins, and the end."""
-        return np.concatenate([[0], np.cumsum(self.window.lengths, dtype=np.int64)])
+    def narrowed_to(self, samples: tuple[TokenizedSample, ...]) -> "WindowActivations":
+        """The same with the final `samples`, once norms have decided that fewer tokens are stored; moved in place.
+
+        Each sample's stored tokens are the first ones of the room it had.
+        """
+        window = replace(self.window, samples=samples)
+        room, offsets = self.window.offsets, window.offsets
+        for array in self.by_site.values():
+            for sample in range(len(samples)):
+                # Forward in the array, so that what is overwritten was moved before.
+                size = offsets[sample + 1] - offsets[sample]
+                array[:, offsets[sample] : offsets[sample + 1]] = array[:, room[sample] : room[sample] + size]
+        return replace(self, window=window, by_site={s: array[:, : offsets[-1]] for s, array in self.by_site.items()})
 
 
 @dataclass(frozen=True)
@@ -59,8 +75,9 @@ class ShardEncoder:
         window = activations.window
         files: list[SpooledFile] = []
         try:
+            offsets = window.offsets
             for site, array in activations.by_site.items():
-                content = ShardContent(site, activations.layers, array, activations.offsets, window.samples)
+                content = ShardContent(site, activations.layers[site], array, offsets, window.samples)
                 name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix)
                 fill = partial(self.shard_format.write, content)
                 path, digest = self._write(name, self.gzipped, fill)
@@ -87,6 +104,7 @@ class ShardEncoder:
                         compressor.close()
                     else:
                         fill(sink)
+            fault_point("encode.after")
             return path, digest.digest()
         except BaseException:
             path.unlink(missing_ok=True)
@@ -107,12 +125,13 @@ def write_table(samples: Sequence[TokenizedSample], sink: Sink) -> None:
 
 
 def table_row(sample: TokenizedSample) -> dict[str, Any]:
-    """What the sample table keeps of a sample."""
-    return {
+    """What the sample table keeps of a sample; `dropped` is there where tokens are left out."""
+    row = {
         "sample_idx": sample.sample_idx,
-        "n_tokens": len(sample.token_ids),
+        "n_tokens": sample.n_kept,
         "full_length": sample.full_length,
         "token_ids": sample.token_ids.tolist(),
         "text_preview": sample.text_preview,
         "labels": sample.labels,
     }
+    return row if sample.reasons is None else row | {"dropped": dropped_ranges(sample.reasons)}

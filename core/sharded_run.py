@@ -1,31 +1,42 @@
 """One worker's run over a sharded dataset: it claims shard after shard until none is left."""
 
-import itertools
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
+from typing import Any
 
 from absl import logging
 
-from core.activation_storage import DATASET_FILE, RUN_FILE, committed_records, declare, refuse_other
+from core.activation_storage import (
+    DATASET_FILE,
+    RUN_FILE,
+    committed_records,
+    declare,
+    has_index_of,
+    refuse_other,
+)
 from core.errors import RunError, UsageError
 from core.job import Job, Stores, open_storage
 from core.object_store import ObjectStore
 from core.progress import Progress, Summary
+from core.redaction import redact
 from core.shard_claims import Lease, Owner, ShardClaims
-from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard
+from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset
 from core.signals import stop_on_signals
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream
-from core.windows import Window
 from qwen2_jax.errors import ModelError
 
+# Called with the first job and the stores, before anything is written.
+BeforeExtraction = Callable[[Job, Stores], None]
 # Shards that fail one after another point at this machine rather than at each of them.
 _FAILURES_IN_A_ROW = 3
 _STORAGE_PACKAGES = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
-_SUMMED = ("samples", "tokens", "bytes", "shards", "truncated", "bad_records")
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
+_SUMMED = ("samples", "tokens", "bytes", "shards", "truncated", "bad_records", "empty_samples")
 
 
 @dataclass(frozen=True)
@@ -55,50 +66,71 @@ class ShardedSummary(Summary):
         ]
 
 
-def windows_of(jobs: Sequence[Job]) -> Iterator[Window]:
-    """The windows of all shards, as one run over them would meet them."""
-    return itertools.chain.from_iterable(job.windows() for job in jobs)
-
-
 def is_shard_finished(store: ObjectStore, folder: str) -> bool:
-    """Whether the records in a folder reach its stream's end without a gap, and all files they name are there."""
+    """Whether the records in a folder reach its stream's end without a gap, all files they name are there, and the
+    index lists them: a worker that died right behind the last record has left the index to the next one.
+    """
     records = committed_records(store, folder)
-    return bool(records) and records[-1].next_place is None
+    return bool(records) and records[-1].next_place is None and has_index_of(store, folder, records)
 
 
-def run_shards(jobs: Sequence[Job], stores: Stores) -> ShardedSummary:
+def run_shards(
+    jobs: Sequence[Job], stores: Stores, before_extraction: BeforeExtraction | None = None
+) -> ShardedSummary:
     """Works through the dataset beside any number of other workers, until all of it is done or a signal comes.
 
     An error of a shard's data is noted beside its claims, and the worker goes on with the others. Raises UsageError
     when the output holds another run or dataset, and RunError when this machine or its storage fails.
     """
-    _declare(jobs, stores)
+    identities = _identities(jobs)
+    _refuse_other_run(identities, stores)
+    run = _ShardedRun(jobs, stores)
+    anything_left = run.anything_left()
+    if before_extraction is not None and anything_left:
+        before_extraction(jobs[0], stores)
+    _declare(identities, stores)
     if stores.primary is stores.spool:
         logging.info(
             "workers share the dataset through %s/claims: it must be the same disk for all", stores.primary.url
         )
     stores.spool.remove_stale_temporaries()
-    run = _ShardedRun(jobs, stores)
     # Loading comes before the first claim: a process that is killed meanwhile holds up nobody.
-    model = load(jobs[0]) if run.anything_left() else None
-    with stop_on_signals() as stop:
+    model = load(jobs[0]) if anything_left else None
+    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon) as stop:
         if model is not None:
             run.work(model, stop)
-    return run.summary(model)
+        return run.summary(model)
 
 
-def _declare(jobs: Sequence[Job], stores: Stores) -> None:
-    """Writes what the output is for, create-only; raises UsageError, before anything is written, if it is for other."""
-    wanted = {
+def _identities(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """What the output is for, by the name of the file that says so."""
+    return {
         RUN_FILE: jobs[0].plan.to_json(),
-        DATASET_FILE: {"shards": {job.folder: job.stream.to_json() for job in jobs}},
+        DATASET_FILE: {
+            "shards": {job.folder: job.stream.to_json() for job in jobs},
+            "num_tasks": _tasks_by_shard(jobs),
+        },
     }
+
+
+def _refuse_other_run(identities: Mapping[str, dict[str, Any]], stores: Stores) -> None:
     for store in stores.all():
-        for name, content in wanted.items():
+        for name, content in identities.items():
             refuse_other(store, name, content)
+
+
+def _declare(identities: Mapping[str, dict[str, Any]], stores: Stores) -> None:
+    """Writes what the output is for, create-only; raises UsageError if another run did so meanwhile."""
     for store in stores.all():
-        for name, content in wanted.items():
+        for name, content in identities.items():
             declare(store, name, content)
+
+
+def _tasks_by_shard(jobs: Sequence[Job]) -> dict[str, int]:
+    """How many lines of each shard are to be done: what `status` measures progress by."""
+    assert jobs[0].config.sharded_dataset_dir is not None
+    sizes = {shard.name: shard.num_tasks for shard in read_dataset(jobs[0].config.sharded_dataset_dir).shards}
+    return {job.folder: min(sizes[job.folder], job.stream.max_tasks or sizes[job.folder]) for job in jobs}
 
 
 class _AnyEvent(threading.Event):
@@ -125,12 +157,14 @@ class _ShardedRun:
             Owner.of_this_process(config.worker_id),
             ttl_s=config.claim_ttl_s,
             heartbeat_s=config.claim_heartbeat_s,
+            stall_s=config.claim_stall_s,
             is_finished=lambda shard: is_shard_finished(stores.primary, shard),
         )
         self._started = time.monotonic()
         self._summaries: list[tuple[str, Summary]] = []
         self._finished: list[str] = []
         self._failed_in_a_row: set[str] = set()
+        self._lease: Lease | None = None
 
     def anything_left(self) -> bool:
         """Whether the claims leave a shard to be done."""
@@ -140,8 +174,14 @@ class _ShardedRun:
         """Claims and extracts until nothing is left or `stop` is set."""
         self._started = time.monotonic()
         while (lease := self._claims.next(list(self._jobs), self._preferred, stop)) is not None:
+            self._lease = lease
             with lease:
                 self._work_on(lease, model, stop)
+
+    def abandon(self) -> None:
+        """Gives back what is being worked on, from another thread, when the process is about to end."""
+        if self._lease is not None:
+            self._lease.abandon()
 
     def _work_on(self, lease: Lease, model: LoadedModel, stop: threading.Event) -> None:
         try:
@@ -149,6 +189,10 @@ class _ShardedRun:
         except Exception as error:
             if is_fault_of_the_machine(error):
                 raise
+            if stop.is_set() or lease.lost.is_set():
+                # What goes wrong while everything is being given up says nothing about the data.
+                logging.warning("%s: given up: %s", lease.shard, error)
+                return
             self._note_failure(lease, error)
             return
         self._failed_in_a_row.clear()
@@ -163,7 +207,11 @@ class _ShardedRun:
         _check_shard(job)
 
         def report_on(progress: Progress) -> None:
-            lease.report = lambda: {"samples": progress.samples, "tokens": progress.tokens}
+            lease.report = lambda: {
+                "samples": progress.samples,
+                "tokens": progress.tokens,
+                "computed_samples": progress.samples_computed,
+            }
 
         return run_stream(
             prepare_stream(job, open_storage(job, self._stores)),
@@ -176,14 +224,20 @@ class _ShardedRun:
 
     def _note_failure(self, lease: Lease, error: Exception) -> None:
         text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        text = " ".join(text.split())
         logging.error("%s failed: %s", lease.shard, text, exc_info=None if isinstance(error, RunError) else error)
+        text = self._the_same_for_all(text)
         self._claims.record_failure(lease, text)
         lease.release("failed")
         self._failed_in_a_row.add(lease.shard)
         if len(self._failed_in_a_row) >= _FAILURES_IN_A_ROW:
             shards = ", ".join(sorted(self._failed_in_a_row))
             raise RunError(f"{shards} failed one after another; the last one: {text}") from error
+
+    def _the_same_for_all(self, text: str) -> str:
+        """An error without what differs from worker to worker: where the dataset lies, and addresses of objects."""
+        config = next(iter(self._jobs.values())).config
+        root = (config.sharded_dataset_dir or "").rstrip("/") + "/"
+        return redact(" ".join(_ADDRESS.sub("0x…", text.replace(root, "")).split()))
 
     def summary(self, model: LoadedModel | None) -> ShardedSummary:
         """What this worker did, and how the whole dataset stands."""
@@ -200,6 +254,7 @@ class _ShardedRun:
         return ShardedSummary(
             **sums,
             **totals,
+            dropped_tokens=dict(sum((Counter(summary.dropped_tokens) for summary in done), Counter[str]())),
             status="stopped" if left else "incomplete" if set_aside else "complete",
             output=self._stores.primary.url,
             tokens_per_second=round(sums["tokens"] / max(seconds, 1e-9), 1),
@@ -222,8 +277,13 @@ def _check_shard(job: Job) -> None:
 
 
 def is_fault_of_the_machine(error: BaseException) -> bool:
-    """Whether an error comes from this machine, its storage or the command line rather than from a shard's data."""
+    """Whether an error comes from this machine, its storage or the command line rather than from a shard's data.
+
+    A device that fails is the machine's fault, one that is too small for a shard is not: it would be everywhere.
+    """
     while True:
+        if type(error).__module__.partition(".")[0] == "jaxlib" and "RESOURCE_EXHAUSTED" not in str(error):
+            return True
         if isinstance(error, OSError | MemoryError | UsageError | ModelError) and not isinstance(error, BadGzipFile):
             return True
         if type(error).__module__.partition(".")[0] in _STORAGE_PACKAGES:

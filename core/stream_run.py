@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import jax
 from absl import logging
 
 from core.activation_storage import ActivationStorage, CommitRecord
+from core.backend import Step
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.extraction import Extraction, is_complete, resume_place
 from core.formats import FORMATS
-from core.jax_utils import COMPUTE_DTYPES, ExtractionStep, data_mesh
 from core.job import Job
 from core.object_store import LocalStore, disk_errors
 from core.pipeline import Pipeline
@@ -23,7 +22,6 @@ from core.planning import Survey, refuse_full_disk, survey_stream
 from core.progress import Progress, Summary
 from core.shard_encoding import ShardEncoder
 from core.windows import Window
-from qwen2_jax import load_model
 
 # A reader of metadata.json may be that much behind; GCS takes about one write a second for one name.
 _INDEX_EVERY_S = 30.0
@@ -33,7 +31,7 @@ _INDEX_EVERY_S = 30.0
 class LoadedModel:
     """The model on the device, and how long it took to get there."""
 
-    step: ExtractionStep
+    step: Step
     seconds: float
 
 
@@ -41,7 +39,7 @@ class LoadedModel:
 class PreparedStream:
     """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
 
-    No windows: it is complete.
+    No windows: it is complete, or has no sample for this folder and still `must_say_so`.
     """
 
     job: Job
@@ -49,21 +47,14 @@ class PreparedStream:
     survey: Survey
     windows: Iterator[Window] | None
     read_seconds: float = 0.0
+    must_say_so: bool = False
 
 
 def load(job: Job) -> LoadedModel:
     """Loads as much of the job's model as it captures, on all devices of this process."""
     started = time.monotonic()
-    mesh = data_mesh()
-    model = load_model(
-        job.config.model_path,
-        dtype=COMPUTE_DTYPES[job.compute_dtype],
-        revision=job.config.revision,
-        mesh=mesh,
-        n_layers=job.capture.layers[-1] + 1,
-        with_head=False,
-    )
-    return LoadedModel(ExtractionStep(model, job.capture, job.config.dtype, mesh), time.monotonic() - started)
+    step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
+    return LoadedModel(step, time.monotonic() - started)
 
 
 def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
@@ -81,9 +72,12 @@ def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
     windows = job.windows(start=place, first_index=index, bad_before=bad_before)
     # A stream that is bad from the start is refused before seconds are spent on the weights.
     started = time.monotonic()
-    first = next(windows)
+    first = next(windows, None)
     read_seconds = time.monotonic() - started
     _require_writable(job, storage)
+    if first is None:
+        logging.info("%s: the stream has no line for this machine", storage.url)
+        return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds)
 
 
@@ -128,13 +122,15 @@ def run_stream(
         on_start(progress)
     bookkeeper = _Bookkeeper(job, storage, may_write_index)
     with progress:
+        if prepared.must_say_so:
+            storage.commit_nothing()
         if prepared.windows is not None and model is not None:
             with ThreadPoolExecutor(os.cpu_count(), "compress") as compressors:
                 Extraction(
                     job=job,
                     storage=storage,
                     step=model.step,
-                    shape=job.batch_shape(jax.local_device_count()),
+                    shape=job.batch_shape,
                     encoder=_encoder(job, storage, compressors),
                     progress=progress,
                     pipeline=pipeline,

@@ -1,17 +1,23 @@
 """Windows: runs of consecutive samples of one stream, cut where the stored bytes reach the shard size.
 
 A window is the unit of packing, of output files, of commit and of resume. Where it ends depends on token counts alone,
-so it is known before any forward pass and is the same on every worker.
+those that may be stored and those that the model sees, so it is known before any forward pass and is the same on every
+worker.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64, UInt8
 
 from core.dataset_utils import BadRecord
+
+# What a token costs that is computed but not stored: its id, in memory and in the sample table. It keeps a window small
+# whose samples give next to nothing.
+TOKEN_ID_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class TokenizedSample:
       full_length: tokens before truncation.
       text_preview: at most 200 characters, for people.
       labels: the record's other keys, as they were in the stream.
+      reasons: (T,) why each token is not stored, 0 for one that is (`core.selection`); None: all are stored.
+      most_kept: how many of those without a reason are stored at most, while norms still decide; None: all.
     """
 
     sample_idx: int
@@ -34,6 +42,20 @@ class TokenizedSample:
     full_length: int
     text_preview: str
     labels: dict[str, Any] = field(default_factory=dict)
+    reasons: UInt8[np.ndarray, "T"] | None = None
+    most_kept: int | None = None
+
+    @property
+    def n_kept(self) -> int:
+        """How many tokens are stored; at most so many while norms still decide."""
+        if self.reasons is None:
+            return len(self.token_ids)
+        return len(self.kept) if self.most_kept is None else self.most_kept
+
+    @property
+    def kept(self) -> Int64[np.ndarray, "K"]:
+        """The places of the tokens that are stored, ascending."""
+        return np.arange(len(self.token_ids)) if self.reasons is None else np.flatnonzero(self.reasons == 0)
 
 
 @dataclass(frozen=True)
@@ -53,9 +75,9 @@ class Window:
     bad_records: tuple[BadRecord, ...]
     next_place: StreamPlace | None
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
+        """Tokens of each sample that the model sees."""
         return [len(sample.token_ids) for sample in self.samples]
 
     @property
@@ -65,8 +87,18 @@ class Window:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of all samples."""
+        """Tokens of all samples that the model sees."""
         return sum(self.lengths)
+
+    @property
+    def n_kept(self) -> int:
+        """Tokens of all samples that are stored; at most so many while norms still decide."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def offsets(self) -> Int64[np.ndarray, "S+1"]:
+        """Where the stored tokens of each sample begin in those of the window, and the end."""
+        return np.concatenate([[0], np.cumsum([sample.n_kept for sample in self.samples], dtype=np.int64)])
 
 
 def cut_windows(
@@ -74,23 +106,28 @@ def cut_windows(
 ) -> Iterator[Window]:
     """Yields the windows of a stream in order.
 
-    A window closes at the first sample with which its stored bytes reach `shard_bytes`. It is handed on only when the
-    next sample or the end is seen, so that bad records behind it belong to it and the last window knows that it is.
-    Bad records alone make no window: a stream without a usable sample yields none.
+    A window closes at the first sample with which the bytes of its largest file, or else the token ids of its samples,
+    reach `shard_bytes`. It is handed on only when the next sample or the end is seen, so that bad records behind it
+    belong to it and the last window knows that it is. Bad records alone make no window: a stream without a usable
+    sample yields none.
+
+    Args:
+      bytes_per_token: that a stored token adds to the largest file of a window.
     """
     samples: list[TokenizedSample] = []
     bad_records: list[BadRecord] = []
-    stored = 0
+    stored = ids = 0
     index = first_index
     for item in items:
         if isinstance(item, BadRecord):
             bad_records.append(item)
             continue
-        if stored >= shard_bytes:
+        if max(stored, ids) >= shard_bytes:
             yield Window(index, tuple(samples), tuple(bad_records), StreamPlace(item.position, item.sample_idx))
-            samples, bad_records, stored = [], [], 0
+            samples, bad_records, stored, ids = [], [], 0, 0
             index += 1
         samples.append(item)
-        stored += len(item.token_ids) * bytes_per_token
+        stored += item.n_kept * bytes_per_token
+        ids += len(item.token_ids) * TOKEN_ID_BYTES
     if samples:
         yield Window(index, tuple(samples), tuple(bad_records), None)

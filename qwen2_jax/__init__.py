@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen2_jax.config import DecoderConfig, RopeConfig
-    from qwen2_jax.decoder import Decoder, parameter_specs
+    from qwen2_jax.decoder import Decoder
     from qwen2_jax.errors import ModelError
     from qwen2_jax.loading import load_config, load_model, load_tokenizer, model_identity, tokenizer_digest
+    from qwen2_jax.parameters import parameter_specs
     from qwen2_jax.taps import SITES, Capture
 
 _MODULES = {
@@ -24,7 +25,7 @@ _MODULES = {
     "load_model": "loading",
     "load_tokenizer": "loading",
     "model_identity": "loading",
-    "parameter_specs": "decoder",
+    "parameter_specs": "parameters",
     "tokenizer_digest": "loading",
 }
 

@@ -7,6 +7,7 @@ What a query sees is always one run of the row: from the first token of its own 
 later) to itself. Both implementations work from that first visible index alone; segment ids are not looked at again.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,6 +25,9 @@ QUERY_BLOCK_FEW_GROUPS = 256
 QUERY_BLOCK_MANY_GROUPS = 128
 MANY_GROUPS = 4
 
+# From the products of queries and keys to logits, before the mask.
+LogitOf = Callable[[Array], Array]
+
 
 def attention(
     q: Float[Array, "B T K G H"],
@@ -31,13 +35,15 @@ def attention(
     v: Float[Array, "B T K H"],
     segment_ids: Int[Array, "B T"],
     *,
-    scale: float,
+    scale: float | Float[Array, ""],
     window: Int[Array, ""] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T K G H"]:
     """softmax(scale · q kᵀ + mask) v, causal inside each segment, in the dtype of q.
 
     A segment is a run of equal non-zero ids; 0 is padding, whose outputs are finite and mean nothing.
     With `window` (in tokens, at least 1, may be traced) a query at t sees the keys s with t - s < window.
+    With `softcap` the scaled logits l become softcap · tanh(l / softcap) before the mask, as Gemma 2 has it.
     Logits and softmax are float32 whatever the inputs are; probabilities are rounded to the dtype of v before they meet
     v, as in the eager attention of transformers.
 
@@ -46,9 +52,10 @@ def attention(
     device then loops over its own blocks and nothing is communicated.
     """
     first = first_visible(segment_ids, window)
+    logit_of = partial(_logits, scale=scale, softcap=softcap)
     # Chosen when lowering, not from the default backend: a CPU host also compiles ahead of time for TPUs.
     return lax.platform_dependent(
-        q, k, v, first, cpu=partial(_blockwise, scale=scale), default=partial(_dense, scale=scale)
+        q, k, v, first, cpu=partial(_blockwise, logit_of=logit_of), default=partial(_dense, logit_of=logit_of)
     )
 
 
@@ -68,10 +75,15 @@ def _einsum(subscripts: str, x: Array, y: Array) -> Array:
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _masked_logits(dots: Array, first: Array, query: Array, key: Array, scale: float) -> Array:
-    """dots: float32 (..., R, S); first: (..., R), query: (R,) and key: (S,) are row indices."""
+def _logits(dots: Array, scale: float | Array, softcap: float | None) -> Array:
+    logits = dots * scale
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _masked(logits: Array, first: Array, query: Array, key: Array) -> Array:
+    """logits: float32 (..., R, S); first: (..., R), query: (R,) and key: (S,) are row indices."""
     visible = (first[..., :, None] <= key) & (key <= query[:, None])
-    return jnp.where(visible, dots * scale, MASKED_LOGIT)
+    return jnp.where(visible, logits, MASKED_LOGIT)
 
 
 def _dense(
@@ -80,12 +92,12 @@ def _dense(
     v: Float[Array, "B T K H"],
     first: Int[Array, "B T"],
     *,
-    scale: float,
+    logit_of: LogitOf,
 ) -> Float[Array, "B T K G H"]:
     """All T × T logits at once: for compilers that fuse mask and softmax, on chips with the bandwidth for the rest."""
     index = jnp.arange(q.shape[1], dtype=jnp.int32)
     dots = _einsum("BTKGH,BSKH->BKGTS", q, k)
-    logits = _masked_logits(dots, first[:, None, None], index, index, scale)
+    logits = _masked(logit_of(dots), first[:, None, None], index, index)
     probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return _einsum("BKGTS,BSKH->BTKGH", probs, v).astype(q.dtype)
 
@@ -96,7 +108,7 @@ def _blockwise(
     v: Float[Array, "B T K H"],
     first: Int[Array, "B T"],
     *,
-    scale: float,
+    logit_of: LogitOf,
 ) -> Float[Array, "B T K G H"]:
     """Block by block with a running softmax (FlashAttention-2, arXiv:2307.08691).
 
@@ -105,13 +117,17 @@ def _blockwise(
     """
 
     def row(operands: tuple[Array, Array, Array, Array]) -> Array:
-        return _blockwise_row(*operands, scale)
+        return _blockwise_row(*operands, logit_of)
 
     return lax.map(row, (q, k, v, first))
 
 
 def _blockwise_row(
-    q: Float[Array, "T K G H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"], first: Int[Array, "T"], scale: float
+    q: Float[Array, "T K G H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    first: Int[Array, "T"],
+    logit_of: LogitOf,
 ) -> Float[Array, "T K G H"]:
     length, _, groups, _ = q.shape
     query_block = QUERY_BLOCK_MANY_GROUPS if groups >= MANY_GROUPS else QUERY_BLOCK_FEW_GROUPS
@@ -119,7 +135,7 @@ def _blockwise_row(
     index = jnp.arange(length, dtype=jnp.int32)
 
     def block(operands: tuple[Array, Array, Array]) -> Array:
-        return _query_block(*operands, k, v, scale)
+        return _query_block(*operands, k, v, logit_of)
 
     out = lax.map(block, tuple(_whole_blocks(x, min(length, query_block)) for x in (q, first, index)))
     return out.reshape(-1, *q.shape[1:])[:length]
@@ -137,7 +153,7 @@ def _query_block(
     index: Int[Array, "T"],
     k: Float[Array, "N S K H"],
     v: Float[Array, "N S K H"],
-    scale: float,
+    logit_of: LogitOf,
 ) -> Float[Array, "T K G H"]:
     """first, index: of each query, as row indices; k, v: the row's N key blocks."""
     tokens, kv_heads, groups, head_dim = q.shape
@@ -150,7 +166,7 @@ def _query_block(
     def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
         dots = _einsum("KRH,SKH->KRS", q, k[block]).reshape(-1, size)
-        logits = _masked_logits(dots, first, index, block * size + jnp.arange(size, dtype=jnp.int32), scale)
+        logits = _masked(logit_of(dots), first, index, block * size + jnp.arange(size, dtype=jnp.int32))
         new_peak = jnp.maximum(peak, logits.max(-1))
         keep, probs = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
         weights = probs.astype(v.dtype).reshape(kv_heads, -1, size)

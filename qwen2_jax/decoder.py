@@ -1,14 +1,12 @@
 """The decoder all families share, with its taps.
 
-Axes: B rows, T tokens, D d_model, F d_ff, N query heads, K kv heads, G = N / K, H head_dim, L layers, V vocab.
-Weights lie as published, (out, in), with a leading L where there is one per layer.
+Axes: B rows, T tokens, D d_model, L layers, V vocab.
+Weights lie (out, in), with a leading L where there is one per layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -18,117 +16,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwen2_jax.attention import attention
+from qwen2_jax.block import BlockContext, decoder_block, linear
 from qwen2_jax.config import DecoderConfig
 from qwen2_jax.errors import ModelError
-from qwen2_jax.rope import rotary_tables, rotate
-from qwen2_jax.sharding import parameter_sharding
+from qwen2_jax.norms import norm
+from qwen2_jax.parameters import ParamSpec, parameter_specs
+from qwen2_jax.rope import rotary_tables
+from qwen2_jax.sharding import WHOLE, ModelMesh, ModelSplit, rows_of
 from qwen2_jax.taps import Capture
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-}
 NO_WINDOW = np.iinfo(np.int32).max
-
-
-@dataclass(frozen=True)
-class ParamSpec:
-    """Shape of one parameter and the logical name of each of its dimensions (see `sharding.RULES`)."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-
-
-def parameter_specs(config: DecoderConfig, *, with_head: bool = True) -> dict[str, ParamSpec]:
-    """Every parameter of the decoder by name; names under `layers.` are stacked along a leading layer axis."""
-    size = {
-        "embed": config.d_model,
-        "heads": config.n_heads * config.head_dim,
-        "kv_heads": config.n_kv_heads * config.head_dim,
-        "mlp": config.d_ff,
-        "vocab": config.vocab_size,
-        "layers": config.n_layers,
-    }
-    layer: dict[str, tuple[str, ...]] = {
-        "attn_norm": ("embed",),
-        "q": ("heads", "embed"),
-        "k": ("kv_heads", "embed"),
-        "v": ("kv_heads", "embed"),
-        "o": ("embed", "heads"),
-        "mlp_norm": ("embed",),
-        "gate": ("mlp", "embed"),
-        "up": ("mlp", "embed"),
-        "down": ("embed", "mlp"),
-    }
-    biased = {"q": config.qkv_bias, "k": config.qkv_bias, "v": config.qkv_bias, "o": config.o_bias}
-    biased |= dict.fromkeys(("gate", "up", "down"), config.mlp_bias)
-    layer |= {f"{name}_bias": layer[name][:1] for name, has_bias in biased.items() if has_bias}
-    axes = {"embedding": ("vocab", "embed")} | {f"layers.{name}": ("layers", *dims) for name, dims in layer.items()}
-    if with_head:
-        axes["final_norm"] = ("embed",)
-        if not config.tie_embeddings:
-            axes["lm_head"] = ("vocab", "embed")
-    return {name: ParamSpec(tuple(size[dim] for dim in dims), dims) for name, dims in axes.items()}
-
-
-def linear(
-    x: Float[Array, "B T I"], weight: Float[Array, "O I"], bias: Float[Array, " O"] | None = None
-) -> Float[Array, "B T O"]:
-    """x @ weight.T + bias. float32 asks for full precision: accelerators otherwise multiply it in bf16 or TF32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    y = jnp.einsum("BTI,OI->BTO", x, weight, precision=precision)
-    return y if bias is None else y + bias
-
-
-def rms_norm(x: Float[Array, "B T D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
-    """Normalised in float32, cast, then weighted: transformers' order, which bf16 parity depends on."""
-    x32 = x.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return weight * x32.astype(x.dtype)
-
-
-@dataclass(frozen=True)
-class BlockContext:
-    """What every block of one forward pass shares."""
-
-    segment_ids: Int[Array, "B T"]
-    rotary: tuple[Float[Array, "B T R"], Float[Array, "B T R"]]
-
-
-Layer = Mapping[str, Array]
-
-
-def attend(x: Float[Array, "B T D"], layer: Layer, ctx: BlockContext, cfg: DecoderConfig) -> Float[Array, "B T D"]:
-    """Self-attention with grouped kv heads, output projection included."""
-    rows, length, _ = x.shape
-    kv_heads = (rows, length, cfg.n_kv_heads)
-    q = linear(x, layer["q"], layer.get("q_bias")).reshape(*kv_heads, cfg.n_heads // cfg.n_kv_heads, cfg.head_dim)
-    k = linear(x, layer["k"], layer.get("k_bias")).reshape(*kv_heads, cfg.head_dim)
-    v = linear(x, layer["v"], layer.get("v_bias")).reshape(*kv_heads, cfg.head_dim)
-    q, k = rotate(q, ctx.rotary), rotate(k, ctx.rotary)
-    heads = attention(q, k, v, ctx.segment_ids, scale=cfg.head_dim**-0.5, window=layer.get("window"))
-    return linear(heads.reshape(rows, length, -1), layer["o"], layer.get("o_bias"))
-
-
-def gated_mlp(x: Float[Array, "B T D"], layer: Layer, cfg: DecoderConfig) -> Float[Array, "B T D"]:
-    """down(activation(gate(x)) * up(x))."""
-    gate = ACTIVATIONS[cfg.activation](linear(x, layer["gate"], layer.get("gate_bias")))
-    return linear(gate * linear(x, layer["up"], layer.get("up_bias")), layer["down"], layer.get("down_bias"))
-
-
-def decoder_block(
-    x: Float[Array, "B T D"], layer: Layer, ctx: BlockContext, cfg: DecoderConfig
-) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "B T D"]]]:
-    """Returns the new residual stream and what each site of `taps.SITES` saw."""
-    taps = {"resid_pre": x}
-    taps["attn"] = attend(rms_norm(x, layer["attn_norm"], cfg.norm_eps), layer, ctx, cfg)
-    x = taps["resid_mid"] = x + taps["attn"]
-    taps["mlp"] = gated_mlp(rms_norm(x, layer["mlp_norm"], cfg.norm_eps), layer, cfg)
-    x = taps["residual"] = x + taps["mlp"]
-    return x, taps
+HEAD = ("final_norm", "final_norm_bias", "lm_head")
 
 
 def layer_runs(captured: tuple[int, ...], end: int) -> Iterator[tuple[range, bool]]:
@@ -136,6 +34,18 @@ def layer_runs(captured: tuple[int, ...], end: int) -> Iterator[tuple[range, boo
     for is_captured, run in groupby(range(end), key=set(captured).__contains__):
         layers = list(run)
         yield range(layers[0], layers[-1] + 1), is_captured
+
+
+def layer_constants(config: DecoderConfig) -> dict[str, Array]:
+    """What the config, not the checkpoint, says of every layer and a block has to be told: name -> (L,)."""
+    constants: dict[str, Array] = {}
+    if any(config.windows):
+        constants["window"] = jnp.asarray([window or NO_WINDOW for window in config.windows], jnp.int32)
+    if config.local_rope is not None:
+        constants["is_local"] = jnp.asarray([window is not None for window in config.windows])
+    if config.scale_by_inverse_layer:
+        constants["number"] = jnp.arange(1, config.n_layers + 1, dtype=jnp.float32)
+    return constants
 
 
 class Decoder(nnx.Module):
@@ -148,9 +58,10 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, params: Mapping[str, Any]) -> None:
         self.config = config
         self.embedding = nnx.Param(params["embedding"])
+        self.position_embedding = nnx.Param(params["position_embedding"]) if config.learned_positions else None
         stacked = {name.removeprefix("layers."): a for name, a in params.items() if name.startswith("layers.")}
         self.layers = nnx.Dict({name: nnx.Param(array) for name, array in stacked.items()})
-        self.head = nnx.Dict({name: nnx.Param(params[name]) for name in ("final_norm", "lm_head") if name in params})
+        self.head = nnx.Dict({name: nnx.Param(params[name]) for name in HEAD if name in params})
 
     @classmethod
     def abstract(
@@ -158,16 +69,18 @@ class Decoder(nnx.Module):
         config: DecoderConfig,
         dtype: jnp.dtype,
         *,
-        mesh: jax.sharding.Mesh | None = None,
+        mesh: ModelMesh | None = None,
+        with_final_norm: bool = True,
         with_head: bool = True,
     ) -> Decoder:
         """The decoder with shapes for arrays: enough to lower and compile, no memory used."""
 
         def shape(spec: ParamSpec) -> jax.ShapeDtypeStruct:
-            sharding = None if mesh is None else parameter_sharding(mesh, spec.axes)
+            sharding = None if mesh is None else mesh.sharding(spec.axes)
             return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
-        return cls(config, {name: shape(spec) for name, spec in parameter_specs(config, with_head=with_head).items()})
+        specs = parameter_specs(config, with_final_norm=with_final_norm, with_head=with_head)
+        return cls(config, {name: shape(spec) for name, spec in specs.items()})
 
     def __call__(
         self,
@@ -175,49 +88,80 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         capture: Capture,
+        split: ModelSplit = WHOLE,
     ) -> dict[str, Array]:
-        """Site -> (len(capture.layers), B, T, D) in the compute dtype; "logits" -> (B, T, V) only when asked.
+        """Site -> (layers, B, T, width) in the compute dtype; "logits" -> (B, T, V) only when asked.
 
+        layers are `capture.layers_of(site, n_layers)`, width is `config.site_widths[site]`.
         segment_ids: 0 is padding, whose outputs mean nothing. positions: restart at 0 with every segment.
-        Raises `ModelError` when a layer does not exist or logits are asked of a decoder loaded without its head.
+        split: inside `jax.shard_map`, which parameters are a device's share; what is split (`ModelSplit.of_site`) comes
+        out as its share too.
+        Raises `ModelError` for a layer or site that does not exist and for what was not loaded.
         """
         self._check(capture)
-        dtype = self.embedding.dtype
-        x = self.embedding[...][tokens]
-        rotary = rotary_tables(self.config.rope, self.config.head_dim, positions, dtype)
-        ctx = BlockContext(segment_ids, rotary)
-        kept: list[dict[str, Array]] = []
-        for layers, is_captured in layer_runs(capture.layers, self._end(capture)):
-            x, taps = self._run(x, layers, ctx, capture.sites if is_captured else ())
-            if is_captured:
-                kept.append(taps)
-        out = {site: jnp.concatenate([taps[site] for taps in kept]) for site in capture.sites if kept}
+        embedded = self._embed(tokens, split)
+        x = embedded if self.position_embedding is None else embedded + self.position_embedding[...][positions]
+        x, out = self._blocks(x, segment_ids, positions, capture, split)
+        if "embedding" in capture.sites:
+            out["embedding"] = embedded[None]
+        if capture.needs_final_norm:
+            x = norm(x, {name: param[...] for name, param in self.head.items()}, "final_norm", self.config)
+        if "final_norm" in capture.sites:
+            out["final_norm"] = x[None]
         if capture.logits:
             out["logits"] = self._logits(x)
         return out
 
     def _check(self, capture: Capture) -> None:
-        n_layers = self.config.n_layers
+        config, n_layers = self.config, self.config.n_layers
         if missing := [layer for layer in capture.layers if not 0 <= layer < n_layers]:
             raise ModelError(f"layer {missing[0]} does not exist: this model has layers 0 to {n_layers - 1}")
-        if capture.logits and not self.head:
+        if absent := [site for site in capture.sites if site not in config.site_widths]:
+            has = ", ".join(config.site_widths)
+            raise ModelError(f"site {absent[0]!r} does not exist in a {config.family} block: choose from {has}")
+        has_head = config.tie_embeddings or "lm_head" in self.head
+        if capture.logits and not ("final_norm" in self.head and has_head):
             raise ModelError("logits need the final norm and the output head: load all layers with with_head=True")
+        if capture.needs_final_norm and "final_norm" not in self.head:
+            raise ModelError("the final norm is not loaded: load all layers with with_final_norm=True")
 
-    def _end(self, capture: Capture) -> int:
-        return self.config.n_layers if capture.logits else capture.layers[-1] + 1
+    def _embed(self, tokens: Int[Array, "B T"], split: ModelSplit) -> Float[Array, "B T D"]:
+        x = rows_of(self.embedding[...], tokens, split.vocab)
+        scale = self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
+
+    def _blocks(
+        self,
+        x: Float[Array, "B T D"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        capture: Capture,
+        split: ModelSplit,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """As many blocks as have to run, and the sites of those that are captured."""
+        rotary, local_rotary = (
+            None if rope is None else rotary_tables(rope, positions, segment_ids)
+            for rope in (self.config.rope, self.config.local_rope)
+        )
+        ctx = BlockContext(segment_ids, rotary, local_rotary, split)
+        captured = capture.layers if capture.block_sites else ()
+        kept: list[dict[str, Array]] = []
+        for layers, is_captured in layer_runs(captured, capture.layers_run(self.config.n_layers)):
+            x, taps = self._run(x, layers, ctx, capture.block_sites if is_captured else ())
+            if is_captured:
+                kept.append(taps)
+        return x, {site: jnp.concatenate([taps[site] for taps in kept]) for site in capture.block_sites if kept}
 
     def _run(
         self, x: Float[Array, "B T D"], layers: range, ctx: BlockContext, sites: tuple[str, ...]
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "n B T D"]]]:
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "n B T W"]]]:
         """Apply consecutive layers, keeping the named sites of each.
 
         The stacked weights are indexed inside the scan, never sliced for it: a slice may be a copy of the weights.
         A single layer is inlined, so that what nobody reads (the MLP of the last layer when only `attn` is kept) is
         dead code to the compiler.
         """
-        stacked = {name: param[...] for name, param in self.layers.items()}
-        if any(self.config.windows):
-            stacked["window"] = jnp.asarray([w or NO_WINDOW for w in self.config.windows], jnp.int32)
+        stacked = {name: param[...] for name, param in self.layers.items()} | layer_constants(self.config)
 
         def step(x: Array, layer: int | Array) -> tuple[Array, dict[str, Array]]:
             weights = {name: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False) for name, p in stacked.items()}
@@ -230,6 +174,8 @@ class Decoder(nnx.Module):
         return jax.lax.scan(step, x, jnp.arange(layers.start, layers.stop))
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        x = rms_norm(x, self.head["final_norm"][...], self.config.norm_eps)
+        """x: what the final norm gave."""
         unembedding = self.embedding if self.config.tie_embeddings else self.head["lm_head"]
-        return linear(x, unembedding[...])
+        logits = linear(x, {"lm_head": unembedding[...]}, "lm_head")
+        cap = self.config.final_softcap
+        return logits if cap is None else (cap * jnp.tanh(logits.astype(jnp.float32) / cap)).astype(logits.dtype)

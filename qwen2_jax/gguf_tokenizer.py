@@ -65,7 +65,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerFast:
     if kind != "gpt2" or pre_name not in PRE_TOKENIZERS:
         known = ", ".join(PRE_TOKENIZERS)
         raise ModelError(
-            f"{file.path}: GGUF tokenizer {kind!r} with pre-tokenizer {pre_name!r} is not known "
+            f"{file.url}: GGUF tokenizer {kind!r} with pre-tokenizer {pre_name!r} is not known "
             f"(known: gpt2 with {known}); give the model's own tokenizer with --tokenizer_path"
         )
     pre = PRE_TOKENIZERS[pre_name]

@@ -6,32 +6,88 @@ Messages start with the field; whoever knows the file puts its name in front.
 from __future__ import annotations
 
 import json
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qwen2_jax.config import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 from qwen2_jax.errors import ModelError, reading
 
 Fields = Mapping[str, Any]
+T = TypeVar("T")
 
-_ROPE_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        "factor",
-        "original_max_position_embeddings",
-        "attention_factor",
-        "beta_fast",
-        "beta_slow",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    },
-}
+# Fields of config.json that have no part in the numbers of a forward pass, as transformers 4 and 5, the hub and
+# training tools write them.
+HARMLESS = frozenset(
+    name
+    for names in (
+        # the file itself
+        "model_type architectures auto_map dtype torch_dtype use_bfloat16 transformers_version tokenizer_class",
+        "is_llama_config is_decoder unsloth_fixed unsloth_version custom_pipelines keys_to_ignore_at_inference",
+        # training
+        "initializer_range gradient_checkpointing attention_dropout attention_probs_dropout_prob attn_pdrop",
+        "classifier_dropout dropout embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob resid_pdrop",
+        # what is returned, and how it is computed
+        "use_cache cache_implementation return_dict output_attentions output_hidden_states torchscript",
+        "chunk_size_feed_forward tf_legacy_loss attn_implementation use_flash_attn output_past",
+        # token ids, lengths that the tokenizer or generation keeps to, and generation
+        "max_sequence_length model_max_length n_special predict_special_tokens",
+        "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id forced_bos_token_id prefix",
+        "forced_eos_token_id max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups",
+        "num_return_sequences temperature top_k top_p typical_p diversity_penalty repetition_penalty length_penalty",
+        "no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids begin_suppress_tokens suppress_tokens",
+        "output_scores return_dict_in_generate remove_invalid_values exponential_decay_length_penalty",
+        # other tasks than language modelling
+        "id2label label2id num_labels finetuning_task problem_type task_specific_params summary_activation",
+        "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj",
+    )
+    for name in names.split()
+)
+# Harmless at these values alone.
+NEUTRAL = {"pretraining_tp": 1, "full_attn_mod": 1, "interpolate_factor": 1, "is_causal": True}
+
+
+class _Tracked(Mapping[str, Any]):
+    """Fields that remember which of them were asked for."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields = fields
+        self.asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.asked.add(name)
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+
+def read_all(family_config: Callable[[Fields], T], fields: Fields) -> T:
+    """What `family_config` makes of the fields. Raises `ModelError` naming a field that it did not look at.
+
+    A field that states nothing (null, false, 0 or empty) need not be looked at, nor one that has no part in the numbers
+    (`HARMLESS`, and names that begin with an underscore or "transformers"), or none at its value (`NEUTRAL`).
+    """
+    tracked = _Tracked(fields)
+    config = family_config(tracked)
+    for name in sorted(fields.keys() - tracked.asked - HARMLESS):
+        value = fields[name]
+        is_neutral = value in (None, NEUTRAL[name]) if name in NEUTRAL else not value
+        if not is_neutral and not name.startswith(("_", "transformers")):
+            raise ModelError(
+                f"{name} {value!r:.60} is not supported for this model type: nothing here would act on it; "
+                f"use --backend torch, or remove the field if the model was trained without it"
+            )
+    return config
+
+
+def without_effect(fields: Fields, *names: str) -> None:
+    """Declares that these fields change nothing in this family, whatever they say."""
+    for name in names:
+        fields.get(name)
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -63,6 +119,13 @@ def require(fields: Fields, name: str) -> Any:
     return fields[name]
 
 
+def stated(fields: Fields, *names: str) -> None:
+    """Refuses a config without these fields: null says that there is no such thing, absence leaves it open."""
+    for name in names:
+        if name not in fields:
+            raise ModelError(f"{name} is missing; add it as the model's authors state it, or as null if there is none")
+
+
 def count(fields: Fields, name: str) -> int:
     """A field that must be there and be a positive integer."""
     value = require(fields, name)
@@ -88,14 +151,18 @@ def flag(fields: Fields, name: str, default: bool = False) -> bool:
     return default if value is None else value
 
 
-def head_dim(fields: Fields) -> int:
-    """`head_dim` when stated, else hidden_size / num_attention_heads, which must then divide."""
+def head_dim(fields: Fields, default: int | None = None) -> int:
+    """`head_dim` when stated, else `default`, else hidden_size / num_attention_heads, which must then divide."""
     if fields.get("head_dim") is not None:
         return count(fields, "head_dim")
-    width, heads = count(fields, "hidden_size"), count(fields, "num_attention_heads")
-    if width % heads:
-        raise ModelError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    return width // heads
+    return default or whole_quotient(fields, "hidden_size", "num_attention_heads")
+
+
+def whole_quotient(fields: Fields, width: str, heads: str) -> int:
+    """One field divided by another, which must divide it."""
+    if count(fields, width) % count(fields, heads):
+        raise ModelError(f"{width} {fields[width]} is not a multiple of {heads} {fields[heads]}")
+    return fields[width] // fields[heads]
 
 
 def choice(fields: Fields, name: str, allowed: Mapping[str, Any]) -> str:
@@ -106,22 +173,7 @@ def choice(fields: Fields, name: str, allowed: Mapping[str, Any]) -> str:
     return value
 
 
-def read_rope(fields: Fields) -> RopeConfig:
-    """Rotary settings in either spelling: `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4)."""
-    new, old = _object(fields, "rope_parameters"), _object(fields, "rope_scaling")
-    if new and old and new != old:
-        raise ModelError("rope_parameters and rope_scaling disagree; keep the one that is right")
-    stated = dict(new or old)
-    thetas = {number(place, "rope_theta") for place in (stated, fields) if place.get("rope_theta") is not None}
-    if not thetas:
-        raise ModelError("rope_theta is missing; add it (10000.0 for the first Llama models)")
-    if len(thetas) > 1:
-        raise ModelError(f"two values of rope_theta, {sorted(thetas)}; keep the one that is right")
-    stated.pop("rope_theta", None)
-    return RopeConfig(thetas.pop(), _read_scaling(stated, fields))
-
-
-def _object(fields: Fields, name: str) -> dict[str, Any]:
+def object_field(fields: Fields, name: str) -> dict[str, Any]:
     """A field that holds fields of its own; empty where it is absent or null."""
     value = fields.get(name)
     if value is not None and not isinstance(value, dict):
@@ -129,54 +181,37 @@ def _object(fields: Fields, name: str) -> dict[str, Any]:
     return value or {}
 
 
-def _rope_kind(stated: dict[str, Any]) -> str:
-    names = [name for name in ("rope_type", "type") if stated.get(name) is not None]
-    kinds = {choice(stated, name, _ROPE_KEYS) for name in names} or {"default"}
-    if len(kinds) > 1:
-        raise ModelError(f"rope_type and type disagree, {' and '.join(sorted(kinds))}; keep the one that is right")
-    return kinds.pop()
+def optional_number(fields: Fields, name: str) -> float | None:
+    """A positive number, or None where the field is absent or null."""
+    return None if fields.get(name) is None else number(fields, name)
 
 
-def _read_scaling(stated: dict[str, Any], fields: Fields) -> RopeScaling | None:
-    kind = _rope_kind(stated)
-    stated = {name: value for name, value in stated.items() if name not in ("rope_type", "type")}
-    if stated.get("partial_rotary_factor", fields.get("partial_rotary_factor")) in (None, 1, 1.0):
-        stated.pop("partial_rotary_factor", None)
-    if unknown := sorted(set(stated) - _ROPE_KEYS[kind]):
-        raise ModelError(f"{unknown[0]} is not supported with rope type {kind!r}")
-    if kind == "default":
+def optional_count(fields: Fields, name: str) -> int | None:
+    """A positive integer, or None where the field is absent or null."""
+    return None if fields.get(name) is None else count(fields, name)
+
+
+def kv_heads(fields: Fields) -> int:
+    """`num_key_value_heads`, which is `num_attention_heads` where it is absent or null."""
+    return optional_count(fields, "num_key_value_heads") or count(fields, "num_attention_heads")
+
+
+def windows_by_type(
+    fields: Fields, window: int | None, n_layers: int, *, switch: str = "sliding_window"
+) -> tuple[int | None, ...] | None:
+    """`layer_types` as one window or None a layer; None where the config has no `layer_types`.
+
+    switch: the field that says that there are windows at all.
+    """
+    kinds = fields.get("layer_types")
+    if kinds is None:
         return None
-    factor = number(stated, "factor")
-    if kind == "linear":
-        return LinearScaling(factor)
-    original = _original_positions(stated, fields)
-    if kind == "llama3":
-        return Llama3Scaling(factor, number(stated, "low_freq_factor"), number(stated, "high_freq_factor"), original)
-    return YarnScaling(
-        factor,
-        original,
-        attention_factor=_yarn_attention_factor(stated, factor),
-        beta_fast=number(stated, "beta_fast") if stated.get("beta_fast") else 32.0,
-        beta_slow=number(stated, "beta_slow") if stated.get("beta_slow") else 1.0,
-        truncate=flag(stated, "truncate", default=True),
-    )
-
-
-def _original_positions(stated: Fields, fields: Fields) -> int:
-    """transformers' order: beside the rope settings, inside them, and then the model's own maximum."""
-    name = "original_max_position_embeddings"
-    for place in (fields, stated):
-        if place.get(name) is not None:
-            return count(place, name)
-    return count(fields, "max_position_embeddings")
-
-
-def _yarn_attention_factor(stated: Fields, factor: float) -> float:
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if stated.get("attention_factor") is not None:
-        return number(stated, "attention_factor")
-    if stated.get("mscale") and stated.get("mscale_all_dim"):
-        return mscale(number(stated, "mscale")) / mscale(number(stated, "mscale_all_dim"))
-    return mscale(1.0)
+    if not isinstance(kinds, list):
+        raise ModelError(f"layer_types must be a JSON list, found {kinds!r}")
+    if len(kinds) != n_layers:
+        raise ModelError(f"layer_types has {len(kinds)} entries for {n_layers} layers")
+    if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
+        raise ModelError(f"layer type {unknown[0]!r} is not supported")
+    if "sliding_attention" in kinds and window is None:
+        raise ModelError(f"layer_types slides but {switch} is not set; make them agree")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

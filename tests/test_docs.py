@@ -11,6 +11,7 @@ import pytest
 import analyze_activations
 import create_dataset_streams
 import extract_activations
+from fleet import command_line
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
@@ -18,7 +19,7 @@ COMMANDS = {
     module.__name__: module.build_parser()
     for module in (extract_activations, create_dataset_streams, analyze_activations)
 }
-FOLDERS = "analysis|arc24|benchmarks|core|docs|qwen2_jax|scripts|tests"
+FOLDERS = "analysis|arc24|benchmarks|core|docs|fleet|launchers|qwen2_jax|scripts|tests|torch_models"
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -59,8 +60,8 @@ def test_a_name_said_to_be_of_a_file_is_in_it(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_is_one_of_a_command(page):
-    known = set().union(*map(flags_of, COMMANDS.values()))
-    assert set(re.findall(r"(?<![\w-])--[a-z]\w*", PAGES[page])) - known == set()
+    known = set().union(*map(flags_of, [*COMMANDS.values(), command_line.build_parser()]))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page])) - known == set()
 
 
 @pytest.mark.parametrize("page", PAGES)

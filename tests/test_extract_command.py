@@ -115,6 +115,7 @@ BAD_INPUTS = {
     "no such layer": ({"--layers_to_extract": "3"}, 2, "--layers_to_extract 3"),
     "no config": ({"--model_path": "noconfig"}, 2, "noconfig"),
     "no model": ({"--model_path": "./missing_model"}, 2, "missing_model"),
+    "no such kind of token": ({"--exclude_tokens": "foo"}, 2, "--exclude_tokens"),
     "bad encoder": ({"--grid_encoder": "__import__('os')"}, 2, "--grid_encoder"),
     "bad prompt version": ({"--prompt_version": "v9"}, 2, "--prompt_version v9"),
     "too long": ({"--max_seq_length": "5000"}, 2, "--max_seq_length 5000"),

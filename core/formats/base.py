@@ -1,6 +1,7 @@
 """What a shard holds and what a format must offer. One file a format; `core.formats.FORMATS` is the registry.
 
-Axis letters: L layers, S samples, N tokens of all samples in a row, D width of the site.
+Axis letters: L layers, S samples, N stored tokens of all samples in a row, K stored tokens of one sample, D width of
+the site.
 """
 
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Int64, Shaped
+from jaxtyping import Int32, Int64, Shaped
 
 from core.sinks import Sink
 from core.windows import TokenizedSample
@@ -19,15 +20,27 @@ DTYPES = {
     "float32": np.dtype(np.float32),
 }
 
-# Sample indices, and by layer the shape and dtype of each sample's activation.
-Outline = tuple[tuple[int, ...], dict[int, list[tuple[tuple[int, ...], np.dtype]]]]
+
+@dataclass(frozen=True)
+class Outline:
+    """What two runs of one window agree on, whatever their rounding: which samples, which of their tokens, how wide.
+
+    Attributes:
+      shapes: by layer, the shape and dtype of each sample's activation.
+      positions: the places of each sample's stored tokens, where some are left out.
+    """
+
+    sample_idx: tuple[int, ...]
+    shapes: dict[int, list[tuple[tuple[int, ...], np.dtype]]]
+    positions: list[list[int]] | None
 
 
 @dataclass(frozen=True)
 class ShardContent:
     """The activations of one site for the samples of one window, ready to be written.
 
-    Sample s owns tokens `offsets[s]` to `offsets[s + 1]` of every layer: its own tokens, never padding.
+    Sample s owns tokens `offsets[s]` to `offsets[s + 1]` of every layer: those of its own that are stored, never
+    padding. N may be 0.
     """
 
     site: str
@@ -36,27 +49,52 @@ class ShardContent:
     offsets: Int64[np.ndarray, "S+1"]
     samples: tuple[TokenizedSample, ...]
 
-    def activation(self, layer_slot: int, sample: int) -> Shaped[np.ndarray, "T D"]:
+    def activation(self, layer_slot: int, sample: int) -> Shaped[np.ndarray, "K D"]:
         """A view of one sample's activations at the `layer_slot`-th stored layer."""
         return self.activations[layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
 
+    @property
+    def token_ids(self) -> list[Int32[np.ndarray, "K"]]:
+        """The ids of each sample's stored tokens."""
+        return [s.token_ids if s.reasons is None else s.token_ids[s.kept] for s in self.samples]
+
+    @property
+    def positions(self) -> list[Int32[np.ndarray, "K"]] | None:
+        """The places of each sample's stored tokens; None where all tokens are stored."""
+        if any(sample.reasons is None for sample in self.samples):
+            return None
+        return [sample.kept.astype(np.int32) for sample in self.samples]
+
     def outline(self) -> Outline:
-        """What two runs of one window agree on, whatever their rounding."""
+        """What a file of another run of this window has to hold too."""
         shapes = [(self.activation(0, sample).shape, self.activations.dtype) for sample in range(len(self.samples))]
-        return tuple(sample.sample_idx for sample in self.samples), dict.fromkeys(self.layers, shapes)
+        indices = tuple(sample.sample_idx for sample in self.samples)
+        return Outline(indices, dict.fromkeys(self.layers, shapes), _plain(self.positions))
 
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard as read back: per layer the activations in the order of `sample_idx`."""
+    """A shard as read back; every list is in the order of `sample_idx`.
+
+    Attributes:
+      layers: per layer the activations.
+      positions: the places of the stored tokens in their sample; None where all tokens are stored.
+      token_ids: of the stored tokens, where the format keeps them.
+    """
 
     sample_idx: tuple[int, ...]
-    layers: dict[int, list[Shaped[np.ndarray, "T D"]]]
+    layers: dict[int, list[Shaped[np.ndarray, "K D"]]]
+    positions: list[Int32[np.ndarray, "K"]] | None = None
+    token_ids: list[Int32[np.ndarray, "K"]] | None = None
 
     def outline(self) -> Outline:
-        """What two runs of one window agree on, whatever their rounding."""
+        """What this file holds, whatever its rounding."""
         shapes = {layer: [(array.shape, array.dtype) for array in arrays] for layer, arrays in self.layers.items()}
-        return self.sample_idx, shapes
+        return Outline(self.sample_idx, shapes, _plain(self.positions))
+
+
+def _plain(positions: list[Int32[np.ndarray, "K"]] | None) -> list[list[int]] | None:
+    return None if positions is None else [places.tolist() for places in positions]
 
 
 class ShardFormat(Protocol):
@@ -79,11 +117,13 @@ class ShardFormat(Protocol):
 
 
 def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[str, Any]:
-    """The dict of one sample as the default format stores it."""
+    """The dict of one sample as the default format stores it; `token_positions` is there where tokens are left out."""
     activation = content.activation(layer_slot, sample)
-    return {
-        "sample_idx": content.samples[sample].sample_idx,
+    described = content.samples[sample]
+    fields = {
+        "sample_idx": described.sample_idx,
         "activation": activation,
         "shape": activation.shape,
-        "text_preview": content.samples[sample].text_preview,
+        "text_preview": described.text_preview,
     }
+    return fields if described.reasons is None else fields | {"token_positions": described.kept.astype(np.int32)}

@@ -1,5 +1,6 @@
 """The default format: a pickle of {layer: [{sample_idx, activation, shape, text_preview}, …]}.
 
+Where tokens are left out, `token_positions` (int32) says which places of the sample the others had.
 Readable with `pickle` and numpy alone (bfloat16 needs ml_dtypes too). Our own reader admits arrays and plain
 containers only: a pickle from elsewhere cannot run code here.
 """
@@ -7,6 +8,8 @@ containers only: a pickle from elsewhere cannot run code here.
 import importlib
 import pickle
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from core.formats.base import ShardContent, StoredShard, stored_sample
 from core.sinks import Sink
@@ -63,8 +66,23 @@ class PickleFormat:
             layers = {layer: [item["activation"] for item in items] for layer, items in shard.items()}
             orders = {tuple(item["sample_idx"] for item in items) for items in shard.values()}
             shapes_agree = all(item["shape"] == item["activation"].shape for items in shard.values() for item in items)
+            positions = [_positions(items) for items in shard.values()]
         except (pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not a readable pickle shard: {error}") from error
         if len(orders) != 1 or not shapes_agree:
             raise ValueError("its layers hold different samples, or a shape that is not its array's")
-        return StoredShard(orders.pop(), layers)
+        if any(not _equal(positions[0], other) for other in positions):
+            raise ValueError("its layers hold different tokens")
+        return StoredShard(orders.pop(), layers, positions[0])
+
+
+def _positions(items: list[dict[str, Any]]) -> list[np.ndarray] | None:
+    if not any("token_positions" in item for item in items):
+        return None
+    return [np.asarray(item["token_positions"]) for item in items]
+
+
+def _equal(one: list[np.ndarray] | None, other: list[np.ndarray] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

@@ -1,8 +1,9 @@
 """safetensors: raw tensors behind a JSON header, so one sample of one layer can be read without the rest.
 
 Tensors: `layer_{i}` (N, D) in the stored dtype (bfloat16 exact), `token_ids` (N,) int32, `sample_idx` (S,) int64 and
-`sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Previews and labels stand in the sample
-table alone: the package opens no file whose header is above 100 MB.
+`sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Where tokens are left out, `positions`
+(N,) int32 holds the places that the others had in their sample. Previews and labels stand in the sample table alone:
+the package opens no file whose header is above 100 MB.
 The header is written here rather than by the safetensors package, whose writers copy every tensor first.
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, header, tensors back to back).
 """
@@ -42,8 +43,10 @@ class SafetensorsFormat:
         tensors: dict[str, np.ndarray] = {
             "sample_idx": np.array([sample.sample_idx for sample in content.samples], np.int64),
             "sample_offsets": content.offsets.astype(np.int64),
-            "token_ids": np.concatenate([sample.token_ids for sample in content.samples]).astype(np.int32),
+            "token_ids": np.concatenate(content.token_ids).astype(np.int32),
         }
+        if content.positions is not None:
+            tensors["positions"] = np.concatenate(content.positions)
         for slot, layer in enumerate(content.layers):
             tensors[f"layer_{layer}"] = content.activations[slot]
         sink.write(_header(tensors, _metadata(content)))
@@ -56,14 +59,16 @@ class SafetensorsFormat:
             tensors = _read_tensors(stream.read())
             offsets = tensors["sample_offsets"]
             sample_idx = tuple(int(index) for index in tensors["sample_idx"])
-            layers = {
-                int(name.removeprefix("layer_")): [tensor[start:stop] for start, stop in itertools.pairwise(offsets)]
+            by_sample = {
+                name: [tensor[start:stop] for start, stop in itertools.pairwise(offsets)]
                 for name, tensor in tensors.items()
-                if name.startswith("layer_")
+                if name.startswith("layer_") or name in ("positions", "token_ids")
             }
+            token_ids, positions = by_sample.pop("token_ids"), by_sample.pop("positions", None)
+            layers = {int(name.removeprefix("layer_")): arrays for name, arrays in by_sample.items()}
         except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a readable safetensors shard: {error!r}") from error
-        return StoredShard(sample_idx, dict(sorted(layers.items())))
+        return StoredShard(sample_idx, dict(sorted(layers.items())), positions, token_ids)
 
 
 def _metadata(content: ShardContent) -> dict[str, str]:

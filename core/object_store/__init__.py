@@ -10,11 +10,23 @@ with the spawn method, and open the store in the child (or send the store, which
 
 from __future__ import annotations
 
-from core.object_store.base import Created, ObjectInfo, ObjectStore, RetryPolicy, bytes_info, file_info
+from core.object_store.base import (
+    Created,
+    Entry,
+    Listing,
+    ObjectInfo,
+    ObjectStore,
+    RetryPolicy,
+    bytes_info,
+    file_info,
+    is_loopback,
+)
 from core.object_store.local import LocalStore, disk_errors, sync_folder
 
 __all__ = [
     "Created",
+    "Entry",
+    "Listing",
     "LocalStore",
     "ObjectInfo",
     "ObjectStore",
@@ -22,6 +34,7 @@ __all__ = [
     "bytes_info",
     "disk_errors",
     "file_info",
+    "is_loopback",
     "open_store",
     "sync_folder",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,27 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """An object in a listing; `modified` in seconds since 1970 by the storage's clock."""
+
+    name: str
+    size: int
+    modified: float
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Objects sorted by name, and what the storage's clock said; on a disk it is this machine's clock."""
+
+    entries: tuple[Entry, ...]
+    now: float
+
+
+@dataclass(frozen=True)
 class RetryPolicy:
     """How long to insist on one request to a bucket: at most `tries` times, with exponential back-off and jitter."""
 
-    tries: int = 6
+    tries: int = 10
     base_s: float = 1.0
     cap_s: float = 32.0
     connect_timeout_s: float = 15.0
@@ -72,6 +90,9 @@ class ObjectStore(Protocol):
     def list(self, prefix: str = "") -> list[str]:
         """Every name that starts with `prefix`, at any depth, sorted; never from a cache, never a temporary file."""
 
+    def listing(self, prefix: str = "") -> Listing:
+        """What `list` names, with sizes and times, at the same cost."""
+
     def delete(self, name: str) -> None:
         """Remove an object. One that is not there counts as removed."""
 
@@ -104,6 +125,14 @@ def check_name(name: str) -> str:
     if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
         raise ValueError(f"{name!r} is no object name: it must be relative, without empty, `.` or `..` parts")
     return name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name means this machine, where nobody listens in."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def check_size(path: Path, info: ObjectInfo) -> None:

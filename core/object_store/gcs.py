@@ -7,19 +7,33 @@ import base64
 import contextlib
 import functools
 import io
-import ipaddress
 import itertools
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote, urlsplit
 
 from core.errors import RunError, UsageError
-from core.object_store.base import Created, ObjectInfo, RetryPolicy, bytes_info, check_name, check_size
+from core.fault_points import fault_point
+from core.object_store.base import (
+    Created,
+    Entry,
+    Listing,
+    ObjectInfo,
+    RetryPolicy,
+    bytes_info,
+    check_name,
+    check_size,
+    is_loopback,
+)
+from core.redaction import redact
 
 UPLOAD_CHUNK = 8 << 20  # a multiple of 256 KiB, as resumable uploads demand
 SIGN_IN = "run `gcloud auth application-default login`, or give the machine's service account access to the bucket"
@@ -93,16 +107,25 @@ class GcsStore:
 
     def list(self, prefix: str = "") -> list[str]:
         """See `ObjectStore`."""
+        return [entry.name for entry in self.listing(prefix).entries]
+
+    def listing(self, prefix: str = "") -> Listing:
+        """See `ObjectStore`."""
         root = f"{self.prefix}/" if self.prefix else ""
-        query = {"prefix": root + prefix, "fields": "items(name),nextPageToken", "maxResults": "1000"}
-        names: list[str] = []
-        while page := self._page(query):
-            names += [item["name"].removeprefix(root) for item in page.get("items", [])]
+        fields = "items(name,size,updated),nextPageToken"
+        query = {"prefix": root + prefix, "fields": fields, "maxResults": "1000"}
+        items: list[dict[str, str]] = []
+        while True:
+            headers, page = self._page(query)
+            items += page.get("items", [])
             if "nextPageToken" not in page:
                 break
             query["pageToken"] = page["nextPageToken"]
         # A name that ends in a slash is the placeholder that consoles write for an empty folder.
-        return sorted(name for name in names if not name.endswith("/"))
+        entries = (_entry(item, root) for item in items if not item["name"].endswith("/"))
+        date = headers.get("Date")
+        now = parsedate_to_datetime(date).timestamp() if date else time.time()
+        return Listing(tuple(sorted(entries, key=lambda entry: entry.name)), now)
 
     def delete(self, name: str) -> None:
         """See `ObjectStore`."""
@@ -130,6 +153,7 @@ class GcsStore:
             taken = False
         except FileExistsError:
             taken = True  # perhaps by ourselves, if the reply to an earlier try was lost
+        fault_point("bucket.sent")
         found = self._stat(name)
         if found is None:
             raise RunError(f"{self.url}/{name} was written but is not there; see what else deletes objects there")
@@ -199,6 +223,7 @@ class GcsStore:
             if kept <= offset:
                 raise _UploadLostError
             offset = kept
+            fault_point("bucket.chunk")
 
     @property
     def _upload_url(self) -> str:
@@ -211,10 +236,12 @@ class GcsStore:
             except FileNotFoundError:
                 return None
 
-    def _page(self, query: dict[str, str]) -> dict[str, Any]:
+    def _page(self, query: dict[str, str]) -> tuple[Any, dict[str, Any]]:
+        """A page of a listing, with the headers of the reply."""
         with self._errors("list", query["prefix"].removeprefix(f"{self.prefix}/")):
             try:
-                return self._fs.call("GET", "b/{}/o", self.bucket, json_out=True, **query)
+                headers, page = self._fs.call("GET", "b/{}/o", self.bucket, **query)
+                return headers, json.loads(page)
             except FileNotFoundError as exc:
                 raise self._no_bucket() from exc
 
@@ -319,16 +346,9 @@ def _emulator() -> str | None:
         return None
     url = host if "://" in host else f"http://{host}"
     parts = urlsplit(url)
-    if parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(parts.hostname or "")):
+    if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
         return url.rstrip("/")
     raise UsageError(f"STORAGE_EMULATOR_HOST={host}: plain http is for loopback only; use https or 127.0.0.1")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 async def _request(once: Callable[..., Any], retry: RetryPolicy, method: str, path: str, *args: Any, **kw: Any) -> Any:
@@ -394,7 +414,7 @@ def _may_pass(exc: Exception, code: int | None) -> bool:
 def _explain(exc: Exception, code: int | None, tries: int) -> str:
     from google.auth.exceptions import GoogleAuthError
 
-    reason = " ".join(str(exc).split())[:200] or type(exc).__name__
+    reason = redact(" ".join(str(exc).split()))[:200] or type(exc).__name__
     if code == 401 or isinstance(exc, GoogleAuthError) or isinstance(exc.__cause__, GoogleAuthError):
         return f"not signed in to Google Cloud, or no longer ({reason}); {SIGN_IN}"
     if code == 403:
@@ -403,6 +423,11 @@ def _explain(exc: Exception, code: int | None, tries: int) -> str:
         return f"refused with {code} ({reason})"
     failed = f"HTTP {code}" if code else type(exc).__name__
     return f"{failed} on each of {tries} tries ({reason}); check the network, then run again to resume"
+
+
+def _entry(item: dict[str, str], root: str) -> Entry:
+    modified = datetime.fromisoformat(item["updated"]).timestamp()
+    return Entry(item["name"].removeprefix(root), int(item["size"]), modified)
 
 
 def _metadata_info(found: dict[str, Any]) -> ObjectInfo:

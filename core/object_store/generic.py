@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from core.errors import RunError, UsageError
-from core.object_store.base import Created, ObjectInfo, bytes_info, check_name, stream_info
+from core.object_store.base import Created, Entry, Listing, ObjectInfo, bytes_info, check_name, stream_info
 
 _MEMORY_LOCK = threading.Lock()
 
@@ -75,10 +77,21 @@ class FsspecStore:
 
     def list(self, prefix: str = "") -> list[str]:
         """See `ObjectStore`."""
+        return [entry.name for entry in self.listing(prefix).entries]
+
+    def listing(self, prefix: str = "") -> Listing:
+        """See `ObjectStore`. An object whose file system keeps no time counts as new."""
         self._fs.invalidate_cache()
-        root = self._root + "/"
-        names = (path.removeprefix(root) for path in self._fs.find(self._root) if path.startswith(root))
-        return sorted(name for name in names if name.startswith(prefix))
+        root, now = self._root + "/", time.time()
+        found = self._fs.find(self._root, detail=True).items()
+        by_name = {path.removeprefix(root): info for path, info in found if path.startswith(root)}
+        entries = []
+        for name in sorted(name for name in by_name if name.startswith(prefix)):
+            info = by_name[name]
+            changed = info.get("mtime", info.get("created"))
+            modified = changed.timestamp() if isinstance(changed, datetime) else float(changed or now)
+            entries.append(Entry(name, int(info.get("size") or 0), modified))
+        return Listing(tuple(entries), now)
 
     def delete(self, name: str) -> None:
         """See `ObjectStore`."""

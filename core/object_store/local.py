@@ -9,13 +9,17 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from core.errors import RunError
-from core.object_store.base import Created, ObjectInfo, check_name, check_size, file_info
+from core.fault_points import fault_point
+from core.object_store.base import Created, Entry, Listing, ObjectInfo, check_name, check_size, file_info
 
+# One for all stores of the process: two of them may write the same name.
+_SERIAL = itertools.count()
 _TEMPORARY = re.compile(r"\.tmp~(?P<host>[^~]*)~(?P<space>\d+)~(?P<pid>\d+)~(?P<start>\d+)~\d+~.*", re.DOTALL)
 
 
@@ -41,7 +45,6 @@ class LocalStore:
     def __init__(self, path: str | Path) -> None:
         self.root = Path(os.path.abspath(os.path.expanduser(path)))
         self.url = str(self.root)
-        self._serial = itertools.count()
 
     def temporary_path(self, name: str) -> Path:
         """A hidden path on the right filesystem in which to write `name`; `create_file` then consumes the file.
@@ -51,7 +54,7 @@ class LocalStore:
         """
         final = self._path(name)
         mark = "~".join(_process_mark(os.getpid()))
-        return self._folder_of(final) / f".tmp~{mark}~{next(self._serial)}~{final.name[-80:]}"
+        return self._folder_of(final) / f".tmp~{mark}~{next(_SERIAL)}~{final.name[-80:]}"
 
     def create_bytes(self, name: str, data: bytes) -> Created:
         """See `ObjectStore`. Synced to the disk when it returns."""
@@ -102,9 +105,16 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> list[str]:
         """See `ObjectStore`."""
-        folder = self.root / prefix.rpartition("/")[0]
-        names = (path.relative_to(self.root).as_posix() for path in _walk(folder) if not _is_temporary(path.name))
-        return sorted(name for name in names if name.startswith(prefix))
+        return sorted(name for name, _ in self._walk_names(prefix))
+
+    def listing(self, prefix: str = "") -> Listing:
+        """See `ObjectStore`."""
+        entries = []
+        for name, path in sorted(self._walk_names(prefix)):
+            with contextlib.suppress(FileNotFoundError):
+                stat = path.stat()
+                entries.append(Entry(name, stat.st_size, stat.st_mtime))
+        return Listing(tuple(entries), time.time())
 
     def delete(self, name: str) -> None:
         """See `ObjectStore`."""
@@ -123,11 +133,17 @@ class LocalStore:
         Files of other hosts and of other process-id namespaces (containers) stay: nothing here can tell whether
         their writers live.
         """
-        stale = tuple(path for path in _walk(self.root / folder) if _is_stale(path.name))
+        stale = tuple(path for path in _walk(self.root / folder, _ignore) if _is_stale(path.name))
         for path in stale:
             with disk_errors(path):
                 path.unlink(missing_ok=True)
         return stale
+
+    def _walk_names(self, prefix: str) -> Iterator[tuple[str, Path]]:
+        for path in _walk(self.root / prefix.rpartition("/")[0], _refuse_unreadable):
+            name = path.relative_to(self.root).as_posix()
+            if name.startswith(prefix) and not _is_temporary(path.name):
+                yield name, path
 
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
@@ -154,12 +170,14 @@ def _publish(temporary: Path, final: Path) -> bool:
     """Give a finished file its name for good; False if the name is taken. The temporary name is gone afterwards."""
     with _removing(temporary), disk_errors(final):
         _sync_file(temporary)
+        fault_point("disk.synced")
         try:
             _take_name(temporary, final)
         except FileExistsError:
             # Over NFS a link can succeed and its reply be lost: the repeated request then finds our own link.
             if not (temporary.exists() and os.path.samefile(temporary, final)):
                 return False
+        fault_point("disk.linked")
         sync_folder(final.parent)
         return True
 
@@ -241,9 +259,19 @@ def sync_folder(folder: Path) -> None:
             raise
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, _, files in os.walk(folder):
+def _walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[Path]:
+    for parent, _, files in os.walk(folder, onerror=on_error):
         yield from (Path(parent, name) for name in files)
+
+
+def _ignore(error: OSError) -> None:
+    """What cannot be looked at cannot be cleaned up either."""
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    """A folder that is passed over would look like one that is empty; one that is not there, or no folder, is."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise RunError(f"{error.filename}: cannot be listed: {error.strerror}; check its permissions") from error
 
 
 def _is_temporary(file_name: str) -> bool:

@@ -16,6 +16,7 @@ from core.activation_storage import CommitRecord
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore
 from core.object_store.generic import FsspecStore
+from core.plan import read_sealed_json, sealed_json
 from core.run_config import RunConfig
 from core.runner import run
 from core.sinks import digest_stream
@@ -58,20 +59,20 @@ def problems(out: Path) -> list[str]:
 
 def rewrite_record(out: Path, window: int, /, **changes) -> None:
     path = out / f"tpu_0/shard_{window:04d}.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path.write_bytes(sealed_json(read_sealed_json(path.read_bytes()) | changes))
 
 
 def replace_data(path: Path, data: bytes) -> None:
     """Writes other content and makes the record agree with it, as a bug in the writer would."""
     path.write_bytes(data)
     record_path = next(r for r in path.parents[1].glob("shard_*.json") if r.stem[-4:] == path.name[6:10])
-    fields = json.loads(record_path.read_text())
+    fields = read_sealed_json(record_path.read_bytes())
     with path.open("rb") as stream:
         digest = digest_stream(stream)
     for file in fields["files"]:
         if file["name"] == f"{path.parent.name}/{path.name}":
             file |= {"bytes": digest.bytes, "crc32c": digest.crc32c, "sha256": digest.sha256}
-    record_path.write_text(json.dumps(fields))
+    record_path.write_bytes(sealed_json(fields))
 
 
 def test_a_calm_run_has_no_problem_at_the_root_and_in_its_folder(out):

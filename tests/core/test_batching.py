@@ -1,12 +1,27 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.batching import BatchShape, default_row_lengths, plan_rows, plan_steps, sample_spans, step_arrays
+from core.batching import (
+    BatchShape,
+    default_row_lengths,
+    packed_row_lengths,
+    plan_rows,
+    plan_steps,
+    sample_spans,
+    step_arrays,
+)
 
 lengths_lists = st.lists(st.integers(1, 700), min_size=1, max_size=60)
 shapes = st.builds(
-    lambda rows, devices, pack: BatchShape(rows * devices, devices, default_row_lengths(700), pack),
+    lambda rows, devices, pack, long_rows: BatchShape(
+        rows * devices,
+        devices,
+        packed_row_lengths(700, long_rows=long_rows) if pack else default_row_lengths(700),
+        pack,
+    ),
+    long_rows=st.booleans(),
     rows=st.sampled_from([1, 3, 4]),
     devices=st.sampled_from([1, 8]),
     pack=st.booleans(),
@@ -48,11 +63,12 @@ def test_arrays_hold_each_samples_tokens_with_its_own_segment_and_positions(leng
         assert (arrays.segment_ids[is_token] > 0).all()
 
 
-def test_packing_long_ragged_samples_wastes_little():
+@pytest.mark.parametrize(("long_rows", "n_samples", "waste"), [(False, 400, 1.06), (True, 400, 1.01), (True, 16, 1.05)])
+def test_packing_long_ragged_samples_wastes_little(long_rows, n_samples, waste):
     rng = np.random.default_rng(0)
-    lengths = rng.integers(170, 2000, 400).tolist()
-    steps = plan_steps(lengths, BatchShape(4, 1, default_row_lengths(2048), True))
-    assert sum(step.n_rows * step.length for step in steps) < 1.06 * sum(lengths)
+    lengths = rng.integers(170, 2000, n_samples).tolist()
+    steps = plan_steps(lengths, BatchShape(4, 1, packed_row_lengths(2048, long_rows=long_rows), True))
+    assert sum(step.n_rows * step.length for step in steps) < waste * sum(lengths)
 
 
 def test_leftover_rows_use_halved_steps_instead_of_padding():
@@ -64,3 +80,10 @@ def test_row_lengths_end_with_the_longest_sample_rounded_up_to_the_tile():
     assert default_row_lengths(2048) == (128, 256, 512, 1024, 2048)
     assert default_row_lengths(1500) == (128, 256, 512, 1024, 1536)
     assert default_row_lengths(10) == (128,)
+    assert packed_row_lengths(2048, long_rows=False) == (512, 1024, 2048)
+    assert packed_row_lengths(10, long_rows=False) == (128,)
+
+
+def test_long_rows_hold_the_longest_sample_twice_and_are_trimmed_to_eighths():
+    assert packed_row_lengths(2048, long_rows=True) == (512, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
+    assert packed_row_lengths(10, long_rows=True) == (256,)

@@ -20,7 +20,10 @@ from core.formats import FORMATS
 from core.run_config import RunConfig
 from core.runner import run
 
-SITES = ("residual", "mlp", "attn", "resid_pre", "resid_mid")
+SITES = (
+    *("embedding", "resid_pre", "q", "k", "v", "attn_heads", "attn"),
+    *("resid_mid", "mlp_act", "mlp", "residual", "final_norm"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def shard_arrays(folder: Path, pattern: str = "shard_*.pkl.gz") -> dict[tuple[in
     return arrays
 
 
-def transformers_sites(model: Path, token_ids: list[int]) -> dict[str, np.ndarray]:
+def transformers_sites(model: Path, token_ids: list[int]) -> dict[str, list[np.ndarray]]:
     """Each site of every layer for one sample alone, from hooks on transformers in float32."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
@@ -63,20 +66,28 @@ def transformers_sites(model: Path, token_ids: list[int]) -> dict[str, np.ndarra
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
 
-    def keep(site):
-        return lambda module, args, out: seen[site].append((out[0] if isinstance(out, tuple) else out)[0].numpy())
-
-    for layer in reference.model.layers:
-        layer.register_forward_pre_hook(lambda module, args: seen["resid_pre"].append(args[0][0].numpy()))
-        layer.post_attention_layernorm.register_forward_pre_hook(
-            lambda module, args: seen["resid_mid"].append(args[0][0].numpy())
+    def output(module, site):
+        module.register_forward_hook(
+            lambda _, args, out: seen[site].append((out[0] if isinstance(out, tuple) else out)[0].numpy())
         )
-        layer.register_forward_hook(keep("residual"))
-        layer.self_attn.register_forward_hook(keep("attn"))
-        layer.mlp.register_forward_hook(keep("mlp"))
+
+    def input_(module, site):
+        module.register_forward_pre_hook(lambda _, args: seen[site].append(args[0][0].numpy()))
+
+    output(reference.model.embed_tokens, "embedding")
+    output(reference.model.norm, "final_norm")
+    for layer in reference.model.layers:
+        input_(layer, "resid_pre")
+        input_(layer.post_attention_layernorm, "resid_mid")
+        input_(layer.self_attn.o_proj, "attn_heads")
+        input_(layer.mlp.down_proj, "mlp_act")
+        for module, site in ((layer, "residual"), (layer.self_attn, "attn"), (layer.mlp, "mlp")):
+            output(module, site)
+        for site in ("q", "k", "v"):
+            output(getattr(layer.self_attn, f"{site}_proj"), site)
     with torch.no_grad():
         reference(torch.tensor([token_ids]))
-    return {site: np.stack(layers) for site, layers in seen.items()}
+    return seen
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -84,14 +95,80 @@ def test_stored_activations_are_those_of_transformers_sample_by_sample(config, t
     lines = token_lines(11, seed=3)
     write_jsonl(tmp_path / "stream.jsonl", lines)
     run(replace(config, dtype="float32", activation_type=SITES, pack=pack))
+    expected = {i: transformers_sites(Path(config.model_path), lines[i]["input_ids"]) for i in (0, 3, 10)}
+    once = {"embedding": [-1], "final_norm": [N_LAYERS]}
     for site in SITES:
         arrays = shard_arrays(tmp_path / "out" / "tpu_0" / site)
-        assert len(arrays) == N_LAYERS * len(lines)
-        for i in (0, 3, 10):
-            expected = transformers_sites(Path(config.model_path), lines[i]["input_ids"])[site]
-            for layer in range(N_LAYERS):
-                error = np.abs(arrays[layer, i] - expected[layer]).max() / np.abs(expected[layer]).max()
+        layers = once.get(site, list(range(N_LAYERS)))
+        assert arrays.keys() == {(layer, i) for layer in layers for i in range(len(lines))}
+        for i, sites in expected.items():
+            for layer, reference in zip(layers, sites[site], strict=True):
+                assert arrays[layer, i].shape == reference.shape
+                error = np.abs(arrays[layer, i] - reference).max() / np.abs(reference).max()
                 assert error <= 1e-5, (site, layer, i)
+
+
+def test_each_site_has_its_layers_and_width_in_record_index_and_shards(config, tmp_path):
+    run(replace(config, activation_type=("final_norm", "mlp_act", "embedding", "k"), layers_to_extract=(0, 2)))
+    folder = tmp_path / "out/tpu_0"
+    expected = {"embedding": ([-1], 32), "k": ([0, 2], 16), "mlp_act": ([0, 2], 64), "final_norm": ([N_LAYERS], 32)}
+    for path in folder.glob("shard_*.json"):
+        sites = json.loads(path.read_text())["sites"]
+        assert sites == {site: {"layers": layers, "width": width} for site, (layers, width) in expected.items()}
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert {(s["site"], *s["layers"], s["width"]) for s in metadata["shards"]} == {
+        (site, *layers, width) for site, (layers, width) in expected.items()
+    }
+    assert metadata["total_activations"] == 40 * 6
+    for site, (layers, width) in expected.items():
+        arrays = shard_arrays(folder / site)
+        assert {layer for layer, _ in arrays} == set(layers)
+        assert {array.shape[1] for array in arrays.values()} == {width}
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_a_window_ends_by_its_largest_file(config, tmp_path):
+    wide = replace(config, activation_type=("k", "mlp_act"), layers_to_extract=(0,), shard_size_gb=20_000 / 2**30)
+    run(wide)
+    for path in (tmp_path / "out/tpu_0").glob("shard_*.json"):
+        record = json.loads(path.read_text())
+        stored = record["n_tokens"] * 64 * 2
+        assert stored < 20_000 + 200 * 64 * 2
+        assert record["next_place"] is None or stored >= 20_000
+
+
+@pytest.mark.parametrize("site", ["embedding", "blocks.0.hook_resid_pre"])
+def test_no_more_is_loaded_than_what_is_captured_needs(config, tmp_path, site, monkeypatch):
+    loaded = []
+    from core import jax_utils
+
+    def loading(*args, **kwargs):
+        loaded.append((kwargs["n_layers"], kwargs["with_final_norm"], kwargs["with_head"]))
+        return load_model(*args, **kwargs)
+
+    load_model = jax_utils.load_model
+    monkeypatch.setattr(jax_utils, "load_model", loading)
+    run(replace(config, activation_type=(site,), dtype="float32"))
+    assert loaded == [(1, False, False)]
+    from safetensors.numpy import load_file
+
+    table = load_file(Path(config.model_path) / "model.safetensors")["model.embed_tokens.weight"]
+    lines = [json.loads(line) for line in (tmp_path / "stream.jsonl").read_text().splitlines()]
+    for (_, i), array in shard_arrays(tmp_path / "out/tpu_0").items():
+        np.testing.assert_array_equal(array, table[lines[i]["input_ids"]])
+
+
+def test_a_site_that_the_model_lacks_is_refused_with_those_it_has(config, tmp_path):
+    with pytest.raises(UsageError, match=r"--activation_type attn_proj: this model has no such site: it has embedding"):
+        run(replace(config, activation_type=("attn_proj",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_other_libraries_are_the_same_run_and_stored_under_ours(config, tmp_path):
+    run(replace(config, activation_type=("mlp", "residual"), layers_to_extract=(1,)))
+    names = ("blocks.1.hook_resid_post", "model.layers.1.mlp")
+    assert run(replace(config, activation_type=names)).samples == 0
+    assert {path.name for path in (tmp_path / "out/tpu_0").iterdir() if path.is_dir()} == {"mlp", "residual"}
 
 
 def test_every_sample_is_stored_once_without_padding_and_with_all_its_layers(config, tmp_path):
@@ -378,7 +455,7 @@ def test_flags_that_cannot_be_are_refused_by_name(config, change):
 @pytest.mark.parametrize("flag", ["output_dir", "checkpoint_dir"])
 def test_a_folder_that_cannot_be_written_is_found_out_before_weights_are_loaded(config, tmp_path, flag, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr("core.stream_run.load_model", lambda *args, **kwargs: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("core.jax_utils.load_model", lambda *args, **kwargs: pytest.fail("the weights were loaded"))
     with pytest.raises((RunError, OSError), match="file"):
         run(replace(config, **{flag: str(tmp_path / "file" / "below")}))
 

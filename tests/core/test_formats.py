@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +28,16 @@ def content(lengths, layers=(0, 7), width=5, dtype="float16", seed=0) -> ShardCo
     return ShardContent("residual", tuple(layers), activations, np.cumsum([0, *lengths], dtype=np.int64), samples)
 
 
+def selected(lengths, **kwargs) -> ShardContent:
+    """Every token has a reason or not at random; only those without one are in the arrays."""
+    shard = content(lengths, **kwargs)
+    rng = np.random.default_rng(1)
+    samples = tuple(replace(s, reasons=rng.integers(0, 2, len(s.token_ids)).astype(np.uint8)) for s in shard.samples)
+    kept = np.concatenate([s.reasons == 0 for s in samples])
+    offsets = np.cumsum([0, *(s.n_kept for s in samples)], dtype=np.int64)
+    return replace(shard, activations=shard.activations[:, kept], offsets=offsets, samples=samples)
+
+
 def written(fmt: str, shard: ShardContent) -> bytes:
     sink = io.BytesIO()
     FORMATS[fmt].write(shard, sink)
@@ -46,6 +57,36 @@ def test_what_is_written_is_read_back_exactly(fmt, dtype, lengths, n_layers):
         for i, array in enumerate(stored.layers[layer]):
             assert array.dtype == DTYPES[dtype]
             np.testing.assert_array_equal(array, shard.activation(slot, i))
+
+
+@pytest.mark.parametrize("fmt", list(FORMATS))
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_selected_tokens_are_read_back_with_their_places_and_ids(fmt, lengths):
+    shard = selected(lengths, layers=(-1, 3))
+    stored = FORMATS[fmt].read(io.BytesIO(written(fmt, shard)))
+    for i, sample in enumerate(shard.samples):
+        places = [place for place, reason in enumerate(sample.reasons) if reason == 0]
+        assert stored.positions[i].tolist() == places
+        assert stored.positions[i].dtype == np.int32
+        if stored.token_ids is not None:
+            assert stored.token_ids[i].tolist() == sample.token_ids[places].tolist()
+        for slot, layer in enumerate((-1, 3)):
+            assert stored.layers[layer][i].shape == (len(places), 5)
+            np.testing.assert_array_equal(stored.layers[layer][i], shard.activation(slot, i))
+    assert stored.outline() == shard.outline()
+    others = replace(shard, samples=content(lengths).samples, offsets=content(lengths).offsets)
+    assert stored.outline() != others.outline()
+
+
+def test_pickled_layers_that_name_different_tokens_are_refused():
+    shard = pickle.loads(written("pickle", selected([4, 6])))
+    shard[7][1]["token_positions"] = shard[7][1]["token_positions"] + 1
+    with pytest.raises(ValueError, match="different tokens"):
+        FORMATS["pickle"].read(io.BytesIO(pickle.dumps(shard)))
+    del shard[7][1]["token_positions"]
+    with pytest.raises(ValueError):
+        FORMATS["pickle"].read(io.BytesIO(pickle.dumps(shard)))
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS))
@@ -95,6 +136,12 @@ def test_the_safetensors_package_reads_every_tensor(tmp_path):
             file.get_tensor("token_ids"), np.concatenate([s.token_ids for s in shard.samples])
         )
         assert file.metadata() == {"site": "residual", "layers": "[0, 7]"}
+    shard = selected([3, 4])
+    (tmp_path / "s.safetensors").write_bytes(written("safetensors", shard))
+    with safe_open(tmp_path / "s.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == {"layer_0", "layer_7", "token_ids", "positions", "sample_idx", "sample_offsets"}
+        start, stop = file.get_tensor("sample_offsets")[1:3]
+        np.testing.assert_array_equal(file.get_tensor("positions")[start:stop], shard.samples[1].kept)
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS))

@@ -78,7 +78,7 @@ def test_of_32_claimants_of_a_shard_one_wins_on_a_disk(tmp_path):
         store = LocalStore(tmp_path / str(attempt))
         (winner,) = race(store, lambda claimant: claimant.try_next(["shard_000"]))
         stored = json.loads(store.read_bytes("claims/shard_000/000001.json"))
-        assert stored["owner"]["nonce"] == winner._owner.nonce
+        assert stored["owner"]["nonce"] == winner.record.owner.nonce
         assert len(store.list()) == 1
 
 
@@ -117,7 +117,7 @@ def test_only_the_observers_own_clock_lets_a_lease_expire(store, monkeypatch):
     assert second.try_next(["shard_000"]) is None
     clock.now += 0.1
     taken = claimed(second)
-    assert (taken.epoch, taken.replaces["nonce"]) == (2, first.owner.nonce)
+    assert (taken.epoch, taken.record.replaces.nonce) == (2, first.owner.nonce)
     assert not lease.is_held()
 
 
@@ -174,7 +174,7 @@ def test_signs_of_life_are_counted_and_no_more_frequent_than_asked(store):
         most = (time.monotonic() - started) / 0.1
     sign = json.loads(store.read_bytes("claims/shard_000/000001.beat"))
     assert 1 <= sign["beat"] <= most
-    assert (sign["samples"], sign["owner"]) == (7, lease._owner.nonce)
+    assert (sign["samples"], sign["owner"]) == (7, lease.record.owner.nonce)
 
 
 @pytest.mark.parametrize("fault", [CommitThenStatus(503), CommitThenReset()])

@@ -18,8 +18,8 @@ from core.dataset_utils import (
     format_bad,
     read_stream,
     resolve_stream_path,
-    selected_positions,
     stream_identity,
+    survey_records,
 )
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore
@@ -88,9 +88,9 @@ def test_the_layout_is_the_described_one(tmp_path):
     assert (tmp_path / "data/shard_000/chunk_0000.jsonl").is_file()
 
 
-@given(start=st.integers(0, 45), total=st.integers(1, 5), limit=st.none() | st.integers(1, 9))
+@given(start=st.integers(0, 45), total=st.integers(1, 5), limit=st.none() | st.integers(1, 9), few=st.integers(1, 9))
 @settings(max_examples=40, deadline=None)
-def test_machines_and_resumes_select_by_position_in_the_dataset(tmp_path_factory, start, total, limit):
+def test_machines_and_resumes_select_by_position_in_the_dataset(tmp_path_factory, start, total, limit, few):
     folder = tmp_path_factory.mktemp("d")
     make(folder, 40, 3, 100)
     for shard in read_dataset(str(folder / "data")).shards:
@@ -100,7 +100,11 @@ def test_machines_and_resumes_select_by_position_in_the_dataset(tmp_path_factory
             wanted = [position for position in held if position % total == machine][:limit]
             read = read_stream(path, machine_id=machine, total_machines=total, max_tasks=limit, start_position=start)
             assert [record.position for record in read] == [position for position in wanted if position >= start]
-            assert list(selected_positions(path, machine, total, limit)) == wanted
+            count, surveyed = survey_records(path, machine, total, limit, wanted=few)
+            places = [wanted.index(record.position) for record in surveyed]
+            assert count == len(wanted)
+            assert min(few, count) <= len(places) < 2 * few
+            assert places == list(range(0, count, places[1] - places[0] if len(places) > 1 else max(count, 1)))
 
 
 def test_a_bad_line_is_named_by_its_chunk_and_its_line_there(tmp_path):

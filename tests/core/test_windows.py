@@ -1,9 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.dataset_utils import BadRecord
-from core.windows import StreamPlace, TokenizedSample, cut_windows
+from core.windows import TOKEN_ID_BYTES, StreamPlace, TokenizedSample, cut_windows
 
 
 def sample(index: int, n_tokens: int) -> TokenizedSample:
@@ -32,10 +34,30 @@ def test_windows_hold_every_sample_once_in_order(items, shard_bytes):
 
 @given(streams, st.integers(1, 200))
 def test_a_window_closes_at_the_first_sample_that_reaches_the_shard_size(items, shard_bytes):
-    windows = list(cut_windows(items, bytes_per_token=2, shard_bytes=shard_bytes))
+    windows = list(cut_windows(items, bytes_per_token=6, shard_bytes=shard_bytes))
     for window in windows:
-        assert 2 * sum(window.lengths[:-1]) < shard_bytes
-        assert window.next_place is None or 2 * window.n_tokens >= shard_bytes
+        assert 6 * sum(window.lengths[:-1]) < shard_bytes
+        assert window.next_place is None or 6 * window.n_tokens >= shard_bytes
+
+
+@given(streams, st.integers(1, 200), st.randoms())
+def test_a_window_counts_what_is_stored_of_a_sample_and_the_token_ids_of_all(items, shard_bytes, random):
+    def selected(item):
+        if not isinstance(item, TokenizedSample):
+            return item
+        reasons = np.array([random.randint(0, 1) for _ in item.token_ids], np.uint8)
+        return replace(item, reasons=reasons, most_kept=random.choice([None, int((reasons == 0).sum()) // 2]))
+
+    def size(samples):
+        most = [int((s.reasons == 0).sum()) if s.most_kept is None else s.most_kept for s in samples]
+        return max(20 * sum(most), TOKEN_ID_BYTES * sum(len(s.token_ids) for s in samples))
+
+    for window in cut_windows(map(selected, items), bytes_per_token=20, shard_bytes=shard_bytes):
+        assert size(window.samples[:-1]) < shard_bytes
+        assert window.next_place is None or size(window.samples) >= shard_bytes
+        assert window.n_kept == sum(s.n_kept for s in window.samples) == window.offsets[-1]
+        for s in window.samples:
+            assert s.n_kept <= len(s.kept) == int((s.reasons == 0).sum())
 
 
 @given(streams, st.integers(1, 200), st.data())

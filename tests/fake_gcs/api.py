@@ -76,6 +76,17 @@ def parse_call(method: str, target: str, headers: dict[str, str]) -> tuple[Call,
     return Call(method, parts.path, "unknown", query), ()
 
 
+def object_name(state: GcsState, call: Call, names: tuple[str, ...], body: bytes) -> str:
+    """The name of the object that a call is about; empty where there is none, or none that can be told."""
+    if "upload_id" in call.query:
+        upload = state.uploads.get(call.query["upload_id"])
+        return upload.name if upload else ""
+    if call.kind.startswith("upload."):
+        named = re.search(rb'"name": ?("(?:[^"\\]|\\.)*")', body[:4096])
+        return json.loads(named[1]) if named else call.query.get("name", "")
+    return names[1] if len(names) > 1 else ""
+
+
 def _upload_kind(method: str, query: dict[str, str], headers: dict[str, str]) -> str:
     if "upload_id" in query:
         if method == "DELETE":

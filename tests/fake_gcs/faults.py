@@ -13,13 +13,15 @@ class Call:
     """One request as the faults see it.
 
     kind is `bucket.{insert,get,list,delete}`, `object.{list,get,media,delete,patch,rewrite,copy,compose,move}`,
-    `upload.{media,multipart,start,chunk,query,cancel}`, `batch` or `unknown`. path is still percent-encoded.
+    `upload.{media,multipart,start,chunk,query,cancel}`, `batch` or `unknown`. path is still percent-encoded. object is
+    the name of the object that is asked for or written; empty where there is none.
     """
 
     method: str
     path: str
     kind: str
     query: dict[str, str]
+    object: str = ""
 
 
 @dataclass(frozen=True)

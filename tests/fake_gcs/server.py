@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
-from fake_gcs.api import Reply, Request, answer, error_reply, flip_bit, parse_call, persist_part
+from fake_gcs.api import Reply, Request, answer, error_reply, flip_bit, object_name, parse_call, persist_part
 from fake_gcs.faults import (
     Action,
     CommitThenReset,
@@ -138,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = self._read_body(headers)
         call, names = parse_call(self.command, self.path, headers)
         base_url = f"http://{headers.get('host', '127.0.0.1')}"
+        call = dataclasses.replace(call, object=object_name(fake.state, call, names, body))
         action = fake.faults.take(call)
         reply = _reply(fake, Request(call, names, headers, body, base_url), action)
         status = None if reply is None else reply.status
@@ -163,7 +164,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, reply: Reply, share: float) -> None:
         phrases = {308: "Resume Incomplete", 499: "Client Closed Request"}
         phrase = phrases.get(reply.status) or http.HTTPStatus(reply.status).phrase
-        lines = [f"HTTP/1.1 {reply.status} {phrase}", *(f"{key}: {value}" for key, value in reply.headers)]
+        date = ("Date", self.date_time_string())
+        lines = [f"HTTP/1.1 {reply.status} {phrase}", *(f"{key}: {value}" for key, value in (date, *reply.headers))]
         if reply.status not in (204, 304):
             lines.append(f"Content-Length: {len(reply.body)}")
         sent = reply.body if share == 1.0 else reply.body[: int(len(reply.body) * share)]

@@ -18,7 +18,7 @@ SCALE = 0.37
 KV_HEADS, GROUPS, HEAD_DIM = 2, 3, 8
 
 
-def oracle(q, k, v, segment_ids, window=None):
+def oracle(q, k, v, segment_ids, window=None, softcap=None):
     """Plain float64 softmax over every pair of a row."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     index = np.arange(q.shape[1])
@@ -26,7 +26,10 @@ def oracle(q, k, v, segment_ids, window=None):
     visible = (distance >= 0) & (segment_ids[:, :, None] == segment_ids[:, None, :])
     if window is not None:
         visible &= distance < window
-    logits = np.where(visible[:, None, None], np.einsum("BTKGH,BSKH->BKGTS", q, k) * SCALE, -np.inf)
+    logits = np.einsum("BTKGH,BSKH->BKGTS", q, k) * SCALE
+    if softcap is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    logits = np.where(visible[:, None, None], logits, -np.inf)
     probs = np.exp(logits - logits.max(-1, keepdims=True))
     return np.einsum("BKGTS,BSKH->BTKGH", probs / probs.sum(-1, keepdims=True), v)
 
@@ -44,11 +47,12 @@ def segments(*rows, length):
     return np.stack([np.pad(row, (0, length - len(row))) for row in ids]).astype(np.int32)
 
 
-@partial(jax.jit, static_argnames="implementation")
-def run(q, k, v, segment_ids, window=None, implementation="dispatched"):
+@partial(jax.jit, static_argnames=("implementation", "softcap"))
+def run(q, k, v, segment_ids, window=None, implementation="dispatched", softcap=None):
     if implementation == "dense":
-        return attention_module._dense(q, k, v, first_visible(segment_ids, window), scale=SCALE)
-    return attention(q, k, v, segment_ids, scale=SCALE, window=window)
+        logit_of = partial(attention_module._logits, scale=SCALE, softcap=softcap)
+        return attention_module._dense(q, k, v, first_visible(segment_ids, window), logit_of=logit_of)
+    return attention(q, k, v, segment_ids, scale=SCALE, window=window, softcap=softcap)
 
 
 def assert_close(actual, expected, segment_ids, tolerance):
@@ -57,6 +61,14 @@ def assert_close(actual, expected, segment_ids, tolerance):
     real = segment_ids > 0
     error = np.abs(actual - expected)[real].max(initial=0)
     assert error <= tolerance * np.abs(expected).max(initial=1)
+
+
+@pytest.mark.parametrize("implementation", ["dispatched", "dense"])
+def test_soft_cap_bends_the_logits_before_the_mask(implementation):
+    segment_ids = segments((200, 56), (256,), length=256)
+    q, k, v = random_qkv(2, 256)
+    capped = run(q * 4, k, v, segment_ids, window=31, softcap=2.0, implementation=implementation)
+    assert_close(capped, oracle(q * 4, k, v, segment_ids, window=31, softcap=2.0), segment_ids, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["dispatched", "dense"])

@@ -14,10 +14,11 @@ from flax import nnx
 from hf_reference import SIZES, everything, forward, save, tiny_model, worst_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Config
+from transformers import Olmo2Config, Qwen2Config
 
-from qwen2_jax import SITES, Capture, Decoder, ModelError, load_model, parameter_specs
+from qwen2_jax import Capture, Decoder, ModelError, load_config, load_model, parameter_specs
 from qwen2_jax.decoder import layer_runs
+from qwen2_jax.taps import SITES
 
 TOKENS = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (2, 24))
 WINDOWED = Qwen2Config(
@@ -49,13 +50,25 @@ def all_layers(decoder):
 
 @pytest.mark.parametrize(
     ("layers", "sites"),
-    [((0,), ("residual",)), ((1, 2), ("attn", "resid_mid")), ((0, 1, 3), ("mlp",)), ((0, 2), ("resid_pre",))],
+    [
+        ((0,), ("residual",)),
+        ((1, 2), ("attn", "q", "resid_mid")),
+        ((0, 1, 3), ("mlp", "mlp_act")),
+        ((0, 2), ("resid_pre", "embedding")),
+        ((1,), ("k", "v", "attn_heads", "final_norm")),
+        ((), ("embedding",)),
+        ((), ("final_norm", "embedding")),
+    ],
 )
-def test_a_subset_of_layers_equals_the_run_that_keeps_all(layers, sites, decoder, all_layers):
-    some = forward(decoder, TOKENS, Capture(layers, sites))
+def test_a_subset_of_layers_and_sites_equals_the_run_that_keeps_all(layers, sites, decoder, all_layers):
+    capture = Capture(layers, sites)
+    some = forward(decoder, TOKENS, capture)
     assert set(some) == set(sites)
     for site in sites:
-        assert worst_token(some[site], all_layers[site][list(layers)]) < 1e-6
+        kept = list(layers) if SITES[site].per_layer else [0]
+        assert some[site].shape[0] == len(capture.layers_of(site, decoder.config.n_layers))
+        assert some[site].shape[-1] == decoder.config.site_widths[site]
+        assert worst_token(some[site], all_layers[site][kept]) < 1e-6
 
 
 def test_logits_are_the_same_whatever_is_captured(decoder, all_layers):
@@ -65,33 +78,6 @@ def test_logits_are_the_same_whatever_is_captured(decoder, all_layers):
     assert set(beside) == {"logits", "residual"}
     for found in (alone, beside):
         np.testing.assert_allclose(found["logits"], all_layers["logits"], rtol=1e-5, atol=1e-5)
-
-
-def test_packed_equals_padded_equals_alone(decoder):
-    capture = everything(decoder, logits=False)
-    samples = [TOKENS[0, :5], TOKENS[0, 5:19], TOKENS[1, :17]]
-    rows = [[0, 1], [2]]  # with tokens left over at the end of each row
-    tokens, segments, positions = (np.zeros((2, 24), np.int32) for _ in range(3))
-    places = []
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, sample in enumerate(members, start=1):
-            place = row, slice(start, start + len(samples[sample]))
-            tokens[place], segments[place] = samples[sample], segment
-            positions[place] = np.arange(len(samples[sample]))
-            start = place[1].stop
-            places.append(place)
-    packed = forward(decoder, tokens, capture, segments, positions)
-    lengths = np.array([[len(sample)] for sample in samples])
-    in_length = np.arange(24) < lengths
-    padded_tokens = np.full((3, 24), 7)
-    padded_tokens[in_length] = np.concatenate(samples)
-    padded = forward(decoder, padded_tokens, capture, in_length.astype(int))
-    for sample, (row, span) in enumerate(places):
-        alone = forward(decoder, samples[sample][None], capture)
-        for site in SITES:
-            assert worst_token(packed[site][:, row, span], alone[site][:, 0]) < 3e-6, (sample, site)
-            assert worst_token(padded[site][:, sample, in_length[sample]], alone[site][:, 0]) < 3e-6, (sample, site)
 
 
 @given(st.sets(st.integers(0, 9), min_size=1), st.integers(0, 3))
@@ -124,6 +110,16 @@ def test_logits_and_the_mlp_of_the_last_layer_are_not_compiled_unless_asked(trac
     assert f"[2,24,{VOCAB}" in trace(Capture((), logits=True)).lower().compile().as_text()
 
 
+def test_sites_before_the_attention_cost_no_attention_and_those_once_a_token_no_block(trace):
+    def dots(capture):
+        return trace(capture).lower().compile().as_text().count(" dot(")
+
+    assert dots(Capture((0,), ("q",))) == 1
+    assert dots(Capture((0,), ("k", "v"))) == 2
+    assert dots(Capture((0,), ("attn_heads",))) == 5
+    assert dots(Capture((), ("embedding",))) == 0
+
+
 @pytest.mark.parametrize(
     ("layers", "loops"),
     [(range(N_LAYERS), [37]), ([20], [20]), ([9, 36], [9, 26]), ([0, 1], [2]), ([0], [])],
@@ -137,7 +133,7 @@ def test_each_run_of_layers_is_one_loop_that_ends_with_the_last_captured_layer(l
 @pytest.mark.parametrize(
     ("capture", "message"),
     [
-        (lambda: Capture((0,), ("neurons",)), "site 'neurons' does not exist: choose from resid_pre, attn"),
+        (lambda: Capture((0,), ("neurons",)), "site 'neurons' does not exist: choose from embedding, resid_pre"),
         (lambda: Capture((1, 0)), "must be ascending"),
         (lambda: Capture((1, 1)), "must be ascending"),
         (lambda: Capture(()), "nothing to capture"),
@@ -154,6 +150,46 @@ def test_a_layer_that_does_not_exist_is_refused(layer, decoder):
         forward(decoder, TOKENS, Capture((layer,)))
 
 
+@pytest.mark.parametrize("site", ["attn_proj", "mlp_proj"])
+def test_a_site_that_the_block_does_not_have_is_refused(site, decoder):
+    with pytest.raises(
+        ModelError, match=f"site '{site}' does not exist in a qwen2 block: choose from embedding, resid"
+    ):
+        forward(decoder, TOKENS, Capture((0,), (site,)))
+
+
+def test_the_final_norm_can_be_had_without_the_head(folder, decoder, all_layers):
+    headless = load_model(str(folder), with_head=False)
+    assert set(headless.head) == {"final_norm"}
+    found = forward(headless, TOKENS, Capture((), ("final_norm",)))
+    assert worst_token(found["final_norm"], all_layers["final_norm"]) < 1e-6
+    with pytest.raises(ModelError, match="logits need the final norm and the output head"):
+        forward(headless, TOKENS, Capture((), logits=True))
+    bare = load_model(str(folder), with_head=False, with_final_norm=False)
+    with pytest.raises(ModelError, match="the final norm is not loaded: load all layers with with_final_norm=True"):
+        forward(bare, TOKENS, Capture((), ("final_norm",)))
+
+
+def test_sites_and_parameters_follow_the_block(tmp_path):
+    olmo2 = load_config(str(save(tiny_model(Olmo2Config(**SIZES, hidden_size=48, num_attention_heads=6)), tmp_path)))
+    assert list(olmo2.site_widths) == list(SITES)  # in their order
+    parallel = replace(olmo2, post_norm=False, pre_norm=True, parallel=True, norm="layer")
+    assert set(SITES) - set(parallel.site_widths) == {"attn_proj", "mlp_proj", "resid_mid"}
+    assert olmo2.site_widths["q"] == 48
+    assert replace(olmo2, n_heads=3, n_kv_heads=1, head_dim=10).site_widths | {} == dict.fromkeys(SITES, 48) | {
+        "q": 30,
+        "k": 10,
+        "v": 10,
+        "attn_heads": 30,
+        "mlp_act": 52,
+    }
+    names = parameter_specs(olmo2)
+    assert "layers.attn_norm" not in names
+    assert names["layers.q_norm"].axes == ("layers", "heads")
+    assert parameter_specs(parallel)["layers.mlp_norm_bias"].shape == (4, 48)
+    assert "final_norm" not in parameter_specs(olmo2, with_final_norm=False, with_head=False)
+
+
 def test_the_abstract_decoder_has_the_shapes_of_the_loaded_one(decoder):
     shapes = [
         jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), nnx.split(each)[1])
@@ -167,10 +203,12 @@ ON_A_MESH = """
 import sys
 import jax, numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from qwen2_jax import Capture, load_model
+from jax.sharding import NamedSharding, PartitionSpec as P
+from qwen2_jax import Capture, load_config, load_model
+from qwen2_jax.sharding import ModelMesh
 
-mesh = Mesh(np.array(jax.devices()), ("data",))
+whole = ModelMesh.of(load_config(sys.argv[1]), jax.devices())
+mesh = whole.mesh
 assert mesh.size == 8
 capture = Capture((0, 1, 2, 3), ("residual", "attn"), True)
 tokens = np.random.default_rng(0).integers(0, 97, (16, 24))
@@ -181,7 +219,7 @@ def run(decoder, *inputs):
     return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs, capture))(state, *inputs)
 
 one = run(load_model(sys.argv[1]), *inputs)
-decoder = load_model(sys.argv[1], mesh=mesh)
+decoder = load_model(sys.argv[1], mesh=whole)
 assert decoder.embedding.sharding.is_fully_replicated and len(decoder.embedding.sharding.device_set) == 8
 placed = [jax.device_put(array, NamedSharding(mesh, P("data"))) for array in inputs]
 split = run(decoder, *placed)

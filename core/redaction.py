@@ -1,0 +1,41 @@
+"""Takes secrets out of what is logged, printed or stored: errors of storage and hub libraries quote requests."""
+
+import logging
+import os
+import re
+
+_MASK = "***"
+_ENVIRONMENT = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+_SHORTEST_SECRET = 8
+_NAMES = (
+    "upload_id|sig|signature|credential|token|secret|password|api_?key|access_?key|client_secret|"
+    "(?:access|refresh|id|auth|security)_token|x-(?:goog|amz)-(?:signature|credential|security-token)"
+)
+_PATTERNS = (
+    # user:password@ of a URL
+    (re.compile(r"(?<=://)[^\s/@]+@"), f"{_MASK}@"),
+    # Whoever knows the id of an upload session can write into it; signed URLs are passwords too.
+    (re.compile(rf"(?i)\b((?:{_NAMES})=)[^\s&'\"]+"), rf"\1{_MASK}"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), rf"\1 {_MASK}"),
+    (re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w.-]{8,}|AIza[\w-]{20,}|1//0[\w-]{20,})"), _MASK),
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL), _MASK),
+)
+
+
+def redact(text: str) -> str:
+    """The text with every secret that can be told as one replaced by `***`."""
+    for name in _ENVIRONMENT:
+        value = os.environ.get(name, "")
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, _MASK)
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+class RedactingFormatter(logging.Formatter):
+    """Formats log records, stack traces included, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line as it is written."""
+        return redact(super().format(record))

@@ -1,0 +1,16 @@
+"""Causal language models of transformers whose forward pass gives the activations that `qwen2_jax.taps` names.
+
+torch is an extra: nothing here is imported before somebody asks for it, and `require_torch` says what to install.
+"""
+
+import importlib.util
+
+from qwen2_jax.errors import ModelError
+
+INSTALL_TORCH = "pip install -c constraints.txt -e '.[torch]'"
+
+
+def require_torch(wanted_by: str) -> None:
+    """Raises ModelError naming the extra when torch is not installed. wanted_by: what needs it, such as a flag."""
+    if importlib.util.find_spec("torch") is None:
+        raise ModelError(f"{wanted_by} needs torch: {INSTALL_TORCH}")

@@ -1,0 +1,140 @@
+"""The torch backend of the engine; see `core.backend.Backend`. Any causal language model that transformers knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from absl import logging
+
+from qwen2_jax.errors import ModelError
+from qwen2_jax.taps import SITES, Capture
+from torch_models.hooks import Reader, Tap
+from torch_models.loading import (
+    LoadedModel,
+    ModelSource,
+    TorchModelShape,
+    best_device,
+    find_model_taps,
+    load_causal_lm,
+    model_digest,
+)
+from torch_models.loading import model_shape as shape_without_weights
+from torch_models.probing import Taps
+from torch_models.step import TorchStep
+
+# Rotary scalings whose angles depend on the longest row of a batch.
+_LENGTH_SCALINGS = {"dynamic", "longrope", "su"}
+
+
+class StepRequest(Protocol):
+    """What is wanted of a step: `core.backend.StepRequest`."""
+
+    @property
+    def capture(self) -> Capture: ...
+
+    @property
+    def stored_dtype(self) -> str: ...
+
+    @property
+    def compute_dtype(self) -> str: ...
+
+    @property
+    def norm_sites(self) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True)
+class TorchBackend:
+    """transformers on one device: CUDA where there is one, else the CPU.
+
+    trust_remote_code: run the code that a model brings.
+    """
+
+    trust_remote_code: bool = False
+
+    name = "torch"
+    can_pack = False
+    has_long_rows = False
+
+    def row_multiple(self, model: object, request: StepRequest) -> int:
+        """One device: any number of rows will do."""
+        return 1
+
+    def compute_dtype(self, name: str) -> str:
+        """`auto` is bfloat16 on CUDA, float32 on the CPU."""
+        if name != "auto":
+            return name
+        return "bfloat16" if best_device() == "cuda" else "float32"
+
+    def model_digest(self, path: str, revision: str | None) -> str:
+        """What tells models apart by their content."""
+        return model_digest(ModelSource(path, revision, self.trust_remote_code))
+
+    def model_shape(self, path: str, revision: str | None) -> TorchModelShape:
+        """The sizes of a model, without its weights. Raises ModelError."""
+        return shape_without_weights(ModelSource(path, revision, self.trust_remote_code))
+
+    def load(self, path: str, revision: str | None, request: StepRequest) -> TorchStep:
+        """Loads the blocks up to the last one that is captured, and checks what is claimed of each site.
+
+        Raises ModelError for a site that cannot be found, or whose numbers are not what the site means.
+        """
+        source, capture = ModelSource(path, revision, self.trust_remote_code), request.capture
+        shape = self.model_shape(path, revision)
+        # At least one block: without any there is nothing to check the embedding against.
+        kept = max(1, capture.layers_run(shape.n_layers))
+        loaded = load_causal_lm(source, request.compute_dtype, n_layers=kept, device=best_device())
+        taps = find_model_taps(loaded)
+        rows_alone = taps.rows_alone or depends_on_length(loaded)
+        if rows_alone:
+            logging.info("%s: a row's values depend on the other rows' lengths, so rows run one at a time", path)
+        return TorchStep(
+            Reader(loaded.model, wanted_taps(taps, capture, shape, path)),
+            capture,
+            shape.site_widths,
+            shape.n_layers,
+            stored_dtype=request.stored_dtype,
+            norm_sites=request.norm_sites,
+            rows_alone=rows_alone,
+        )
+
+
+def wanted_taps(taps: Taps, capture: Capture, shape: TorchModelShape, path: str) -> dict[tuple[str, int], Tap]:
+    """The taps of everything that is captured. Raises ModelError naming the first site that the model lacks."""
+    wanted = {}
+    for site in capture.sites:
+        for layer in capture.layers_of(site, shape.n_layers):
+            tap = taps.found.get((site, layer))
+            if tap is None:
+                raise ModelError(f"{path}: {site} cannot be captured: {why_missing(taps, site)}")
+            if taps.widths[site] != shape.site_widths[site]:
+                raise ModelError(
+                    f"{path}: {site} cannot be captured: it is {taps.widths[site]} wide, not {shape.site_widths[site]}"
+                )
+            wanted[site, layer] = tap
+    return wanted
+
+
+def why_missing(taps: Taps, site: str) -> str:
+    """One clause for people."""
+    if site in taps.missing:
+        return taps.missing[site]
+    if site == "resid_mid":
+        return "attention and MLP run side by side, so there is nothing between them"
+    if site in ("attn_proj", "mlp_proj"):
+        return f"no norm is behind the projection, so it is {site.removesuffix('_proj')}"
+    return f"the model has no {SITES[site].meaning}"
+
+
+def depends_on_length(loaded: LoadedModel) -> bool:
+    """Whether the rotary angles follow the longest row of a batch."""
+    return bool(_LENGTH_SCALINGS & set(_scalings(loaded.model.config.to_dict())))
+
+
+def _scalings(fields: Any) -> list[str]:
+    """Every `rope_type` (or `type`) that a config states, at any depth."""
+    if not isinstance(fields, Mapping):
+        return []
+    stated = [fields[name] for name in ("rope_type", "type") if isinstance(fields.get(name), str)]
+    return stated + [scaling for value in fields.values() for scaling in _scalings(value)]

@@ -1,0 +1,63 @@
+"""What the modules of a model took and gave in one forward pass.
+
+Axis letters: B rows, T tokens, W width of a module's values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from torch_models.hooks import tokens_first
+
+
+@dataclass
+class Call:
+    """One module in the probe: when it began and ended, what it took and gave (B, T, W), and how often it ran."""
+
+    began: int = -1
+    ended: int = -1
+    took: Tensor | None = None
+    gave: Tensor | None = None
+    times: int = 0
+
+
+@dataclass
+class Record:
+    """The calls of one forward pass by module path."""
+
+    shape: tuple[int, int]
+    calls: dict[str, Call] = field(default_factory=dict)
+    clock: int = 0
+
+    def began(self, name: str) -> Callable[[Any], None]:
+        def see(values: Any) -> None:
+            call = self.calls.setdefault(name, Call())
+            call.took, call.began = self._copy(values), self._tick()
+
+        return see
+
+    def ended(self, name: str) -> Callable[[Any], None]:
+        def see(values: Any) -> None:
+            call = self.calls.setdefault(name, Call())
+            call.gave, call.ended = self._copy(values), self._tick()
+            call.times += 1
+
+        return see
+
+    def _copy(self, values: Any) -> Tensor | None:
+        # A copy: models add to their tensors in place.
+        seen = tokens_first(values, self.shape)
+        return None if seen is None else seen.detach().clone()
+
+    def _tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    def once(self, name: str) -> Call | None:
+        """The call of a module that ran exactly once."""
+        call = self.calls.get(name)
+        return call if call is not None and call.times == 1 else None

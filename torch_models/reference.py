@@ -1,0 +1,100 @@
+"""What transformers itself says: a whole model, eager attention, one sample at a time without padding.
+
+Axis letters: L layers stored for the site, T tokens, D width of the site, V vocab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int, Int64
+from torch import Tensor
+
+from qwen2_jax.taps import Capture
+from torch_models.backend import why_missing
+from torch_models.hooks import Batch, Reader, hooked, run_model
+from torch_models.loading import LoadedModel, ModelSource, find_model_taps, load_causal_lm
+from torch_models.probing import Taps
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model of transformers, read where the probe found each site."""
+
+    loaded: LoadedModel
+    taps: Taps
+
+    @classmethod
+    def load(cls, source: ModelSource, dtype: str, device: str = "cpu") -> Reference:
+        """Loads the whole model in `dtype` ("float32" or "bfloat16"). Raises ModelError."""
+        loaded = load_causal_lm(source, dtype, device=device, attention="eager")
+        return cls(loaded, find_model_taps(loaded))
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the model."""
+        return self.loaded.n_layers
+
+    def missing(self, capture: Capture) -> dict[str, str]:
+        """The sites of `capture` that cannot be read off this model, and why."""
+        return {
+            site: why_missing(self.taps, site)
+            for site in capture.sites
+            if any((site, layer) not in self.taps.found for layer in capture.layers_of(site, self.n_layers))
+        }
+
+    @torch.no_grad()
+    def activations(
+        self, token_ids: Int[np.ndarray, " T"], capture: Capture
+    ) -> dict[str, Float32[np.ndarray, "L T D"]]:
+        """Every site of `capture` that this model has, for one sample."""
+        missing = self.missing(capture)
+        wanted = {site: capture.layers_of(site, self.n_layers) for site in capture.sites if site not in missing}
+        taps = {(site, layer): self.taps.found[site, layer] for site, layers in wanted.items() for layer in layers}
+        seen: dict[tuple[str, int], np.ndarray] = {}
+
+        def keep(key: tuple[str, int], values: Tensor) -> None:
+            # Rows of one: (T, D). A copy, for the model may go on in place.
+            seen[key] = values[0].to(device="cpu", dtype=torch.float32, copy=True).numpy()
+
+        if taps:
+            Reader(self.loaded.model, taps).run(self._batch(token_ids), keep)
+        return {site: np.stack([seen[site, layer] for layer in layers]) for site, layers in wanted.items()}
+
+    @torch.no_grad()
+    def next_tokens(self, token_ids: Int[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
+        """The most likely next token behind each token."""
+        output = run_model(self.loaded.model, self._batch(token_ids))
+        return output.logits[0].argmax(-1).cpu().numpy()
+
+    @torch.no_grad()
+    def next_tokens_of(self, final: Float32[np.ndarray, "T D"], *, normed: bool) -> Int64[np.ndarray, " T"]:
+        """The most likely next token by this model's output head, from what another computed.
+
+        final: residual stream after the last block, or (`normed`) what the final norm made of it.
+        """
+        values = torch.from_numpy(np.ascontiguousarray(final, np.float32))[None]
+        layer, site = self.n_layers, "final_norm"
+        if not normed:
+            layer, site = self.n_layers - 1, "residual"
+        tap = self.taps.found[site, layer]
+
+        def replace(given: Tensor) -> Tensor:
+            return values.to(given).reshape(given.shape)
+
+        # The forward pass of a sample of the same length, its last values replaced by those of the other.
+        tokens = np.zeros(len(final), np.int64)
+        with hooked(self.loaded.model, on_output={tap.module: replace}):
+            return run_model(self.loaded.model, self._batch(tokens)).logits[0].argmax(-1).cpu().numpy()
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return next(self.loaded.model.parameters()).device
+
+    def _batch(self, token_ids: Int[np.ndarray, " T"]) -> Batch:
+        ids = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self._device)
+        places = torch.arange(len(token_ids), device=self._device)[None]
+        return Batch(ids, torch.ones_like(ids), places)
