@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-launchers lint bench clean
+.PHONY: help install demo test test-faults test-launchers lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
 	@echo "make demo       real activations from a real model in two minutes"
 	@echo "make test       the test suite (installs torch, the reference)"
+	@echo "make test-faults  kills, pauses, races, lost replies, full disks: all counts"
 	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the benchmarks, see benchmarks/README.md"
@@ -35,7 +36,11 @@ demo: .venv/.installed-demo
 	PYTHON=$(BIN)/python scripts/demo.sh
 
 test: .venv/.installed-dev
-	$(PYTEST)
+	$(PYTEST) --ignore tests/faults
+
+# The fault suite takes long, and so is no part of `make test`.
+test-faults: .venv/.installed-dev
+	FAULTS=all $(PYTEST) tests/faults
 
 # In an environment of their own: these tools pin packages that the project uses too.
 build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt

@@ -187,12 +187,8 @@ def _verify_folder(
 ) -> None:
     """Fills the report; raises RunError when the records of the folder cannot be read."""
     records = _records(root, report.folder)
-    hashes = (run_plan.hash, stream.hash)
-    report.problems += [
-        f"window {record.window} was written for another plan or stream than {RUN_FILE} and {STREAM_FILE} say"
-        for record in records
-        if (record.plan_hash, record.stream_hash) != hashes
-    ]
+    report.problems += _strangers(RUN_FILE, "plan", [r.window for r in records if r.plan_hash != run_plan.hash])
+    report.problems += _strangers(STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash])
     checked = _check_windows(root, report, records, run_plan.format)
     report.problems += _coverage_problems(records, checked, stream.plan)
     report.complete = bool(records) and records[-1].next_place is None
@@ -204,6 +200,12 @@ def _verify_folder(
     report.lines_done += report.samples // records[0].samples_per_record if records else 0
     report.warnings += _stray_files(report.folder, records, names)
     report.warnings += _index_notes(root, report.folder, records)
+
+
+def _strangers(name: str, what: str, windows: Sequence[int]) -> Iterator[str]:
+    if windows:
+        more = f" and {len(windows) - 1} more" * (len(windows) > 1)
+        yield f"window {windows[0]}{more} was written for another {what} than {name} says: one of them was changed"
 
 
 def _records(root: ObjectStore, folder: str) -> list[CommitRecord]:

@@ -323,6 +323,12 @@ class ActivationStorage:
         fault_point("store.before")
         info = ObjectInfo(file.digest.bytes, file.digest.crc32c)
         mine = StoredFile(file.name, file.site, file.digest.bytes, file.digest.crc32c, file.digest.sha256)
+        named = self._named(window, file.name)
+        if named is not None and named != mine and self._primary.info(name) is None:
+            raise RunError(
+                f"{self._primary.url}/{name} was lost, and this machine's rounding gives other bytes than "
+                f"{shard_stem(window)}.json names: remove that record and the files it names, then run again"
+            )
         if self._primary.create_file(name, file.path, info) is Created.ALREADY_DIFFERENT:
             return self._standing(window, file)
         fault_point("store.after")
@@ -378,11 +384,15 @@ class ActivationStorage:
 
     def _standing(self, window: int, file: SpooledFile) -> StoredFile:
         """What stands under a name whose content is not ours: as its record says, else as the bytes are."""
+        return self._named(window, file.name) or self._adopt(file)
+
+    def _named(self, window: int, name: str) -> StoredFile | None:
+        """The file as the window's record names it; None when there is no record, or it does not."""
         try:
             record = CommitRecord.from_bytes(self._primary.read_bytes(self._record_name(window)))
-            return next(stored for stored in record.files if stored.name == file.name)
-        except (FileNotFoundError, StopIteration):
-            return self._adopt(file)
+        except FileNotFoundError:
+            return None
+        return next((stored for stored in record.files if stored.name == name), None)
 
     def _adopt(self, file: SpooledFile) -> StoredFile:
         name = f"{self.folder}/{file.name}"

@@ -2,15 +2,18 @@
 
 import argparse
 import logging as standard_logging
+import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from absl import app, logging
 from absl.flags import argparse_flags
 
 from core.errors import RunError, UsageError
+from core.object_store import is_loopback
 from core.redaction import RedactingFormatter, redact
 from qwen2_jax.errors import ModelError
 
@@ -38,6 +41,7 @@ def run_command(
     def main(args: argparse.Namespace) -> int:
         _log_plainly(args.verbose)
         try:
+            _refuse_clear_hub()
             return run(args) or 0
         except (RunError, ModelError) as error:
             return _report(error, args.verbose)
@@ -51,6 +55,13 @@ def run_command(
         return build_parser().parse_args(argv[1:])
 
     app.run(main, flags_parser=parse)
+
+
+def _refuse_clear_hub(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UsageError when the hub, and the token for it, would be reached in the clear."""
+    parts = urlsplit(environment.get("HF_ENDPOINT", ""))
+    if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+        raise UsageError(f"HF_ENDPOINT={environment['HF_ENDPOINT']}: http is for loopback only: use https")
 
 
 def _log_plainly(verbose: bool) -> None:

@@ -5,6 +5,7 @@ Readable with `pickle` and numpy alone (bfloat16 needs ml_dtypes too). Our own r
 containers only: a pickle from elsewhere cannot run code here.
 """
 
+import copyreg
 import importlib
 import pickle
 from typing import Any, BinaryIO
@@ -61,6 +62,8 @@ class PickleFormat:
 
     def read(self, stream: BinaryIO) -> StoredShard:
         """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
+        # What an extension code once stood for is kept, and handed out again without a look at the list.
+        copyreg.clear_extension_cache()
         try:
             shard = RestrictedUnpickler(stream).load()
             layers = {layer: [item["activation"] for item in items] for layer, items in shard.items()}

@@ -252,7 +252,8 @@ def test_reading_needs_no_more_memory_for_a_longer_stream(tmp_path, ending):
         assert read == count
         return most
 
-    assert peak(10_000) < 1.1 * peak(3_000)
+    # The longer stream has 7 MB more; other threads of this process allocate a few KB meanwhile.
+    assert peak(10_000) < 1.1 * peak(3_000) + 50_000
 
 
 @pytest.mark.parametrize("ending", PACK)

@@ -187,6 +187,43 @@ def test_listing_is_sorted_recursive_by_prefix_and_fresh(store: ObjectStore) -> 
     assert store.list("tpu_0/") == ["tpu_0/shard_0002", "tpu_0/shard_0003"]
 
 
+def test_a_listing_says_how_large_and_how_old_each_object_is_by_the_storages_clock(store: ObjectStore) -> None:
+    store.create_bytes("a/b.json", b"12345")
+    time.sleep(0.01)
+    store.create_bytes("a/c.json", b"")
+    listing = store.listing("a/")
+    assert [(entry.name, entry.size) for entry in listing.entries] == [("a/b.json", 5), ("a/c.json", 0)]
+    first, second = (entry.modified for entry in listing.entries)
+    assert first <= second
+    # A bucket says the time of its reply in whole seconds.
+    assert -1.0 <= listing.now - second < 60
+    assert store.listing("nothing/").entries == ()
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_folder(local: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests may run as root, whom no permission bits stop."""
+    local.create_bytes("a/b", b"")
+    local.create_bytes("c/d", b"")
+    real = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path).name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for look in (local.list, local.listing):
+        with pytest.raises(RunError, match=r"/a: cannot be listed: Permission denied"):
+            look()
+    assert local.list("c/") == ["c/d"]
+    assert local.remove_stale_temporaries() == ()
+
+
+def test_two_stores_of_a_process_never_share_a_temporary_name(local: LocalStore) -> None:
+    other = LocalStore(local.root)
+    assert local.temporary_path("a") != other.temporary_path("a")
+
+
 @pytest.mark.parametrize("name", ["", "/x", "a//b", "../x", "a/../../x", "a/", "./a", "a\0"])
 def test_a_name_cannot_leave_the_store(store: ObjectStore, name: str) -> None:
     with pytest.raises(ValueError, match="no object name"):

@@ -13,7 +13,19 @@ from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Status, gcs_env
 
 from core.errors import RunError
 from core.object_store import LocalStore, ObjectStore, RetryPolicy, open_store
-from core.shard_claims import ClaimState, Lease, Owner, ShardClaims, read_claims
+from core.plan import read_sealed_json
+from core.shard_claims import (
+    ClaimState,
+    Lease,
+    Owner,
+    ShardClaims,
+    clear_failures,
+    damaged_claims,
+    read_beat,
+    read_claims,
+    read_lease,
+    read_release,
+)
 
 QUICK = RetryPolicy(base_s=0.002, cap_s=0.02, connect_timeout_s=5.0, read_timeout_s=5.0, write_timeout_s=5.0)
 CLAIMANTS = 32
@@ -301,6 +313,113 @@ def test_three_failures_with_the_same_error_set_a_shard_aside(store):
     observer = claims(store)
     assert observer.next(["shard_000"]) is None
     assert observer.set_aside == {"shard_000": "line 7 is broken"}
+
+
+def test_the_verdict_is_written_once_by_whoever_sees_it_first_and_says_why(store):
+    for error in ("line 7 is broken",) * 3:
+        fail(claims(store), error)
+    assert "claims/shard_000/poisoned.json" not in store.list()
+    observers = [claims(store) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda observer: observer.next(["shard_000"]), observers)) == [None] * 4
+    assert read_sealed_json(store.read_bytes("claims/shard_000/poisoned.json")) == {
+        "error": "line 7 is broken", "failures": 3,
+    }  # fmt: skip
+    # The notes may go; the verdict stands by itself.
+    for name in store.list("claims/shard_000/failures/"):
+        store.delete(name)
+    assert claims(store).next(["shard_000"]) is None
+
+
+def test_a_shard_whose_failures_are_cleared_is_claimed_again_by_those_who_run(store):
+    for _ in range(3):
+        fail(claims(store), "line 7 is broken")
+    observer = claims(store)
+    assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_001"
+    assert observer.set_aside == {"shard_000": "line 7 is broken"}
+    assert clear_failures(store, "shard_000") == 3
+    assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_000"
+    assert observer.set_aside == {}
+    assert not [name for name in store.list() if "poisoned" in name or "failures" in name]
+
+
+def test_a_verdict_that_was_lost_on_the_way_is_passed_again_by_the_next(store):
+    for _ in range(3):
+        fail(claims(store), "line 7 is broken")
+    store.delete("claims/shard_000/poisoned.json")
+    assert claims(store).left(["shard_000"]) == []
+    assert read_claims(store)["shard_000"].is_poisoned
+
+
+def test_work_that_stands_still_falls_silent_and_speaks_again_when_it_goes_on(store):
+    clock, done = Clock(), {"samples": 0}
+    lease = claimed(claims(store, clock=clock, stall_s=100.0))
+    lease.report = lambda: dict(done)
+    beat = "claims/shard_000/000001.beat"
+
+    def beats() -> int:
+        return json.loads(store.read_bytes(beat))["beat"] if store.info(beat) else 0
+
+    seen = []
+    for samples, seconds in ((1, 99), (1, 1), (1, 500), (2, 0), (2, 99), (2, 1)):
+        done["samples"] = samples
+        clock.now += seconds
+        lease.beat()
+        seen.append(beats())
+    assert seen == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_lease_says_who_holds_it_and_how_long_to_wait(store):
+    first = claimed(claims(store, 7, ttl_s=50.0, heartbeat_s=5.0))
+    assert read_lease(store, "shard_000", 1) == first.record
+    assert (first.record.ttl_s, first.record.heartbeat_s, first.record.replaces) == (50.0, 5.0, None)
+    first.abandon()
+    assert read_release(store, "shard_000", 1) == "stopped"
+    second = claimed(claims(store, 8))
+    assert read_lease(store, "shard_000", 2).replaces == first.record.owner
+    assert second.record.owner.worker_id == 8
+
+
+def test_a_lease_is_given_back_once_whoever_does_it(store):
+    with claimed(claims(store)) as lease:
+        lease.abandon()
+        lease.release("done")
+    assert read_release(store, "shard_000", 1) == "stopped"
+    assert not lease._thread.is_alive()
+
+
+WRONG = [b"", b"[]", b"{", b"null", b'{"owner": 3}', b"[" * 100_000, b"\xff"]
+
+
+@pytest.mark.parametrize("name", ["000001.json", "000001.released", "poisoned.json", "failures/000.json"])
+@pytest.mark.parametrize("data", WRONG)
+def test_no_claim_can_make_a_trace(name, data, store):
+    for _ in range(3):
+        fail(claims(store), "line 7 is broken")
+    for epoch in (2, 3):
+        for kind in ("json", "released"):
+            store.delete(f"claims/shard_000/{epoch:06d}.{kind}")
+    if name != "poisoned.json":
+        store.delete("claims/shard_000/poisoned.json")
+    store.replace_bytes(f"claims/shard_000/{name}", data)
+    try:
+        claims(store).left(["shard_000"])
+        claims(store).try_next(["shard_000"])
+    except RunError as error:
+        assert name in str(error)  # noqa: PT017
+        assert "remove the folder claims" in str(error)  # noqa: PT017
+    assert damaged_claims(store, store.list()) == [f"claims/shard_000/{name}"]
+
+
+def test_a_sign_of_life_that_cannot_be_read_is_one_all_the_same(store):
+    clock = Clock()
+    claimed(claims(store))
+    observer = claims(store, clock=clock)
+    for beat in WRONG:
+        store.replace_bytes("claims/shard_000/000001.beat", beat)
+        assert read_beat(store, "shard_000", 1).keys() <= {"owner"}
+        assert observer.try_next(["shard_000"]) is None
+        clock.now += 80
 
 
 def test_being_killed_again_and_again_does_not_count(store):

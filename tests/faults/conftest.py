@@ -1,0 +1,62 @@
+"""One nursery for all fault tests, and what a calm worker makes of the dataset."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_gcs import FakeGcs, gcs_environment
+from fleets import LARGE, LARGE_LINES, LARGE_WIDTH, flags, make_dataset, outputs
+from nursery import Nursery, Worker
+from tiny_run import committed_files
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    with Nursery() as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
+def memory() -> Iterator[Path]:
+    """A folder in memory where there is one: the thousands of syncs are not what is tested here."""
+    place = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="faults", dir=place if place.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def place(memory) -> Iterator[Path]:
+    """An empty folder of the test's own."""
+    folder = Path(tempfile.mkdtemp(dir=memory))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def bucket(monkeypatch) -> Iterator[FakeGcs]:
+    """A fake of the storage service that this process talks to; a worker gets `gcs_environment(bucket)`."""
+    with FakeGcs() as server:
+        for name, value in gcs_environment(server).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(scope="session")
+def calm(nursery, memory) -> tuple[Path, dict[str, bytes]]:
+    """The dataset, and the files of one undisturbed worker but for its claims."""
+    data = make_dataset(memory / "calm")
+    return data, _files_of(nursery, Worker(flags(data, memory / "calm/out")))
+
+
+@pytest.fixture(scope="session")
+def calm_large(nursery, memory) -> tuple[Path, dict[str, bytes]]:
+    """The same with shards that take several chunks of an upload."""
+    data = make_dataset(memory / "calm_large", LARGE_LINES)
+    return data, _files_of(nursery, Worker(flags(data, memory / "calm_large/out", **LARGE), width=LARGE_WIDTH))
+
+
+def _files_of(nursery: Nursery, worker: Worker) -> dict[str, bytes]:
+    assert nursery.start(worker).finish()["status"] == "complete"
+    return outputs(committed_files(Path(worker.flags["output_dir"])))

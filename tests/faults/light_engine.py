@@ -1,0 +1,117 @@
+"""A model of a few numpy lines behind `core.backend.Backend`: the whole engine, storage and claims run, at no cost.
+
+What it computes depends on the token, its place in its sample and the layer, so every mix-up shows in the bytes.
+"""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.backend import StepRequest
+from core.batching import StepArrays
+from core.formats import DTYPES
+
+N_LAYERS, VOCAB = 2, 320
+
+
+@dataclass(frozen=True)
+class LightShape:
+    """Satisfies `core.model_shape.ModelShape`."""
+
+    d_model: int
+    family: str = "light"
+    n_layers: int = N_LAYERS
+    vocab_size: int = VOCAB
+    max_positions: int = 1 << 20
+
+    @property
+    def site_widths(self) -> Mapping[str, int]:
+        return {"mlp": self.d_model, "residual": self.d_model}
+
+
+@dataclass(frozen=True)
+class LightBackend:
+    """Satisfies `core.backend.Backend`.
+
+    Attributes:
+      step_s: how long a step takes.
+      rounding: added to every activation, as other hardware would; small against what float16 tells apart.
+      weights: another number is another model.
+      width: values a token.
+      stuck_after: so many steps, then one that does not end within minutes and hears no signal, as in a compiler.
+    """
+
+    step_s: float = 0.0
+    rounding: float = 0.0
+    weights: int = 0
+    width: int = 8
+    stuck_after: int | None = None
+    name: str = "light"
+    can_pack: bool = True
+    has_long_rows: bool = False
+
+    def row_multiple(self, model, request):
+        return 1
+
+    def model_shape(self, path, revision):
+        return LightShape(self.width)
+
+    def model_digest(self, path, revision):
+        return f"light {self.weights} {self.width}"
+
+    def compute_dtype(self, name):
+        return "float32"
+
+    def load(self, path, revision, request):
+        return LightStep(self, request, itertools.count())
+
+
+@dataclass(frozen=True)
+class LightStep:
+    """Satisfies `core.backend.Step`."""
+
+    backend: LightBackend
+    request: StepRequest
+    steps: Iterator[int]
+
+    def __call__(self, arrays: StepArrays):
+        if next(self.steps) == self.backend.stuck_after:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
+        time.sleep(self.backend.step_s)
+        rng = np.random.default_rng(self.backend.weights)
+        by_site = {}
+        for site in self.request.capture.sites:
+            table = rng.normal(size=(VOCAB, self.backend.width)).astype(np.float32)
+            values = table[arrays.tokens] + np.cos(arrays.positions[..., None] / 7).astype(np.float32)
+            layers = np.array(self.request.capture.layers, np.float32)[:, None, None, None] + 1
+            by_site[site] = values * layers + np.float32(self.backend.rounding)
+        return LightOutput(by_site, DTYPES[self.request.stored_dtype])
+
+
+class LightOutput:
+    """Satisfies `core.backend.StepOutput`."""
+
+    def __init__(self, by_site, dtype):
+        self._by_site, self._dtype, self._kept = by_site, dtype, None
+
+    def wait(self):
+        pass
+
+    def peaks(self):
+        return {site: np.abs(values).max(-1) for site, values in self._by_site.items()}
+
+    def norms(self):
+        return {site: np.sqrt((values**2).sum(-1)) for site, values in self._by_site.items()}
+
+    def start_copy(self, kept):
+        self._kept = kept
+
+    def fetch(self):
+        taken = self._by_site.items()
+        if self._kept is not None:
+            taken = ((site, np.take_along_axis(v, self._kept[None, :, :, None], 2)) for site, v in taken)
+        return {site: values.astype(self._dtype) for site, values in taken}

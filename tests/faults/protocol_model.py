@@ -1,0 +1,393 @@
+"""Claims and commits under everything that can happen to workers, step by step beside a model of plain dicts.
+
+Three workers share two shards of three windows. What a worker writes for a window is the same whoever it is, up to the
+rounding of its hardware, so the model is small: whose lease is the last one of each shard, what each worker has seen of
+it since when, and what is committed.
+"""
+
+import hashlib
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dict_store import DictStore
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from core.activation_storage import (
+    INDEX_FILE,
+    RECORD_NAME,
+    ActivationStorage,
+    CommitRecord,
+    SpooledFile,
+    StoredFile,
+    StoredSite,
+    committed_records,
+    index_of,
+    shard_stem,
+)
+from core.errors import RunError
+from core.object_store import LocalStore
+from core.plan import RunPlan, StreamPlan, read_sealed_json
+from core.shard_claims import POISON_AFTER, Lease, Owner, ShardClaims, clear_failures, read_claims
+from core.sharded_run import is_shard_finished
+from core.sinks import DigestWriter
+from core.windows import StreamPlace
+
+SHARDS = ("shard_000", "shard_001")
+WINDOWS, WORKERS, TTL_S = 3, 3, 90.0
+PLAN = RunPlan(
+    model={}, tokenizer=None, prompts={}, sites=("residual",), layers=(0,), dtype="float16", compute_dtype="float32",
+    format="pickle", compress=False, shard_bytes=1, max_seq_length=8, overlong="truncate",
+)  # fmt: skip
+
+
+def content(shard: str, window: int, hardware: int) -> bytes:
+    return hashlib.sha256(f"{shard} {window}".encode()).digest() + bytes([hardware]) * (1 + hardware)
+
+
+def is_content(data: bytes, shard: str, window: int) -> bool:
+    """Whether it is what some hardware makes of the window."""
+    return data in (content(shard, window, 0), content(shard, window, 1))
+
+
+def file_name(window: int) -> str:
+    return f"shard_{window:04d}.pkl"
+
+
+def first_sample(shard: str, window: int) -> int:
+    return (SHARDS.index(shard) * WINDOWS + window - 1) * 2
+
+
+Mark = tuple[int, bytes | None]
+"""What an observer can see of a lease: its number and its last sign of life."""
+
+
+@dataclass
+class Worker:
+    """One start of one process, and what it has in its hands."""
+
+    claims: ShardClaims
+    hardware: int
+    lease: Lease | None = None
+    storage: ActivationStorage | None = None
+    window: int = 0
+    stored: StoredFile | None = None
+    saw: dict[str, tuple[Mark, float]] = field(default_factory=dict)
+
+
+@dataclass
+class Held:
+    """The last lease of a shard in the model."""
+
+    epoch: int
+    worker: Worker
+    released: bool = False
+
+
+class Protocol(RuleBasedStateMachine):
+    """See the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        self.spool = LocalStore(self.folder.name)
+        self.store = DictStore()
+        self.now = 0.0
+        self.workers: list[Worker] = []
+        self.held: dict[str, Held] = {}
+        self.garbage: set[str] = set()
+        self.failures = dict.fromkeys(SHARDS, 0)
+        self.has_lost = False
+
+    @initialize()
+    def start(self) -> None:
+        self.workers = [self.new_worker(number) for number in range(WORKERS)]
+
+    def new_worker(self, number: int) -> Worker:
+        # Two of them have the same configured id.
+        owner = Owner(number // 2, "host", number, f"{number}-{id(object())}-{self.now}-{len(self.store.objects)}")
+        claims = ShardClaims(
+            self.store, owner, lambda shard: is_shard_finished(self.store, shard), ttl_s=TTL_S, clock=lambda: self.now
+        )
+        return Worker(claims, hardware=number % 2)
+
+    # What workers do.
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def claim(self, number: int) -> None:
+        worker = self.workers[number]
+        if worker.lease is not None:
+            return
+        before = {shard: self.mark(shard) for shard in SHARDS}
+        free = [shard for shard in SHARDS if self.is_free(shard)]
+        lease = worker.claims.try_next(SHARDS)
+        if lease is None:
+            assert not free, f"{free} could have been claimed"
+            self.look(worker, before)
+            return
+        self.claimed(worker, lease, free, before)
+
+    def claimed(self, worker: Worker, lease: Lease, free: list[str], before: dict[str, Mark]) -> None:
+        shard, held = lease.shard, self.held.get(lease.shard)
+        assert not is_shard_finished(self.store, shard), "a finished shard was claimed"
+        assert self.failures[shard] < POISON_AFTER, "a poisoned shard was claimed"
+        if held is not None and not held.released:
+            mark, since = worker.saw.get(shard, (None, self.now))
+            assert mark == before[shard], "a lease was stolen that had just been seen alive"
+            assert self.now - since >= TTL_S, "a lease was stolen early"
+            assert shard not in free
+            # Those that are free come first; of the other held ones it may have looked at any.
+            assert not free
+            self.look(worker, before, but=shard)
+        assert lease.epoch == (held.epoch if held else 0) + 1
+        self.held[shard] = Held(lease.epoch, worker)
+        worker.lease, worker.stored = lease, None
+        worker.storage = ActivationStorage(PLAN, self.stream(shard), shard, primary=self.store, spool=self.spool)
+        worker.window = len(worker.storage.open()) + 1
+
+    def stream(self, shard: str) -> StreamPlan:
+        return StreamPlan({"name": shard}, 0, 1, None, SHARDS.index(shard))
+
+    def mark(self, shard: str) -> Mark:
+        epoch = self.held[shard].epoch if shard in self.held else 0
+        return epoch, self.store.objects.get(f"claims/{shard}/{epoch:06d}.beat")
+
+    def is_free(self, shard: str) -> bool:
+        held = self.held.get(shard)
+        is_open = not is_shard_finished(self.store, shard) and self.failures[shard] < POISON_AFTER
+        return is_open and (held is None or held.released)
+
+    def look(self, worker: Worker, marks: dict[str, Mark], but: str | None = None) -> None:
+        """What the worker has seen of the leases of others, and since when it has been like that."""
+        for shard, mark in marks.items():
+            held = self.held.get(shard)
+            if held is None or held.released or shard == but or self.failures[shard] >= POISON_AFTER:
+                continue
+            if worker.saw.get(shard, (None, 0.0))[0] != mark:
+                worker.saw[shard] = mark, self.now
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def renew(self, number: int) -> None:
+        worker = self.workers[number]
+        if worker.lease is None:
+            return
+        before = dict(self.store.objects)
+        worker.lease.beat()
+        is_last = self.held[worker.lease.shard].worker is worker
+        assert worker.lease.lost.is_set() != is_last
+        if not is_last:
+            assert self.store.objects == before, "a zombie wrote a sign of life"
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def upload(self, number: int) -> None:
+        worker = self.workers[number]
+        if worker.lease is None or worker.stored is not None or worker.window > WINDOWS:
+            return
+        assert worker.storage is not None
+        shard, name = worker.lease.shard, file_name(worker.window)
+        window = worker.window
+        data = content(shard, window, worker.hardware)
+        path = self.spool.temporary_path(f"{shard}/{name}")
+        path.write_bytes(data)
+        writer = DigestWriter()
+        writer.write(data)
+        file = SpooledFile(
+            name, "residual", path, writer.digest(), lambda stream: is_content(stream.read(), shard, window)
+        )
+        try:
+            worker.stored = worker.storage.store(worker.window, file)
+        except RunError as error:
+            assert f"{shard}/{name}" in self.garbage or "was lost" in str(error)  # noqa: PT017
+            assert f"{shard}/{name}" in str(error)  # noqa: PT017
+            self.give_back(worker, "failed")
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def commit(self, number: int) -> None:
+        worker = self.workers[number]
+        if worker.lease is None or worker.storage is None:
+            return
+        if worker.stored is not None:
+            worker.storage.commit(self.record(worker.lease.shard, worker.window, worker.storage, worker.stored))
+            worker.window, worker.stored = worker.window + 1, None
+        if worker.window > WINDOWS and worker.lease.is_held():
+            worker.storage.write_index()
+            self.give_back(worker, "done")
+
+    def record(self, shard: str, window: int, storage: ActivationStorage, stored: StoredFile) -> CommitRecord:
+        first = first_sample(shard, window)
+        return CommitRecord(
+            window=window, plan_hash=storage.plan_hash, stream_hash=storage.stream_hash, first_sample_idx=first,
+            last_sample_idx=first + 1, next_place=None if window == WINDOWS else StreamPlace(first + 2, first + 2),
+            n_samples=2, n_tokens=2, n_truncated=0, n_dropped={}, n_empty=0, samples_per_record=1,
+            sites={"residual": StoredSite((0,), 8)}, dtype="float16", files=(stored,),
+        )  # fmt: skip
+
+    def give_back(self, worker: Worker, reason) -> None:
+        assert worker.lease is not None
+        if worker.lease.is_held():
+            worker.lease.release(reason)
+            self.held[worker.lease.shard].released = True
+        worker.lease = worker.storage = worker.stored = None
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def stop(self, number: int) -> None:
+        if self.workers[number].lease is not None:
+            self.give_back(self.workers[number], "stopped")
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def fail(self, number: int) -> None:
+        """The shard's data meets an error, the same each time."""
+        worker = self.workers[number]
+        if worker.lease is not None and worker.lease.is_held():
+            self.failures[worker.lease.shard] += 1
+            worker.claims.record_failure(worker.lease, "line 7 is broken")
+            self.give_back(worker, "failed")
+
+    # What happens to them.
+
+    @rule(seconds=st.sampled_from([1.0, 30.0, TTL_S - 1, TTL_S, 1000.0]))
+    def pause(self, seconds: float) -> None:
+        """Time passes in which nobody does anything."""
+        self.now += seconds
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def crash(self, number: int) -> None:
+        self.workers[number] = self.new_worker(number)
+
+    @rule(number=st.integers(0, WORKERS - 1))
+    def steal(self, number: int) -> None:
+        """A worker looks, waits for the TTL, and looks again."""
+        self.claim(number)
+        self.pause(TTL_S)
+        self.claim(number)
+
+    @rule(victim=st.integers(0, WORKERS - 1), successor=st.integers(0, WORKERS - 1))
+    def race_at_the_end(self, victim: int, successor: int) -> None:
+        """A zombie and its successor write the same window one right after the other."""
+        self.upload(victim)
+        self.steal(successor)
+        for number in (successor, victim):
+            self.upload(number)
+            self.commit(number)
+
+    @rule()
+    def lose_a_reply(self) -> None:
+        self.store.loses_reply = True
+
+    @rule(place=st.integers(0, 100))
+    def lose_an_object(self, place: int) -> None:
+        """A disk forgets a file, a record or an index."""
+        names = [name for name in self.store.list("shard_") if not name.endswith("stream.json")]
+        if names:
+            self.store.delete(names[place % len(names)])
+            self.has_lost = True
+            self.garbage.discard(names[place % len(names)])
+
+    @rule(shard=st.sampled_from(SHARDS), window=st.integers(1, WINDOWS))
+    def leave_garbage(self, shard: str, window: int) -> None:
+        """A file that no record names holds something else."""
+        name = f"{shard}/{file_name(window)}"
+        if name.replace(".pkl", ".json") not in self.store.objects and not self.is_in_hand(shard, window):
+            self.store.objects[name] = b"garbage"
+            self.garbage.add(name)
+
+    def is_in_hand(self, shard: str, window: int) -> bool:
+        """Whether somebody has stored the file and is about to name it: no disk damages it just then, here."""
+        return any(
+            worker.stored is not None and worker.lease is not None
+            and (worker.lease.shard, worker.window) == (shard, window)
+            for worker in self.workers
+        )  # fmt: skip
+
+    @precondition(lambda self: self.garbage)
+    @rule()
+    def remove_garbage(self) -> None:
+        """A person does what the error says."""
+        self.store.delete(self.garbage.pop())
+
+    @precondition(lambda self: self.has_lost)
+    @rule()
+    def remove_records_without_files(self) -> None:
+        """A person does what the error says."""
+        for record in [name for name in self.store.list("shard_") if RECORD_NAME.fullmatch(name.rpartition("/")[2])]:
+            if record.replace(".json", ".pkl") not in self.store.objects:
+                self.store.delete(record)
+
+    @precondition(lambda self: any(self.failures.values()))
+    @rule()
+    def try_again(self) -> None:
+        """A person mends the data, when nobody holds it."""
+        for shard in SHARDS:
+            clear_failures(self.store, shard)
+            self.failures[shard] = 0
+
+    # What must hold, always.
+
+    @invariant()
+    def what_is_committed_is_right(self) -> None:
+        for shard in SHARDS:
+            for record in committed_records(self.store, shard):
+                first = first_sample(shard, record.window)
+                assert (record.first_sample_idx, record.last_sample_idx, record.n_samples) == (first, first + 1, 2)
+                assert (record.next_place is None) == (record.window == WINDOWS)
+                (file,) = record.files
+                data = self.store.objects[f"{shard}/{file.name}"]
+                assert is_content(data, shard, record.window)
+                assert hashlib.sha256(data).hexdigest() == file.sha256
+
+    @invariant()
+    def nothing_that_is_created_is_replaced(self) -> None:
+        assert all(name.endswith((".beat", "/metadata.json")) for name in self.store.replaced)
+
+    @precondition(lambda self: not self.has_lost)
+    @invariant()
+    def an_index_says_what_the_records_say(self) -> None:
+        """Where a window was lost and made again an index may be of the first one; then nobody calls the shard done."""
+        for shard in SHARDS:
+            data = self.store.objects.get(f"{shard}/{INDEX_FILE}")
+            names = [f"{shard}/{shard_stem(window)}.json" for window in range(1, WINDOWS + 1)]
+            if data is not None and all(name in self.store.objects for name in names):
+                records = [CommitRecord.from_bytes(self.store.objects[name]) for name in names]
+                index = read_sealed_json(data)
+                of_those = records[: index["total_shards"]]
+                assert index == index_of(of_those), "an index lists what nobody committed"
+
+    @invariant()
+    def at_most_one_worker_holds_a_shard(self) -> None:
+        for shard in SHARDS:
+            believers = [
+                w for w in self.workers if w.lease is not None and w.lease.shard == shard and w.lease.is_held()
+            ]
+            assert len(believers) <= 1
+            epochs = sorted(
+                int(name[-11:-5]) for name in self.store.list(f"claims/{shard}/0") if name.endswith(".json")
+            )
+            assert epochs == list(range(1, len(epochs) + 1))
+
+    @invariant()
+    def the_claims_say_what_the_model_says(self) -> None:
+        states = read_claims(self.store)
+        for shard, held in self.held.items():
+            assert (states[shard].epoch, states[shard].is_released) == (held.epoch, held.released)
+            assert len(states[shard].failures) == self.failures[shard]
+
+    def teardown(self) -> None:
+        """Whatever happened: once what is broken is mended, one more worker finishes everything."""
+        if not self.workers:
+            return
+        for name in self.garbage:
+            self.store.delete(name)
+        self.garbage.clear()
+        self.remove_records_without_files()
+        self.try_again()
+        self.workers = [self.new_worker(number) for number in range(WORKERS)]
+        for _ in range(4 * len(SHARDS) * (WINDOWS + 1)):
+            self.steal(0)
+            self.upload(0)
+            self.commit(0)
+        for shard in SHARDS:
+            assert is_shard_finished(self.store, shard), f"{shard} is never finished"
+            assert [record.window for record in committed_records(self.store, shard)] == [1, 2, 3]
+        assert self.workers[0].claims.next(SHARDS) is None
+        self.folder.cleanup()

@@ -1,0 +1,102 @@
+"""One byte flipped or cut in any stored file, or the file gone: `verify` names it, every file.
+
+Not among them: metrics.jsonl, a log that runs append to, of which a crash may leave half a line.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from fleets import counts, flags, make_dataset
+from nursery import Nursery, Worker
+from tiny_run import token_lines
+
+from analysis.verification import verify
+
+KINDS = {
+    "shards, pickle": {},
+    "shards, plain pickle of two sites": {"compress_shards": False, "activation_type": ("residual", "mlp")},
+    "a stream, safetensors": {"format": "safetensors", "activation_type": ("residual", "mlp"), "dtype": "bfloat16"},
+    "a stream with tokens left out": {"positions": ("0:20",), "max_bad_records": 2},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pristine(request, nursery: Nursery, memory) -> Path:
+    """A finished run; with bad lines, of which the records keep the reasons."""
+    folder = memory / request.param.replace(" ", "_").replace(",", "")
+    lines = token_lines(30, longest=30)
+    wanted = KINDS[request.param]
+    if "max_bad_records" in wanted:
+        lines[3] = {"input_ids": "not a list"}
+    data = make_dataset(folder, len(lines), 2, lines)
+    plain = {"use_sharded_dataset": False, "sharded_dataset_dir": None, "dataset_path": str(data / "shard_000")}
+    nursery.start(
+        Worker(flags(data, folder / "out") | wanted | (plain if request.param.startswith("a stream") else {}))
+    ).finish()
+    return folder / "out"
+
+
+def stored_files(out: Path) -> list[str]:
+    names = (str(path.relative_to(out)) for path in sorted(out.rglob("*")) if path.is_file())
+    return [name for name in names if not name.endswith("metrics.jsonl")]
+
+
+def said(out: Path) -> list[str]:
+    return verify(str(out)).lines()
+
+
+def names_it(lines: list[str], name: str) -> bool:
+    """Whether a line says something of the file: its folder, then its name."""
+    folder, last = name.partition("/")[0], name.rpartition("/")[2]
+    return any(last in line and (folder in line or "/" not in name) for line in lines)
+
+
+def damages(whole: bytes, rng: random.Random) -> dict[str, bytes]:
+    place = rng.randrange(len(whole))
+    flipped = bytearray(whole)
+    flipped[place] ^= 1 << rng.randrange(8)
+    return {"flipped": bytes(flipped), "cut by one": whole[:-1], "cut anywhere": whole[:place]}
+
+
+def test_a_whole_output_has_nothing_to_say(pristine):
+    report = verify(str(pristine))
+    assert report.ok
+    assert not any("PROBLEM" in line or "note" in line for line in report.lines()), report.lines()
+
+
+@pytest.mark.parametrize("seed", counts(1, 10))
+def test_a_flipped_or_cut_byte_in_any_file_is_named(seed, pristine, place):
+    out = Path(shutil.copytree(pristine, place / "out"))
+    rng = random.Random(seed)
+    names = stored_files(out)
+    assert len(names) >= 10
+    for name in names:
+        whole = (out / name).read_bytes()
+        for kind, damaged in damages(whole, rng).items():
+            (out / name).write_bytes(damaged)
+            assert names_it(said(out), name), f"{name}, {kind}: {said(out)}"
+        (out / name).write_bytes(whole)
+    assert not any("PROBLEM" in line for line in said(out))
+
+
+def test_every_byte_of_a_record_counts(pristine, place):
+    """Also those that mean nothing: reasons of bad lines, spaces, the checksum itself."""
+    out = Path(shutil.copytree(pristine, place / "out"))
+    record = next(out.glob("*/shard_0001.json"))
+    whole = record.read_bytes()
+    for offset in range(0, len(whole), 1 if len(counts(1, 2)) > 1 else 40):
+        flipped = bytearray(whole)
+        flipped[offset] ^= 1
+        record.write_bytes(bytes(flipped))
+        assert not verify(str(out)).ok, offset
+
+
+@pytest.mark.parametrize("gone", ["run.json", "stream.json", ".pkl", ".safetensors", "samples_"])
+def test_a_file_that_is_gone_is_named(gone, pristine, place):
+    out = Path(shutil.copytree(pristine, place / "out"))
+    for name in [name for name in stored_files(out) if gone in name][:2]:
+        moved = (out / name).rename(place / "moved")
+        assert names_it(said(out), name), said(out)
+        moved.rename(out / name)
