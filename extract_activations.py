@@ -122,10 +122,11 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
     add("--claim_ttl_s", type=float, help="a claim without a sign of life for so long is taken over (default 90)")
     add("--claim_stall_s", type=float, help="work that stands still for so long is given up to others (default 1800)")
     add("--stop_grace_s", type=float, help="seconds that SIGTERM leaves to commit what is computed (default 15)")
-    add("--multihost", action="store_true", help="join the other hosts of a pod slice")
+    add("--multihost", action="store_true", help="work on every window together with the other hosts of a pod slice")
     add("--coordinator_address", help="host:port of host 0; found by JAX on a TPU VM")
     add("--host_id", type=int, help="number of this host; found by JAX on a TPU VM")
     add("--num_hosts", type=int, help="hosts of the slice; found by JAX on a TPU VM")
+    add("--host_timeout_s", type=float, help="a host silent for so long is dead, and the others end (default 60)")
 
 
 def _certifier() -> "BeforeExtraction":

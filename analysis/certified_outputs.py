@@ -14,7 +14,7 @@ from analysis.fidelity import CertifiedSample, FidelityReport, FinalValues
 from analysis.stored_plans import read_object, read_run
 from analysis.verification import listed_root, worker_folders
 from analysis.window_checks import TableRow, read_table
-from core.activation_storage import RUN_FILE, CommitRecord, read_records
+from core.activation_storage import RUN_FILE, CommitRecord, StoredFile, read_records
 from core.errors import RunError, UsageError
 from core.formats import read_shard
 from core.json_types import Kinds, mistyped
@@ -114,17 +114,36 @@ def _final(source: ModelSource, layers: dict[str, tuple[int, ...]]) -> str | Non
 
 
 def _samples(root: ObjectStore, place: _Place, format_name: str, final: str | None) -> list[CertifiedSample]:
-    """The chosen samples of a window; those without a stored token give way to the next, or last, that has one."""
+    """The chosen samples of a window, part by part."""
+    samples: list[CertifiedSample] = []
+    first = 0
+    for counts, files in place.record.files_of_parts():
+        chosen = [sample - first for sample in place.samples if first <= sample < first + counts.n_samples]
+        first += counts.n_samples
+        if chosen and counts.n_tokens:
+            samples += _samples_of_part(root, place.folder, files, chosen, format_name, final)
+    return samples
+
+
+def _samples_of_part(
+    root: ObjectStore,
+    folder: str,
+    files: Sequence[StoredFile],
+    chosen: Sequence[int],
+    format_name: str,
+    final: str | None,
+) -> list[CertifiedSample]:
+    """Of the chosen samples those without a stored token give way to the next, or last, that has one."""
     values: dict[str, list[np.ndarray]] = {}
     table: list[TableRow] = []
     slots: list[int] = []
-    for file in sorted(place.record.files, key=lambda file: file.site is not None):
-        name = f"{place.folder}/{file.name}"
+    for file in files:
+        name = f"{folder}/{file.name}"
         try:
             with root.open(name) as stream:
                 if file.site is None:
                     table = read_table(stream)
-                    slots = _with_tokens(table, place.samples)
+                    slots = _with_tokens(table, chosen)
                 else:
                     shard = read_shard(stream, format_name, gzipped=name.endswith(".gz"))
                     values[file.site] = [np.stack([arrays[slot] for arrays in shard.layers.values()]) for slot in slots]
@@ -132,7 +151,7 @@ def _samples(root: ObjectStore, place: _Place, format_name: str, final: str | No
             raise RunError(f"{root.url}/{name}: cannot be read ({error}): verify the folder") from error
     return [
         CertifiedSample(
-            name=f"{place.folder}:{table[slot].sample_idx}",
+            name=f"{folder}:{table[slot].sample_idx}",
             token_ids=table[slot].token_ids,
             kept=_kept(table[slot]),
             ours={site: arrays[number] for site, arrays in values.items()},

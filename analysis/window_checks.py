@@ -11,7 +11,7 @@ import numpy as np
 from isal import igzip
 from jaxtyping import Int32, UInt8
 
-from core.activation_storage import CommitRecord, StoredFile, shard_stem
+from core.activation_storage import CommitRecord, PartCounts, StoredFile, shard_stem
 from core.errors import RunError
 from core.formats import DTYPES, StoredShard, read_shard
 from core.json_types import Kinds, require_all, require_types
@@ -55,9 +55,28 @@ class CheckedWindow:
 
 def check_window(store: ObjectStore, folder: str, record: CommitRecord, format_name: str) -> CheckedWindow:
     """Reads every file that the record names; at most one shard is in memory at a time."""
+    parts = [_check_part(store, folder, record, files, format_name) for _, files in record.files_of_parts()]
+    problems = [problem for _, found in parts for problem in found]
+    tables = [table for table, _ in parts if table is not None]
+    for (counts, files), (table, _) in zip(record.files_of_parts(), parts, strict=True):
+        if table is not None:
+            problems += [f"{files[0].name}: {problem}" for problem in _table_problems(table, counts)]
+    rows = [row for table in tables for row in table]
+    if len(tables) == len(parts):
+        problems += _count_problems(rows, record)
+    return CheckedWindow(tuple(row.sample_idx for row in rows), tuple(problems))
+
+
+def _check_part(
+    store: ObjectStore, folder: str, record: CommitRecord, files: Sequence[StoredFile], format_name: str
+) -> tuple[list[TableRow] | None, list[str]]:
+    """The sample table of a part of the window, None if it cannot be read, and what is wrong with its files.
+
+    files: of the part, the table first; a part without samples has none.
+    """
     problems: list[str] = []
-    table: list[TableRow] = []
-    for file in sorted(record.files, key=lambda file: file.site is not None):
+    table: list[TableRow] | None = None if files else []
+    for file in files:
         try:
             with _fetched(store, f"{folder}/{file.name}") as (stream, digest):
                 damage = _damage(digest, file)
@@ -65,16 +84,15 @@ def check_window(store: ObjectStore, folder: str, record: CommitRecord, format_n
                     problems.append(f"{file.name}: {damage}: {_mend(record)}")
                 elif file.site is None:
                     table = read_table(stream)
-                    problems += [f"{file.name}: {problem}" for problem in _table_problems(table, record)]
                 else:
-                    found = _site_problems(stream, file, file.site, table, record, format_name)
+                    found = _site_problems(stream, file, file.site, table or [], record, format_name)
                     problems += [f"{file.name}: {problem}" for problem in found]
         except FileNotFoundError:
             problems.append(f"{file.name} is missing: {_mend(record)}")
         except (RunError, ValueError, OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error
             problems.append(f"{file.name}: cannot be read: {reason}")
-    return CheckedWindow(tuple(row.sample_idx for row in table), tuple(problems))
+    return table, problems
 
 
 def _mend(record: CommitRecord) -> str:
@@ -126,22 +144,26 @@ def _table_row(line: bytes, number: int) -> TableRow:
     return TableRow(row["sample_idx"], row["n_tokens"], token_ids, reasons)
 
 
-def _table_problems(table: Sequence[TableRow], record: CommitRecord) -> Iterator[str]:
-    if len(table) != record.n_samples:
-        yield f"it lists {len(table)} samples, the record says {record.n_samples}"
+def _table_problems(table: Sequence[TableRow], counts: PartCounts) -> Iterator[str]:
+    if len(table) != counts.n_samples:
+        yield f"it lists {len(table)} samples, the record says {counts.n_samples}"
     n_tokens = sum(row.n_tokens for row in table)
-    if n_tokens != record.n_tokens:
-        yield f"its samples have {n_tokens} stored tokens, the record says {record.n_tokens}"
-    n_empty = sum(row.n_tokens == 0 for row in table)
-    if n_empty != record.n_empty:
-        yield f"{n_empty} of its samples have no stored token, the record says {record.n_empty}"
-    dropped = count_reasons(row.reasons for row in table if row.reasons is not None)
-    if dropped != record.n_dropped:
-        yield f"it says that {dropped} tokens are left out, the record says {record.n_dropped}"
+    if n_tokens != counts.n_tokens:
+        yield f"its samples have {n_tokens} stored tokens, the record says {counts.n_tokens}"
     for row in table:
         n_stored = len(row.token_ids) if row.positions is None else len(row.positions)
         if n_stored != row.n_tokens:
             yield f"sample {row.sample_idx} has {n_stored} token ids for {row.n_tokens} tokens"
+
+
+def _count_problems(rows: Sequence[TableRow], record: CommitRecord) -> Iterator[str]:
+    """What the record says of the whole window."""
+    n_empty = sum(row.n_tokens == 0 for row in rows)
+    if n_empty != record.n_empty:
+        yield f"{n_empty} of its samples have no stored token, the record says {record.n_empty}"
+    dropped = count_reasons(row.reasons for row in rows if row.reasons is not None)
+    if dropped != record.n_dropped:
+        yield f"its sample table says that {dropped} tokens are left out, the record says {record.n_dropped}"
 
 
 def _site_problems(

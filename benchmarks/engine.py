@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.batching import StepArrays, plan_steps, step_arrays
+from core.host_session import HostSession
+from core.hosts import ALONE
 from core.job import Job, open_storage, prepare_job
 from core.progress import Summary
 from core.run_config import RunConfig
@@ -49,7 +51,7 @@ class Engine:
         """Surveys, reads, tokenises, packs, computes, copies, encodes and commits the whole stream to a new folder."""
         job = replace(self.job, config=replace(self.job.config, output_dir=str(output_dir)))
         prepared = prepare_stream(job, open_storage(job))
-        return run_stream(prepared, self.model, threading.Event(), log=lambda line: None)
+        return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
 
     def planned_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""

@@ -8,6 +8,9 @@
     <out>/tpu_0/metadata.json         an index derived from the records; may be rebuilt at any time
     <out>/dataset.json                of a sharded dataset: its shards, each with a folder shard_000 …; create-only
 
+Where several hosts share each window, every part of it has files of its own, shard_0001_part_0.pkl.gz and so on, and
+the record names those of all parts.
+
 A window is committed when its record exists, and readers believe only what a record names. Every byte follows from
 plan, stream and window, so whoever writes a name a second time writes the same content or steps back.
 """
@@ -17,7 +20,7 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,7 +47,7 @@ from core.windows import StreamPlace
 
 RECORD_NAME = re.compile(r"shard_([0-9]{4,})\.json")
 # What a record names is read, and becomes a path.
-_FILE_NAME = re.compile(r"(?:[a-z][a-z0-9_]*/)?(?:shard|samples)_([0-9]{4,})(?:\.[a-z0-9_]+)+")
+_FILE_NAME = re.compile(r"(?:[a-z][a-z0-9_]*/)?(?:shard|samples)_([0-9]{4,})(?:_part_([0-9]{1,6}))?(?:\.[a-z0-9_]+)+")
 RUN_FILE = "run.json"
 STREAM_FILE = "stream.json"
 DATASET_FILE = "dataset.json"
@@ -64,6 +67,38 @@ class StoredFile:
     crc32c: str
     sha256: str
 
+    @property
+    def part(self) -> int:
+        """The part of the window that it holds, from 0; windows of one part do not say so in their names."""
+        named = _FILE_NAME.fullmatch(self.name)
+        return int(named[2] or 0) if named is not None else 0
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """What one part of a window holds; its first and last `sample_idx` are None where it holds no sample."""
+
+    first_sample_idx: int | None
+    last_sample_idx: int | None
+    n_samples: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """One part of a window that is stored but not committed. n_dropped, n_empty: as in `CommitRecord`."""
+
+    counts: PartCounts
+    n_dropped: dict[str, int]
+    n_empty: int
+    files: tuple[StoredFile, ...]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "StoredPart":
+        """From what `dataclasses.asdict` gave, by way of JSON."""
+        files = tuple(StoredFile(**file) for file in fields["files"])
+        return cls(**fields | {"files": files, "counts": PartCounts(**fields["counts"])})
+
 
 @dataclass(frozen=True)
 class StoredSite:
@@ -76,6 +111,10 @@ class StoredSite:
 _FILE: Kinds = {"name": (str,), "site": (str, NONE), "bytes": (int,), "crc32c": (str,), "sha256": (str,)}
 _PLACE: Kinds = {"position": (int,), "sample_idx": (int,)}
 _SITE: Kinds = {"layers": (list,), "width": (int,)}
+_PART: Kinds = {
+    **dict.fromkeys(("first_sample_idx", "last_sample_idx"), (int, NONE)),
+    **dict.fromkeys(("n_samples", "n_tokens"), (int,)),
+}
 _COUNTS = ("n_samples", "n_tokens", "n_truncated", "n_empty")
 _RECORD: Kinds = {
     **dict.fromkeys(("window", "first_sample_idx", "last_sample_idx", "samples_per_record", *_COUNTS), (int,)),
@@ -98,6 +137,7 @@ class CommitRecord:
       n_empty: samples of which no token is stored.
       samples_per_record: each record of the stream makes so many samples, `sample_idx` = position ×
         samples_per_record + prediction.
+      parts: what each part of the window holds; empty, and not stored, where the window is one part.
     """
 
     window: int
@@ -116,6 +156,14 @@ class CommitRecord:
     dtype: str
     files: tuple[StoredFile, ...]
     bad_records: tuple[dict[str, Any], ...] = field(default=())
+    parts: tuple[PartCounts, ...] = field(default=())
+
+    def files_of_parts(self) -> Iterator[tuple[PartCounts, list[StoredFile]]]:
+        """The parts of the window in the order of their samples, each with its files, the sample table first."""
+        whole = PartCounts(self.first_sample_idx, self.last_sample_idx, self.n_samples, self.n_tokens)
+        for number, counts in enumerate(self.parts or [whole]):
+            own = [file for file in self.files if file.part == number]
+            yield counts, sorted(own, key=lambda file: file.site is not None)
 
     @property
     def n_seen(self) -> int:
@@ -124,7 +172,10 @@ class CommitRecord:
 
     def to_bytes(self) -> bytes:
         """The record as stored, with its own checksum."""
-        return sealed_json(asdict(self))
+        fields = asdict(self)
+        if not self.parts:
+            del fields["parts"]
+        return sealed_json(fields)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "CommitRecord":
@@ -139,6 +190,7 @@ class CommitRecord:
                 name: StoredSite(**site | {"layers": tuple(site["layers"])}) for name, site in fields["sites"].items()
             }
             fields["bad_records"] = tuple(fields["bad_records"])
+            fields["parts"] = tuple(PartCounts(**part) for part in fields.get("parts", ()))
             return cls(**fields)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a commit record: {error}") from error
@@ -165,6 +217,19 @@ def _check_record(fields: Any) -> None:
         raise ValueError(f"{name!r} is {fields[name]!r}, which cannot be")
     if {file["site"] for file in fields["files"]} - {None} != fields["sites"].keys():
         raise ValueError("'sites' are not those of its files")
+    if "parts" in fields:
+        _check_parts(fields)
+
+
+def _check_parts(fields: dict[str, Any]) -> None:
+    require_all(fields["parts"], dict, "parts")
+    for part in fields["parts"]:
+        require_types(part, _PART, "parts.")
+    for count in ("n_samples", "n_tokens"):
+        if sum(part[count] for part in fields["parts"]) != fields[count]:
+            raise ValueError(f"the 'parts' do not add up to {count!r}")
+    if any(StoredFile(**file).part >= len(fields["parts"]) for file in fields["files"]):
+        raise ValueError("a file is of none of the 'parts'")
 
 
 @dataclass(frozen=True)
@@ -187,15 +252,19 @@ def shard_stem(window: int) -> str:
     return f"shard_{window:04d}"
 
 
-def table_name(window: int) -> str:
-    """The name of a window's sample table."""
-    return f"samples_{window:04d}.jsonl.gz"
+def table_name(window: int, part: int | None = None) -> str:
+    """The name of the sample table of a window, or of a part of it."""
+    return f"samples_{window:04d}{_of_part(part)}.jsonl.gz"
 
 
-def site_file_name(window: int, site: str, sites: Sequence[str], suffix: str) -> str:
+def site_file_name(window: int, site: str, sites: Sequence[str], suffix: str, part: int | None = None) -> str:
     """Where one site's file of a window lies in the worker's folder: in a folder of its own when there are several."""
-    name = shard_stem(window) + suffix
+    name = f"{shard_stem(window)}{_of_part(part)}{suffix}"
     return name if len(sites) == 1 else f"{site}/{name}"
+
+
+def _of_part(part: int | None) -> str:
+    return "" if part is None else f"_part_{part}"
 
 
 class ActivationStorage:
@@ -259,10 +328,11 @@ class ActivationStorage:
         """Where the worker's folder is."""
         return f"{self._primary.url}/{self.folder}"
 
-    def open(self) -> list[CommitRecord]:
+    def open(self, agreed: Callable[[int], int] = lambda found: found) -> list[CommitRecord]:
         """What is committed in the folder, in window order; nothing is written before the first `store`.
 
-        Raises UsageError when the folder holds another plan or stream.
+        agreed: from how many windows this host finds committed, in how many of them all hosts of a slice believe.
+        Raises UsageError when the folder holds another plan or stream, or not what the other hosts find in it.
         """
         for store in self._stores():
             for name, wanted in self._identities():
@@ -271,6 +341,13 @@ class ActivationStorage:
         for record in self._records:
             if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
                 raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written for another plan: verify it")
+        n_windows = agreed(len(self._records))
+        if len(self._records) < n_windows:
+            raise UsageError(
+                f"{self.url} holds {len(self._records)} committed windows here, {n_windows} on host 0: "
+                "the hosts need one --output_dir, on a shared disk or gs://"
+            )
+        self._records = self._records[:n_windows]
         return list(self._records)
 
     def _identities(self) -> list[tuple[str, dict[str, Any]]]:
@@ -350,6 +427,11 @@ class ActivationStorage:
         self._mirror_record(standing)
         self._records.append(standing)
         return standing
+
+    def believe(self, record: CommitRecord) -> CommitRecord:
+        """Takes note of what another host has committed."""
+        self._records.append(record)
+        return record
 
     def commit_nothing(self) -> None:
         """Commits that the stream has no sample for this folder: its share of a short stream is empty."""
@@ -503,14 +585,15 @@ def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
             "site": file.site,
             "layers": list(record.sites[file.site].layers),
             "width": record.sites[file.site].width,
-            "samples_per_layer": {str(layer): record.n_samples for layer in record.sites[file.site].layers},
-            "first_sample_idx": record.first_sample_idx,
-            "last_sample_idx": record.last_sample_idx,
-            "total_tokens": record.n_tokens,
+            "samples_per_layer": {str(layer): counts.n_samples for layer in record.sites[file.site].layers},
+            "first_sample_idx": counts.first_sample_idx,
+            "last_sample_idx": counts.last_sample_idx,
+            "total_tokens": counts.n_tokens,
             "dtype": record.dtype,
         }
         for record in records
-        for file in record.files
+        for counts, files in record.files_of_parts()
+        for file in files
         if file.site is not None
     ]
     dropped: Counter[str] = Counter()

@@ -10,6 +10,7 @@ store     upload, commit record, index, checkpoint       a pool, and a thread th
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -18,16 +19,18 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core import backend
-from core.activation_storage import ActivationStorage, CommitRecord, StoredFile, StoredSite
-from core.batching import BatchShape, Step, plan_steps, sample_spans, step_arrays
+from core.activation_storage import ActivationStorage, CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
+from core.batching import Step, sample_spans, step_arrays
 from core.errors import RunError
 from core.fetching import Fetch, plan_fetch
 from core.formats import DTYPES
+from core.host_session import HostSession
 from core.job import Job
 from core.pipeline import Channel, Pipeline, StageClock
 from core.progress import Progress
 from core.selection import Selection, count_reasons
 from core.shard_encoding import ShardEncoder, WindowActivations
+from core.window_parts import PartOfWindow
 from core.windows import StreamPlace, TokenizedSample, Window
 from qwen2_jax.taps import SITES
 
@@ -40,23 +43,26 @@ _STEPS_IN_FLIGHT = 1
 
 @dataclass
 class WindowBuffer:
-    """A window whose activations arrive step by step, scattered to where each sample belongs.
+    """A window, or a part of it, whose activations arrive step by step, scattered to where each sample belongs.
 
-    `samples` are those of the window, replaced where norms decide what is stored of them.
+    `samples` are those of the part, replaced where norms decide what is stored of them.
     """
 
+    part: PartOfWindow
     activations: WindowActivations
     samples: list[TokenizedSample]
     steps_left: int
 
     @classmethod
-    def allocate(cls, job: Job, window: Window, n_steps: int) -> "WindowBuffer":
+    def allocate(cls, job: Job, part: PartOfWindow) -> "WindowBuffer":
         """Room for every site: (L, N, D) in the stored dtype, N the tokens that are stored at most."""
         shapes = {
-            site: (len(layers), window.n_kept, job.model.site_widths[site]) for site, layers in job.layers.items()
+            site: (len(layers), part.own.n_kept, job.model.site_widths[site]) for site, layers in job.layers.items()
         }
         arrays = {site: np.empty(shape, DTYPES[job.config.dtype]) for site, shape in shapes.items()}
-        return cls(WindowActivations(window, job.layers, arrays), list(window.samples), n_steps)
+        number = part.part if job.plan.parts > 1 else None
+        activations = WindowActivations(part.own, job.layers, arrays, number)
+        return cls(part, activations, list(part.own.samples), len(part.steps))
 
     def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
         """Copies the samples of one step to their places."""
@@ -99,18 +105,18 @@ class Extraction:
     """One run of a job over what its storage does not hold yet.
 
     Attributes:
-      stop: set it to end the run early: what is computed is committed, the window under way is dropped.
+      session: what the hosts of a slice agree on. Its `stop` ends the run early: what is computed is committed, the
+        window under way is dropped.
       on_commit: called after each commit, in order.
     """
 
     job: Job
     storage: ActivationStorage
     step: backend.Step
-    shape: BatchShape
     encoder: ShardEncoder
     progress: Progress
     pipeline: Pipeline
-    stop: threading.Event
+    session: HostSession
     on_commit: Callable[[CommitRecord], None]
     _buffers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(WINDOWS_IN_MEMORY))
     _device_free_at: float = 0.0
@@ -120,7 +126,7 @@ class Extraction:
         pipeline = self.pipeline
         read: Channel[Window] = pipeline.channel(1)
         steps: Channel[StepInFlight] = pipeline.channel(_STEPS_IN_FLIGHT)
-        encoded: Channel[tuple[Window, Future[list[StoredFile]]]] = pipeline.channel(_WINDOWS_IN_STORAGE)
+        encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]] = pipeline.channel(_WINDOWS_IN_STORAGE)
         pool = ThreadPoolExecutor(_WINDOWS_IN_STORAGE, "encode")
         pipeline.start("read", lambda clock: self._read(windows, read, clock))
         selected = self._start_select(steps)
@@ -139,7 +145,7 @@ class Extraction:
 
     def _read(self, windows: Iterator[Window], read: Channel[Window], clock: StageClock) -> None:
         for window in windows:
-            if self.stop.is_set():
+            if self.session.stop.is_set():
                 break
             read.put(window, clock)
         read.close()
@@ -147,22 +153,22 @@ class Extraction:
     def _forward(self, read: Channel[Window], steps: Channel[StepInFlight], clock: StageClock) -> None:
         for window in read.drain(clock):
             # A run that is stopped still empties the channel: the reader may be waiting for room in it.
-            if not self.stop.is_set():
-                self._forward_window(window, steps, clock)
+            for part in self.job.parts_of(window):
+                if not self.session.stop.is_set():
+                    self._forward_part(part, steps, clock)
 
-    def _forward_window(self, window: Window, steps: Channel[StepInFlight], clock: StageClock) -> None:
-        planned = plan_steps(window.lengths, self.shape)
+    def _forward_part(self, part: PartOfWindow, steps: Channel[StepInFlight], clock: StageClock) -> None:
         self._acquire_buffer()
-        buffer = WindowBuffer.allocate(self.job, window, len(planned))
-        token_ids = [sample.token_ids for sample in window.samples]
-        for step in planned:
-            if self.stop.is_set():
+        buffer = WindowBuffer.allocate(self.job, part)
+        token_ids = [sample.token_ids for sample in part.own.samples]
+        for step in part.steps:
+            if self.session.stop.is_set():
                 return
             started = time.monotonic()
             output = self.step(step_arrays(step, token_ids))
             fetch = None
             if not self._norms_decide:
-                fetch = plan_fetch(step, window.samples, window.lengths)
+                fetch = plan_fetch(step, part.own.samples, part.own.lengths)
                 output.start_copy(fetch.gathered)
             steps.put(StepInFlight(buffer, step, output, started, fetch), clock)
 
@@ -197,7 +203,7 @@ class Extraction:
     def _copy(
         self,
         steps: Channel[StepInFlight],
-        encoded: Channel[tuple[Window, Future[list[StoredFile]]]],
+        encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]],
         pool: ThreadPoolExecutor,
         clock: StageClock,
     ) -> None:
@@ -212,7 +218,7 @@ class Extraction:
             self.progress.computed(len(lengths), sum(lengths))
             if not flight.buffer.steps_left:
                 activations = flight.buffer.finished()
-                encoded.put((activations.window, pool.submit(self._encode_and_store, activations)), clock)
+                encoded.put((flight.buffer.part, pool.submit(self._encode_and_store, activations)), clock)
                 del activations
             del flight
         encoded.close()
@@ -226,7 +232,7 @@ class Extraction:
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
         self._device_free_at = ready
 
-    def _encode_and_store(self, activations: WindowActivations) -> list[StoredFile]:
+    def _encode_and_store(self, activations: WindowActivations) -> StoredPart:
         started = time.monotonic()
         try:
             files = self.encoder.encode(activations)
@@ -242,16 +248,43 @@ class Extraction:
             for file in files:
                 file.path.unlink(missing_ok=True)
         self.pipeline.clock("store").add_busy(time.monotonic() - started)
-        return stored
+        return _stored_part(activations.window, stored)
 
-    def _commit(self, encoded: Channel[tuple[Window, Future[list[StoredFile]]]], clock: StageClock) -> None:
-        for window, future in encoded.drain(clock):
-            record = self.storage.commit(self._record(window, future.result()))
+    def _commit(self, encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]], clock: StageClock) -> None:
+        stored: list[StoredPart | None] = []
+        for part, future in encoded.drain(clock):
+            stored += self._gathered(part, future.result())
+            if part.is_last:
+                self._commit_window(part.window, stored)
+                stored = []
+            del part, future
+
+    def _gathered(self, part: PartOfWindow, own: StoredPart) -> list[StoredPart | None]:
+        """The parts that the hosts stored at this turn, at the host that commits; [None] if not all of them did."""
+        key = f"stored/{part.window.index}/{part.turn}"
+        told = self.session.gather(key, asdict(own))
+        return [None] if told is None else [StoredPart.from_json(fields) for fields in told]
+
+    def _commit_window(self, window: Window, stored: list[StoredPart | None]) -> None:
+        """Commits a window on the host that has gathered its parts; the others wait for it, and believe it."""
+        parts = [part for part in stored[: self.job.plan.parts] if part is not None]
+        key = f"committed/{window.index}"
+        if self.session.hosts.is_first:
+            is_whole = len(parts) == self.job.plan.parts
+            record = self.storage.commit(self._record(window, parts)) if is_whole else None
+            self.session.share(key, None if record is None else record.to_bytes().decode())
+            self.session.forget(f"committed/{window.index - 1}")
+        else:
+            told = self.session.share(key, None)
+            record = None if told is None else self.storage.believe(CommitRecord.from_bytes(told.encode()))
+        if record is not None:
             self.progress.committed(record)
             self.on_commit(record)
-            del window, future
 
-    def _record(self, window: Window, files: list[StoredFile]) -> CommitRecord:
+    def _record(self, window: Window, parts: list[StoredPart]) -> CommitRecord:
+        dropped: Counter[str] = Counter()
+        for part in parts:
+            dropped.update(part.n_dropped)
         return CommitRecord(
             window=window.index,
             plan_hash=self.storage.plan_hash,
@@ -260,18 +293,31 @@ class Extraction:
             last_sample_idx=window.samples[-1].sample_idx,
             next_place=window.next_place,
             n_samples=len(window.samples),
-            n_tokens=window.n_kept,
+            n_tokens=sum(part.counts.n_tokens for part in parts),
             n_truncated=sum(sample.full_length > len(sample.token_ids) for sample in window.samples),
-            n_dropped=count_reasons(sample.reasons for sample in window.samples if sample.reasons is not None),
-            n_empty=sum(sample.n_kept == 0 for sample in window.samples),
+            n_dropped=dict(dropped),
+            n_empty=sum(part.n_empty for part in parts),
             samples_per_record=window.samples_per_record,
             sites={
                 site: StoredSite(layers, self.job.model.site_widths[site]) for site, layers in self.job.layers.items()
             },
             dtype=self.job.config.dtype,
-            files=tuple(files),
+            files=tuple(file for part in parts for file in part.files),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
+            parts=tuple(part.counts for part in parts) if len(parts) > 1 else (),
         )
+
+
+def _stored_part(window: Window, files: list[StoredFile]) -> StoredPart:
+    """window: with the part's samples alone, as they were stored."""
+    samples = window.samples
+    first, last = (samples[0].sample_idx, samples[-1].sample_idx) if samples else (None, None)
+    return StoredPart(
+        counts=PartCounts(first, last, len(samples), window.n_kept),
+        n_dropped=count_reasons(sample.reasons for sample in samples if sample.reasons is not None),
+        n_empty=sum(sample.n_kept == 0 for sample in samples),
+        files=tuple(files),
+    )
 
 
 def check_peaks(flight: StepInFlight, fetch: Fetch, job: Job) -> None:

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from core.backend import StepRequest
 from core.batching import StepArrays
 from core.device_mesh import device_bytes, device_share, model_parallelism
-from core.errors import UsageError
 from core.model_shape import ModelShape
 from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
 from qwen2_jax.loading import model_digest
@@ -58,25 +58,6 @@ def _processor_id() -> str:
     return hashlib.sha256("".join(sorted(traits)).encode() + platform.machine().encode()).hexdigest()[:12]
 
 
-def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: int | None) -> tuple[int, int]:
-    """How many hosts the pod slice has, and which one this is; what is None is found by JAX on a TPU VM.
-
-    The hosts part again at once: each works on its own, and while they are joined the end of one ends them all.
-    Raises UsageError when they do not find each other.
-    """
-    try:
-        jax.distributed.initialize(coordinator_address, num_processes=num_hosts, process_id=host_id)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--multihost: cannot join the other hosts ({reason}): "
-            "give --coordinator_address, --num_hosts and --host_id"
-        ) from error
-    hosts, host = jax.process_count(), jax.process_index()
-    jax.distributed.shutdown()
-    return hosts, host
-
-
 def _report_split(mesh: ModelMesh, share: int) -> None:
     """Says over how many devices a model is split, and what each then holds: less is split than some would think."""
     shape = mesh.mesh.shape
@@ -88,8 +69,13 @@ def _report_split(mesh: ModelMesh, share: int) -> None:
         logging.info("a copy of the model lies on %d devices, %.2f GB on each%s", n_devices, share / 1e9, alike)
 
 
+def _all_devices() -> list[jax.Device]:
+    """Those of all hosts that are joined, host by host, so that a model is split over devices of one host alone."""
+    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+
+
 class JaxBackend:
-    """The decoder of `qwen2_jax` on all devices of this process. Satisfies `core.backend.Backend`."""
+    """The decoder of `qwen2_jax` on all devices, those of joined hosts too. Satisfies `core.backend.Backend`."""
 
     name = "jax"
     can_pack = True
@@ -104,17 +90,17 @@ class JaxBackend:
         return jax.default_backend() == "cpu"
 
     def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
-        """The batch is split over so many devices, or groups of devices that hold the model together."""
-        return self._mesh(model, request).mesh.shape[DATA_AXIS]
+        """A host's rows are split over so many devices, or groups of devices that hold the model together."""
+        return self._mesh(model, request).mesh.shape[DATA_AXIS] // jax.process_count()
 
     def _mesh(self, model: ModelShape, request: StepRequest) -> ModelMesh:
         assert isinstance(model, DecoderConfig)
-        devices = jax.local_devices()
+        devices, n_local = _all_devices(), jax.local_device_count()
 
         def share(n: int) -> int:
             return device_share(model, request, ModelMesh.of(model, devices, n))
 
-        return ModelMesh.of(model, devices, model_parallelism(self._layout, len(devices), share, device_bytes()))
+        return ModelMesh.of(model, devices, model_parallelism(self._layout, n_local, share, device_bytes()))
 
     def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
         """The model's config. Raises ModelError for what is missing or not supported."""
@@ -222,11 +208,16 @@ class ExtractionStep:
     The batch is split over the mesh's data axis. With the whole model on every device each computes its rows alone, and
     the program has no collectives. One compilation for each (rows, row length), and a small one for each number of
     tokens that are gathered from a row.
+
+    The mesh may span several hosts. They run one program over all their devices, step by step, and each hands in rows
+    of its own and gets what is computed of them.
     """
 
     def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
         graphdef, self._state = nnx.split(model)
+        self._mesh = mesh.mesh
         self._rows = NamedSharding(mesh.mesh, PartitionSpec(DATA_AXIS))
+        self._own_rows = NamedSharding(mesh.mesh.local_mesh, PartitionSpec(DATA_AXIS))
         dtype = jnp.dtype(request.stored_dtype)
         split = mesh.split
 
@@ -242,9 +233,10 @@ class ExtractionStep:
         }
         weights = jax.tree.map(lambda array: array.sharding.spec, self._state)
         mapped = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
-        in_specs, out_specs = (weights, rows, rows, rows), (sites, layers_rows, layers_rows)
-        self._forward = jax.jit(mapped(forward, in_specs=in_specs, out_specs=out_specs))
-        self._gather = jax.jit(mapped(_gather, in_specs=(sites, rows), out_specs=sites))
+        in_specs, self._out_specs = (weights, rows, rows, rows), (sites, layers_rows, layers_rows)
+        self._forward = jax.jit(mapped(forward, in_specs=in_specs, out_specs=self._out_specs))
+        gather = partial(jax.shard_map, mesh=mesh.mesh.local_mesh, check_vma=False)
+        self._gather = jax.jit(gather(_gather, in_specs=(sites, rows), out_specs=sites))
         self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
 
     def __call__(self, arrays: StepArrays) -> JaxStepOutput:
@@ -256,13 +248,28 @@ class ExtractionStep:
         return JaxStepOutput(self, started)
 
     def _dispatch(self, arrays: StepArrays) -> Outputs:
-        inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), self._rows)
-        outputs: Outputs = self._forward(self._state, *inputs)
+        inputs = (arrays.tokens, arrays.segment_ids, arrays.positions)
+        placed = [jax.make_array_from_process_local_data(self._rows, array) for array in inputs]
+        outputs = self._own_part(self._forward(self._state, *placed))
         # The little that decides what is fetched is on its way before anybody asks.
         for array in (*outputs[1].values(), *outputs[2].values()):
             array.copy_to_host_async()
         return outputs
 
+    def _own_part(self, outputs: Outputs) -> Outputs:
+        """What this host's devices hold of the outputs, as arrays over these devices alone; nothing moves."""
+        activations, peaks, norms = outputs
+        sites, layers_rows, _ = self._out_specs
+
+        def own(array: Array, spec: PartitionSpec) -> Array:
+            return multihost_utils.global_array_to_host_local_array(array, self._mesh, spec)
+
+        return (
+            {site: own(array, sites[site]) for site, array in activations.items()},
+            {site: own(array, layers_rows) for site, array in peaks.items()},
+            {site: own(array, layers_rows) for site, array in norms.items()},
+        )
+
     def gather(self, activations: dict[str, Array], kept: Int32[np.ndarray, "B K"]) -> dict[str, Array]:
         """The tokens at `kept` of each row, (L, B, K, D) by site; on the devices that hold the rows."""
-        return self._gather(activations, jax.device_put(kept, self._rows))
+        return self._gather(activations, jax.device_put(kept, self._own_rows))

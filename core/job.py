@@ -1,5 +1,6 @@
 """From flags to a job: everything that can be known, checked and refused before weights are loaded."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from absl import logging
 
-from core.activation_storage import ActivationStorage
+from core.activation_storage import RUN_FILE, ActivationStorage
 from core.backend import Backend, StepRequest
 from core.backends import choose_backend
 from core.batching import BatchShape, default_row_lengths, packed_row_lengths
@@ -22,13 +23,15 @@ from core.dataset_utils import (
     stream_identity,
 )
 from core.errors import RunError, UsageError
+from core.hosts import ALONE, Hosts
 from core.model_shape import ModelShape
-from core.object_store import LocalStore, ObjectStore, open_store
+from core.object_store import LocalStore, ObjectStore, disk_errors, open_store
 from core.plan import RunPlan, StreamPlan
 from core.prompts import PromptOptions, Tokenizer
 from core.run_config import RunConfig
 from core.selection import NORM_SITES, Selection, TokenFacts
 from core.sharded_dataset import ShardEntry, find_shard, read_dataset
+from core.window_parts import PartOfWindow, parts_of_window
 from core.windows import StreamPlace, TokenizedSample, Window, cut_windows
 from qwen2_jax import Capture, ModelError, load_tokenizer, tokenizer_digest
 
@@ -42,6 +45,7 @@ class Job:
       folder: where its activations go in the output: the worker's folder, or that of the dataset shard.
       compute_dtype: resolved for this machine.
       facts: what the tokenizer says of token ids, where the selection asks for it.
+      hosts: those that share the windows.
     """
 
     config: RunConfig
@@ -56,6 +60,7 @@ class Job:
     tokenizer: Tokenizer
     selection: Selection | None = None
     facts: TokenFacts | None = None
+    hosts: Hosts = ALONE
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -80,7 +85,7 @@ class Job:
 
     @property
     def batch_shape(self) -> BatchShape:
-        """How samples are laid into steps."""
+        """How each host lays samples into steps."""
         row_multiple = self.backend.row_multiple(self.model, self.step_request)
         pack, longest = self.config.pack and self.backend.can_pack, self.config.max_seq_length
         row_lengths = (
@@ -115,8 +120,15 @@ class Job:
         return cut_windows(
             self._admit(self.items(start), bad_before),
             bytes_per_token=max(self.bytes_per_token.values()),
-            shard_bytes=self.config.shard_bytes,
+            # Every part has files of its own, which are to reach the size that was asked for.
+            shard_bytes=self.config.shard_bytes * self.plan.parts,
             first_index=first_index,
+        )
+
+    def parts_of(self, window: Window) -> Iterator[PartOfWindow]:
+        """What this host computes of a window, turn by turn."""
+        return parts_of_window(
+            window, self.batch_shape, n_parts=self.plan.parts, host=self.hosts.number, n_hosts=self.hosts.count
         )
 
     def _admit(self, items: Iterator[TokenizedSample | BadRecord], n_bad: int) -> Iterator[TokenizedSample | BadRecord]:
@@ -152,7 +164,7 @@ def backend_of(config: RunConfig) -> Backend:
     )
 
 
-def prepare_job(config: RunConfig, compute_dtype: str) -> Job:
+def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> Job:
     """The job of --dataset_path.
 
     Checks model, layers, prompts and stream; raises UsageError, ModelError or RunError saying what is wrong.
@@ -164,10 +176,10 @@ def prepare_job(config: RunConfig, compute_dtype: str) -> Job:
     stream = StreamPlan(
         stream_identity(path), config.machine_id, config.total_machines, config.max_tasks, first_position
     )
-    return _prepare(config, compute_dtype, path, config.folder, stream)
+    return _prepare(config, compute_dtype, hosts, path, config.folder, stream)
 
 
-def prepare_shard_jobs(config: RunConfig, compute_dtype: str) -> list[Job]:
+def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> list[Job]:
     """One job for each shard of --sharded_dataset_dir, all alike but for the shard. Raises as `prepare_job` does.
 
     `max_tasks` counts from the start of the dataset: shards behind it have no job.
@@ -180,7 +192,7 @@ def prepare_shard_jobs(config: RunConfig, compute_dtype: str) -> list[Job]:
     limit = dataset.total_tasks if config.max_tasks is None else config.max_tasks
     taken = [shard for shard in dataset.shards if shard.first_task < limit]
     streams = [_shard_stream(shard, limit) for shard in taken]
-    first = _prepare(config, compute_dtype, f"{url}/{taken[0].name}", taken[0].name, streams[0])
+    first = _prepare(config, compute_dtype, hosts, f"{url}/{taken[0].name}", taken[0].name, streams[0])
     return [
         replace(first, stream_path=f"{url}/{shard.name}", folder=shard.name, stream=stream)
         for shard, stream in zip(taken, streams, strict=True)
@@ -192,7 +204,9 @@ def _shard_stream(shard: ShardEntry, limit: int) -> StreamPlan:
     return StreamPlan(shard.identity, 0, 1, max_tasks if max_tasks < shard.num_tasks else None, shard.first_task)
 
 
-def _prepare(config: RunConfig, compute_dtype: str, stream_path: str, folder: str, stream: StreamPlan) -> Job:
+def _prepare(
+    config: RunConfig, compute_dtype: str, hosts: Hosts, stream_path: str, folder: str, stream: StreamPlan
+) -> Job:
     options = PromptOptions(
         grid_encoder=config.grid_encoder,
         prompt_version=config.prompt_version,
@@ -211,6 +225,7 @@ def _prepare(config: RunConfig, compute_dtype: str, stream_path: str, folder: st
     revision = None if config.tokenizer_path else config.revision
     tokenizer = Tokenizer(options, partial(load_tokenizer, tokenizer_path, revision), model.vocab_size)
     facts = _token_facts(config, tokenizer)
+    digest = tokenizer_digest(tokenizer_path, revision)
     return Job(
         config=config,
         stream_path=stream_path,
@@ -219,11 +234,12 @@ def _prepare(config: RunConfig, compute_dtype: str, stream_path: str, folder: st
         model=model,
         capture=capture,
         compute_dtype=compute_dtype,
-        plan=_run_plan(config, backend, model, capture, compute_dtype, tokenizer_digest(tokenizer_path, revision)),
+        plan=_run_plan(config, backend, model, capture, compute_dtype, digest, _parts(hosts, config)),
         stream=stream,
         tokenizer=tokenizer,
         selection=selection,
         facts=facts,
+        hosts=hosts,
     )
 
 
@@ -261,7 +277,13 @@ def _check_length(config: RunConfig, model: ModelShape) -> None:
 
 
 def _run_plan(
-    config: RunConfig, backend: Backend, model: ModelShape, capture: Capture, compute_dtype: str, tokenizer: str | None
+    config: RunConfig,
+    backend: Backend,
+    model: ModelShape,
+    capture: Capture,
+    compute_dtype: str,
+    tokenizer: str | None,
+    parts: int,
 ) -> RunPlan:
     return RunPlan(
         # The digest says which weights these are; the revision only says where they were found.
@@ -284,7 +306,29 @@ def _run_plan(
         overlong=config.overlong,
         selection=None if config.selection is None else config.selection.to_json(),
         backend=backend.name,
+        parts=parts,
     )
+
+
+def _parts(hosts: Hosts, config: RunConfig) -> int:
+    """Into how many parts windows are cut: as the output has it already, else one for each host.
+
+    A slice of another size, or a single machine, can so go on where a slice was lost.
+    """
+
+    def found() -> int:
+        try:
+            parts = json.loads(open_stores(config).primary.read_bytes(RUN_FILE)).get("parts", 1)
+        except FileNotFoundError:
+            return hosts.count
+        except (ValueError, AttributeError):
+            return hosts.count  # what is wrong with it is said where the plans are compared
+        return parts if type(parts) is int and parts >= 1 else hosts.count
+
+    parts = hosts.share("parts", found)
+    if parts != hosts.count:
+        logging.info("every window has %d parts, as %s says: %d hosts take turns at them", parts, RUN_FILE, hosts.count)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -306,8 +350,8 @@ class Stores:
         return [self.primary, *([self.mirror] if self.mirror is not None else [])]
 
 
-def open_stores(config: RunConfig) -> Stores:
-    """The output where the flags say it is; nothing is written yet.
+def open_stores(config: RunConfig, parts: int = 1) -> Stores:
+    """The output where the flags say it is; nothing is written yet. parts: of each window, see `RunPlan`.
 
     Local output: written in place. Remote output: files are finished in a folder below TMPDIR, then uploaded. Local
     output with upload: the bucket is where a commit counts, the local folder is a copy unless it is to be deleted.
@@ -318,13 +362,44 @@ def open_stores(config: RunConfig) -> Stores:
         primary = open_store(config.output_dir)
     elif config.uploads:
         primary = open_store(config.gcs_url)
-    return Stores(primary, spool, spool if config.uploads and not config.delete_local_after_upload else None)
+    # A host that shares windows with others has its own parts alone on its disk, which is no output.
+    keeps_copy = config.uploads and not config.delete_local_after_upload and parts == 1
+    return Stores(primary, spool, spool if keeps_copy else None)
+
+
+def require_shared_output(config: RunConfig, hosts: Hosts) -> None:
+    """Raises UsageError on a host that does not find in its local output folder what the first host writes there."""
+    if hosts.count == 1 or config.output_is_remote or config.uploads:
+        return
+    store = LocalStore(config.local_output)
+    probe: Path | None = None
+
+    def write() -> str:
+        nonlocal probe
+        probe = store.temporary_path("probe")
+        with disk_errors(probe):
+            probe.touch()
+        return probe.name
+
+    try:
+        name = hosts.share("probe", write)
+        if not (store.root / name).exists():
+            raise UsageError(
+                f"--output_dir {config.output_dir}: host {hosts.number} does not see there what host 0 writes: "
+                "name a folder on a shared disk, a gs:// URL, or --upload_to_gcs"
+            )
+        hosts.tell(f"saw_probe/{hosts.number}", True)
+        for host in range(1, hosts.count) if hosts.is_first else ():
+            hosts.wait_for(f"saw_probe/{host}")
+    finally:
+        if probe is not None:
+            probe.unlink(missing_ok=True)
 
 
 def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
     """The job's folder in the output; nothing is written yet."""
     config = job.config
-    stores = stores or open_stores(config)
+    stores = stores or open_stores(config, job.plan.parts)
     return ActivationStorage(
         job.plan,
         job.stream,

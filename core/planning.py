@@ -4,7 +4,7 @@ import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from core import backend
 from core.activation_storage import CommitRecord
-from core.batching import Step, plan_steps, step_arrays
+from core.batching import Step, step_arrays
 from core.dataset_utils import survey_records
 from core.errors import RunError
 from core.extraction import WINDOWS_IN_MEMORY
@@ -21,6 +21,7 @@ from core.job import Job
 from core.progress import format_bytes, format_reasons
 from core.selection import count_reasons
 from core.sinks import BLOCK_BYTES, deflate_block
+from core.window_parts import PartOfWindow
 from core.windows import TokenizedSample, Window
 
 _SURVEYED_RECORDS = 32
@@ -175,12 +176,13 @@ def plan_run(
     first = next(windows, None)
     if first is None:
         return PlanReport(samples_done, len(committed), free_disk_bytes=free)
-    timed = plan_steps(first.lengths, job.batch_shape)[0]
-    seconds, ratio = time_step(job, load(), first, timed)
-    totals = _Totals()
+    part = next(job.parts_of(first))
+    timed = part.steps[0]
+    seconds, ratio = time_step(job, load(), part.own, timed)
+    totals = _Totals(job.hosts.count)
     for window in itertools.chain([first], windows):
-        totals.add(window, plan_steps(window.lengths, job.batch_shape))
-    rate = timed.n_rows * timed.length / seconds
+        totals.add(window, job.parts_of(window))
+    rate = job.hosts.count * timed.n_rows * timed.length / seconds
     needed = disk_needed(job, totals.tokens, totals.stored, ratio)
     on_disk = stored_bytes(job, totals.tokens, totals.stored, ratio)
     return PlanReport(
@@ -207,6 +209,9 @@ def plan_run(
 
 @dataclass
 class _Totals:
+    """n_hosts: that take every step together, with rows of their own."""
+
+    n_hosts: int
     windows: int = 0
     samples: int = 0
     tokens: int = 0
@@ -217,7 +222,8 @@ class _Totals:
     computed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, window: Window, steps: list[Step]) -> None:
+    def add(self, window: Window, parts: Iterable[PartOfWindow]) -> None:
+        steps = [step for part in parts for step in part.steps]
         self.windows += 1
         self.samples += len(window.samples)
         self.tokens += window.n_tokens
@@ -226,7 +232,7 @@ class _Totals:
         self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)
         self.bad_records += len(window.bad_records)
         self.steps += len(steps)
-        self.computed += sum(step.n_rows * step.length for step in steps)
+        self.computed += self.n_hosts * sum(step.n_rows * step.length for step in steps)
 
 
 def time_step(job: Job, step: backend.Step, window: Window, planned: Step) -> tuple[float, float | None]:

@@ -84,6 +84,7 @@ class Progress:
       expected_samples: of the whole stream, an estimate; already committed ones included.
       log: takes one line for people.
       metrics_path: a JSON line is appended for each commit.
+      n_hosts: that share every window: what this one computes stands for as much on each of the others.
     """
 
     def __init__(
@@ -94,12 +95,14 @@ class Progress:
         committed_samples: int,
         log: Callable[[str], None],
         metrics_path: Path,
+        n_hosts: int = 1,
     ) -> None:
         self._pipeline = pipeline
         self._expected = expected_samples
         self._committed_before = committed_samples
         self._log = log
         self._metrics_path = metrics_path
+        self._n_hosts = n_hosts
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._finished = threading.Event()
@@ -118,10 +121,10 @@ class Progress:
         self._ticker.join()
 
     def computed(self, samples: int, tokens: int) -> None:
-        """Counts samples whose activations have reached the host."""
+        """Counts samples whose activations have reached this host."""
         with self._lock:
-            self.samples_computed += samples
-            self.tokens_computed += tokens
+            self.samples_computed += samples * self._n_hosts
+            self.tokens_computed += tokens * self._n_hosts
 
     def committed(self, record: CommitRecord) -> None:
         """Counts a committed window and appends a line of metrics."""

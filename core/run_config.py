@@ -76,6 +76,7 @@ class RunConfig:
     coordinator_address: str | None = None
     host_id: int | None = None
     num_hosts: int | None = None
+    host_timeout_s: float = 60.0
     compilation_cache_dir: str = "~/.cache/qwen2_jax/compiled"
     weights_cache_dir: str = "~/.cache/qwen2_jax/weights"
     json: bool = False
@@ -89,6 +90,7 @@ class RunConfig:
         for name in ("max_bad_records", "random_seed", "worker_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
         self._require(0 <= self.stop_grace_s < math.inf, "stop_grace_s", "must not be negative, nor infinite")
+        self._require(3 <= self.host_timeout_s < math.inf, "host_timeout_s", "must be at least 3, and finite")
         self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
         self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
@@ -198,11 +200,15 @@ class RunConfig:
         """Whether shard files are compressed."""
         return self.compress_shards and FORMATS[self.format].compressible
 
-    def metrics_path_of(self, folder: str) -> Path:
-        """Where metrics.jsonl goes: beside the shards in `folder` when they are local, else beside the checkpoint."""
+    def metrics_path_of(self, folder: str, host: int = 0) -> Path:
+        """Where metrics.jsonl goes: beside the shards in `folder` when they are local, else beside the checkpoint.
+
+        host: of a slice; each has a file.
+        """
+        of_host = f"_host_{host}" if host else ""
         if self.local_copy_stays:
-            return self.local_output / folder / "metrics.jsonl"
-        return Path(self.checkpoint_dir) / f"metrics_worker_{self.worker_id}.jsonl"
+            return self.local_output / folder / f"metrics{of_host}.jsonl"
+        return Path(self.checkpoint_dir) / f"metrics_worker_{self.worker_id}{of_host}.jsonl"
 
     @property
     def folder(self) -> str:

@@ -4,14 +4,24 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 
 from absl import logging
 
+from core.backend import Backend
 from core.errors import UsageError
 from core.extraction import is_complete, resume_place
-from core.jax_utils import enable_compilation_cache, join_hosts
-from core.job import Job, backend_of, open_storage, open_stores, prepare_job, prepare_shard_jobs
+from core.host_session import HostSession
+from core.hosts import ALONE, Hosts, join_hosts
+from core.jax_utils import enable_compilation_cache
+from core.job import (
+    Job,
+    backend_of,
+    open_storage,
+    open_stores,
+    prepare_job,
+    prepare_shard_jobs,
+    require_shared_output,
+)
 from core.planning import PlanReport, plan_run
 from core.progress import Summary
 from core.run_config import RunConfig
@@ -31,19 +41,28 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
     anything is written or loaded. What it raises ends the run.
     """
     _keep_heap_flat()
-    backend = backend_of(config)
-    if backend.name == "jax":
-        config = _join_hosts(config)
-        enable_compilation_cache(config.compilation_cache_dir)
-    elif config.multihost:
-        raise UsageError("--multihost: JAX joins hosts, torch does not: use --machine_id and --total_machines")
-    compute_dtype = backend.compute_dtype(config.compute_dtype)
     if config.gcs_bucket is not None and not config.uploads:
         logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)
+    backend = backend_of(config)
+    if config.multihost and backend.name != "jax":
+        raise UsageError("--multihost: JAX joins hosts, torch does not: use --machine_id and --total_machines")
+    with _join_hosts(config) as hosts:
+        return _run(config, backend, hosts, before_extraction)
+
+
+def _run(
+    config: RunConfig, backend: Backend, hosts: Hosts, before_extraction: BeforeExtraction | None
+) -> Summary | PlanReport:
+    if backend.name == "jax":
+        enable_compilation_cache(config.compilation_cache_dir)
+    if not config.plan:
+        require_shared_output(config, hosts)
+    compute_dtype = backend.compute_dtype(config.compute_dtype)
     if config.use_sharded_dataset:
-        jobs = prepare_shard_jobs(config, compute_dtype)
-        return _plan(jobs) if config.plan else run_shards(jobs, open_stores(config), before_extraction)
-    job = prepare_job(config, compute_dtype)
+        jobs = prepare_shard_jobs(config, compute_dtype, hosts)
+        stores = open_stores(config, jobs[0].plan.parts)
+        return _plan(jobs) if config.plan else run_shards(jobs, stores, before_extraction)
+    job = prepare_job(config, compute_dtype, hosts)
     return _plan([job]) if config.plan else _extract(job, before_extraction)
 
 
@@ -59,20 +78,18 @@ def _keep_heap_flat() -> None:
         libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _join_hosts(config: RunConfig) -> RunConfig:
-    """With --multihost every host takes its share of the stream's lines and a folder of its own, or claims shards."""
+def _join_hosts(config: RunConfig) -> Hosts:
+    """With --multihost all hosts of the slice are one worker, and share every window."""
     if not config.multihost:
-        return config
-    hosts, host = join_hosts(config.coordinator_address, config.num_hosts, config.host_id)
-    config = replace(config, worker_id=config.worker_id * hosts + host)
-    if config.use_sharded_dataset:
-        return config
-    return replace(config, total_machines=config.total_machines * hosts, machine_id=config.machine_id * hosts + host)
+        return ALONE
+    hosts = join_hosts(config.coordinator_address, config.num_hosts, config.host_id, config.host_timeout_s)
+    logging.info("host %d of %d", hosts.number, hosts.count)
+    return hosts
 
 
 def _plan(jobs: Sequence[Job]) -> PlanReport:
     """Prices what the output does not hold yet."""
-    stores = open_stores(jobs[0].config)
+    stores = open_stores(jobs[0].config, jobs[0].plan.parts)
     done = [(job, open_storage(job, stores).open()) for job in jobs]
     left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
     windows = (job.windows(start=place, first_index=i, bad_before=bad) for job, (place, i, bad) in left)
@@ -86,12 +103,15 @@ def _plan(jobs: Sequence[Job]) -> PlanReport:
 
 
 def _extract(job: Job, before_extraction: BeforeExtraction | None) -> Summary:
-    stores = open_stores(job.config)
+    stores = open_stores(job.config, job.plan.parts)
     storage = open_storage(job, stores)
     storage.spool.remove_stale_temporaries()
     prepared = prepare_stream(job, storage)
     if before_extraction is not None and prepared.windows is not None:
         before_extraction(job, stores)
     model = load(job) if prepared.windows is not None else None
-    with stop_on_signals(job.config.stop_grace_s) as stop:
-        return run_stream(prepared, model, stop)
+    with (
+        stop_on_signals(job.config.stop_grace_s) as stop,
+        HostSession(job.hosts, "run", stop) as session,
+    ):
+        return run_stream(prepared, model, session)

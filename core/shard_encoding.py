@@ -27,11 +27,13 @@ class WindowActivations:
     Attributes:
       layers: by site, the layer numbers under which its arrays are stored.
       by_site: the arrays, N the window's stored tokens.
+      part: the number of the part of the window that this is, where it has several.
     """
 
     window: Window
     layers: dict[str, tuple[int, ...]]
     by_site: dict[str, Shaped[np.ndarray, "L N D"]]
+    part: int | None = None
 
     def narrowed_to(self, samples: tuple[TokenizedSample, ...]) -> "WindowActivations":
         """The same with the final `samples`, once norms have decided that fewer tokens are stored; moved in place.
@@ -71,19 +73,24 @@ class ShardEncoder:
         return self.shard_format.suffix() + (".gz" if self.gzipped else "")
 
     def encode(self, activations: WindowActivations) -> list[SpooledFile]:
-        """Writes one file a site and the sample table; what was written is removed again when one of them fails."""
+        """Writes one file a site and the sample table; what was written is removed again when one of them fails.
+
+        A part of a window that holds no sample has no files.
+        """
         window = activations.window
         files: list[SpooledFile] = []
+        if not window.samples:
+            return files
         try:
             offsets = window.offsets
             for site, array in activations.by_site.items():
                 content = ShardContent(site, activations.layers[site], array, offsets, window.samples)
-                name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix)
+                name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix, activations.part)
                 fill = partial(self.shard_format.write, content)
                 path, digest = self._write(name, self.gzipped, fill)
                 is_equivalent = partial(_holds, content.outline(), self.shard_format.name, self.gzipped)
                 files.append(SpooledFile(name, site, path, digest, is_equivalent))
-            name = table_name(window.index)
+            name = table_name(window.index, activations.part)
             path, digest = self._write(name, True, partial(write_table, window.samples))
             files.append(SpooledFile(name, None, path, digest, is_equivalent=None))
         except BaseException:

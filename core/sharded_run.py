@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from gzip import BadGzipFile
 from typing import Any
 
 from absl import logging
@@ -19,7 +18,8 @@ from core.activation_storage import (
     has_index_of,
     refuse_other,
 )
-from core.errors import RunError, UsageError
+from core.errors import RunError, is_fault_of_the_machine
+from core.host_session import HostSession, StopOfAny
 from core.job import Job, Stores, open_storage
 from core.object_store import ObjectStore
 from core.progress import Progress, Summary
@@ -28,13 +28,11 @@ from core.shard_claims import Lease, Owner, ShardClaims
 from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset
 from core.signals import stop_on_signals
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream
-from qwen2_jax.errors import ModelError
 
 # Called with the first job and the stores, before anything is written.
 BeforeExtraction = Callable[[Job, Stores], None]
 # Shards that fail one after another point at this machine rather than at each of them.
 _FAILURES_IN_A_ROW = 3
-_STORAGE_PACKAGES = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 _SUMMED = ("samples", "tokens", "bytes", "shards", "truncated", "bad_records", "empty_samples")
 
@@ -96,9 +94,10 @@ def run_shards(
     stores.spool.remove_stale_temporaries()
     # Loading comes before the first claim: a process that is killed meanwhile holds up nobody.
     model = load(jobs[0]) if anything_left else None
-    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon) as stop:
+    jobs[0].hosts.abandon = run.abandon
+    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon) as told_here:
         if model is not None:
-            run.work(model, stop)
+            run.work(model, StopOfAny(jobs[0].hosts, "run", told_here))
         return run.summary(model)
 
 
@@ -165,18 +164,52 @@ class _ShardedRun:
         self._finished: list[str] = []
         self._failed_in_a_row: set[str] = set()
         self._lease: Lease | None = None
+        self._hosts = jobs[0].hosts
+        self._n_sessions = 0
 
     def anything_left(self) -> bool:
-        """Whether the claims leave a shard to be done."""
-        return bool(self._claims.left(list(self._jobs)))
+        """Whether the claims leave a shard to be done; asked by all hosts at once."""
+        return self._standing()[0]
+
+    def _standing(self) -> tuple[bool, dict[str, str]]:
+        """Whether a shard is left, and the shards that are set aside, with their errors."""
+
+        def found() -> tuple[bool, dict[str, str]]:
+            return bool(self._claims.left(list(self._jobs))), dict(self._claims.set_aside)
+
+        left, set_aside = self._hosts.share(f"standing/{self._n_sessions}", found)
+        return left, set_aside
 
     def work(self, model: LoadedModel, stop: threading.Event) -> None:
-        """Claims and extracts until nothing is left or `stop` is set."""
+        """Claims and extracts until nothing is left or `stop` is set. On a slice the first host claims for all."""
         self._started = time.monotonic()
+        if not self._hosts.is_first:
+            self._follow(model, stop)
+            return
         while (lease := self._claims.next(list(self._jobs), self._preferred, stop)) is not None:
             self._lease = lease
             with lease:
                 self._work_on(lease, model, stop)
+        self._hosts.tell(self._next_session(), None)
+
+    def _next_session(self) -> str:
+        self._n_sessions += 1
+        return f"session/{self._n_sessions}"
+
+    def _follow(self, model: LoadedModel, stop: threading.Event) -> None:
+        """Extracts what the first host claims."""
+        # Asking it is what tells the other hosts that this one is to stop; then the first one announces the end.
+        while (shard := self._hosts.wait_for(self._next_session(), lambda: stop.is_set() or True)) is not None:
+            try:
+                with self._session(stop) as session:
+                    self._summaries.append((shard, self._extract(shard, model, session)))
+            except Exception as error:
+                if is_fault_of_the_machine(error):
+                    raise
+                logging.warning("%s: given up: %s", shard, error)
+
+    def _session(self, stop: threading.Event) -> HostSession:
+        return HostSession(self._hosts, str(self._n_sessions), stop)
 
     def abandon(self) -> None:
         """Gives back what is being worked on, from another thread, when the process is about to end."""
@@ -184,8 +217,10 @@ class _ShardedRun:
             self._lease.abandon()
 
     def _work_on(self, lease: Lease, model: LoadedModel, stop: threading.Event) -> None:
+        self._hosts.tell(self._next_session(), lease.shard)
         try:
-            summary = self._extract(lease, model, stop)
+            with self._session(_AnyEvent(stop, lease.lost)) as session:
+                summary = self._extract(lease.shard, model, session, lease)
         except Exception as error:
             if is_fault_of_the_machine(error):
                 raise
@@ -201,25 +236,28 @@ class _ShardedRun:
             self._finished.append(lease.shard)
             lease.release("done")
 
-    def _extract(self, lease: Lease, model: LoadedModel, stop: threading.Event) -> Summary:
-        job = self._jobs[lease.shard]
-        logging.info("%s: claimed (lease %d)", lease.shard, lease.epoch)
+    def _extract(self, shard: str, model: LoadedModel, session: HostSession, lease: Lease | None = None) -> Summary:
+        """lease: of the host that has claimed the shard."""
+        job = self._jobs[shard]
+        if lease is not None:
+            logging.info("%s: claimed (lease %d)", shard, lease.epoch)
         _check_shard(job)
 
         def report_on(progress: Progress) -> None:
-            lease.report = lambda: {
-                "samples": progress.samples,
-                "tokens": progress.tokens,
-                "computed_samples": progress.samples_computed,
-            }
+            if lease is not None:
+                lease.report = lambda: {
+                    "samples": progress.samples,
+                    "tokens": progress.tokens,
+                    "computed_samples": progress.samples_computed,
+                }
 
         return run_stream(
-            prepare_stream(job, open_storage(job, self._stores)),
+            prepare_stream(job, open_storage(job, self._stores), session.name),
             model,
-            _AnyEvent(stop, lease.lost),
-            log=lambda line: logging.info("%s: %s", lease.shard, line),
+            session,
+            log=lambda line: logging.info("%s: %s", shard, line),
             on_start=report_on,
-            may_write_index=lease.is_held,
+            may_write_index=lambda: lease is not None and lease.is_held(),
         )
 
     def _note_failure(self, lease: Lease, error: Exception) -> None:
@@ -242,8 +280,7 @@ class _ShardedRun:
     def summary(self, model: LoadedModel | None) -> ShardedSummary:
         """What this worker did, and how the whole dataset stands."""
         seconds = time.monotonic() - self._started
-        left = self.anything_left()
-        set_aside = self._claims.set_aside
+        left, set_aside = self._standing()
         done = [summary for _, summary in self._summaries]
         last = dict(self._summaries).values()
         stages = Counter[str]()
@@ -263,7 +300,7 @@ class _ShardedRun:
             stages={name: round(busy, 3) for name, busy in stages.items()},
             bottleneck=max(stages, key=lambda name: stages[name]) if stages else None,
             finished_shards=tuple(self._finished),
-            set_aside=dict(set_aside),
+            set_aside=set_aside,
         )
 
 
@@ -274,20 +311,3 @@ def _check_shard(job: Job) -> None:
         raise RunError(f"{job.stream_path}: no such shard, but the dataset's manifest names it: copy the dataset again")
     if (shard.identity, shard.first_task) != (job.stream.identity, job.stream.first_position):
         raise RunError(f"{job.stream_path}/{SHARD_FILE} and {MASTER_FILE} disagree: copy the dataset again")
-
-
-def is_fault_of_the_machine(error: BaseException) -> bool:
-    """Whether an error comes from this machine, its storage or the command line rather than from a shard's data.
-
-    A device that fails is the machine's fault, one that is too small for a shard is not: it would be everywhere.
-    """
-    while True:
-        if type(error).__module__.partition(".")[0] == "jaxlib" and "RESOURCE_EXHAUSTED" not in str(error):
-            return True
-        if isinstance(error, OSError | MemoryError | UsageError | ModelError) and not isinstance(error, BadGzipFile):
-            return True
-        if type(error).__module__.partition(".")[0] in _STORAGE_PACKAGES:
-            return True
-        if error.__cause__ is None:
-            return False
-        error = error.__cause__

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from core.backend import Step
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.extraction import Extraction, is_complete, resume_place
 from core.formats import FORMATS
+from core.host_session import HostSession
 from core.job import Job
 from core.object_store import LocalStore, disk_errors
 from core.pipeline import Pipeline
@@ -57,9 +57,12 @@ def load(job: Job) -> LoadedModel:
     return LoadedModel(step, time.monotonic() - started)
 
 
-def prepare_stream(job: Job, storage: ActivationStorage) -> PreparedStream:
-    """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest."""
-    records = storage.open()
+def prepare_stream(job: Job, storage: ActivationStorage, session: str = "run") -> PreparedStream:
+    """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest.
+
+    session: its name among those of the hosts that share the stream.
+    """
+    records = storage.open(lambda found: job.hosts.share(f"{session}/found", lambda: found))
     storage.spool.remove_stale_temporaries(storage.folder)
     survey = survey_stream(job)
     if is_complete(records):
@@ -96,13 +99,13 @@ def _require_writable(job: Job, storage: ActivationStorage) -> None:
 def run_stream(
     prepared: PreparedStream,
     model: LoadedModel | None,
-    stop: threading.Event,
+    session: HostSession,
     *,
     log: Callable[[str], None] = logging.info,
     on_start: Callable[[Progress], None] | None = None,
     may_write_index: Callable[[], bool] = lambda: True,
 ) -> Summary:
-    """Extracts what is left, until the end or until `stop` is set.
+    """Extracts what is left, until the end or until `session.stop` is set.
 
     Args:
       on_start: gets the counters that go up while the run goes on.
@@ -116,7 +119,8 @@ def run_stream(
         expected_samples=prepared.survey.samples,
         committed_samples=storage.committed_samples,
         log=log,
-        metrics_path=job.config.metrics_path_of(job.folder),
+        metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
+        n_hosts=job.hosts.count,
     )
     if on_start is not None:
         on_start(progress)
@@ -130,11 +134,10 @@ def run_stream(
                     job=job,
                     storage=storage,
                     step=model.step,
-                    shape=job.batch_shape,
                     encoder=_encoder(job, storage, compressors),
                     progress=progress,
                     pipeline=pipeline,
-                    stop=stop,
+                    session=session,
                     on_commit=bookkeeper.committed,
                 ).run(prepared.windows)
         status = bookkeeper.finish()
@@ -175,13 +178,13 @@ class _Bookkeeper:
         return status
 
     def _write_index(self) -> None:
-        if self._may_write_index():
+        if self._job.hosts.is_first and self._may_write_index():
             self._storage.write_index()
             self._index_written = time.monotonic()
 
     def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
         config = self._job.config
-        if config.enable_checkpointing:
+        if config.enable_checkpointing and self._job.hosts.is_first:
             checkpoint = Checkpoint(
                 worker_id=config.worker_id,
                 last_processed_sample_idx=record.last_sample_idx,
