@@ -154,9 +154,16 @@ def extract(args: argparse.Namespace) -> int:
     }
     config = RunConfig(**flags)
 
+    log_to_file(config.log_file)
+    if config.multihost:
+        from core.guarded_process import fork_under_guard
+
+        code = fork_under_guard()
+        if code is not None:
+            return code
+
     from core.runner import run
 
-    log_to_file(config.log_file)
     result = run(config, _certifier() if config.certify else None)
     for line in result.lines():
         logging.info(line)

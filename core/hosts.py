@@ -4,6 +4,7 @@ Activations and weights never go this way: only what hosts have to agree about, 
 Every host beats, and watches the others: when one falls silent, or ends with an error, the rest end too.
 """
 
+import faulthandler
 import json
 import os
 import sys
@@ -163,8 +164,7 @@ class Hosts:
                 if silent:
                     self._end(f"host {silent[0]} has given no sign of life for {self._timeout_s:.0f} s")
         except RuntimeError as error:
-            if not self._left.is_set():
-                self._end(f"the coordinator, host 0, is gone ({str(error).splitlines()[0]})")
+            self._end_unless_left(f"host 0, the coordinator, is gone ({str(error).splitlines()[0]})")
 
     def _look_for_failures(self) -> None:
         failures = {host: text for host, text in self._said("failed/").items() if host != str(self.number)}
@@ -208,6 +208,8 @@ def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: 
 
     # It would take SIGTERM away from this project's own way of ending.
     jax.config.update("jax_enable_preemption_service", False)
+    # The service aborts a process whose coordinator is gone: the stacks of all threads would bury the reason.
+    faulthandler.disable()
     try:
         jax.distributed.initialize(
             coordinator_address,

@@ -53,7 +53,8 @@ def parts_of_window(
         steps = plan_steps_together([[window.lengths[sample] for sample in samples] for samples in at_once], shape)
         part = turn * n_hosts + host
         samples = at_once[host]
-        own = window if n_parts == 1 else replace(window, samples=window.samples[samples.start : samples.stop])
+        is_whole = len(samples) == len(window.samples)
+        own = window if is_whole else replace(window, samples=window.samples[samples.start : samples.stop])
         yield PartOfWindow(
             window, turn, part if part < n_parts else None, own, tuple(steps[host]), is_last=turn == n_turns - 1
         )
