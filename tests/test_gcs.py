@@ -191,7 +191,7 @@ def test_the_multi_host_command_runs_as_written_on_two_hosts(model, bucket, tmp_
     for host in hosts:
         _, stderr = host.communicate(timeout=200)
         assert host.returncode == 0, stderr
-    shards = {name.split("/")[0] for name in objects(bucket) if "/shard_0001.pkl.gz" in name}
+    shards = {name.split("/")[0] for name in objects(bucket) if "/shard_0001_part_1.pkl.gz" in name}
     assert shards == {f"shard_00{i}" for i in range(4)}
     remote = ("verify", "gs://your-bucket/activations")
     assert run("analyze_activations.py", *remote, cwd=tmp_path, **env).returncode == 0

@@ -19,6 +19,8 @@ from analysis.verification import verify
 from core.activation_storage import ActivationStorage
 from core.errors import RunError, UsageError
 from core.formats import FORMATS
+from core.host_session import HostSession
+from core.hosts import ALONE
 from core.job import open_storage, prepare_job
 from core.plan import read_sealed_json, sealed_json
 from core.run_config import RunConfig
@@ -229,7 +231,8 @@ def fetched_bytes(config: RunConfig) -> CountingStep:
     job = prepare_job(config, "float32")
     step = CountingStep(load(job).step)
     prepared = prepare_stream(job, open_storage(job))
-    assert run_stream(prepared, LoadedModel(step, 0.0), threading.Event()).status == "complete"
+    session = HostSession(ALONE, "run", threading.Event())
+    assert run_stream(prepared, LoadedModel(step, 0.0), session).status == "complete"
     return step
 
 
