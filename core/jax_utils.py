@@ -7,6 +7,7 @@ site.
 import hashlib
 import platform
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -202,6 +203,43 @@ def _has_lanes(mesh: Mesh) -> bool:
     return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
 
 
+@dataclass(frozen=True)
+class StepProgram:
+    """The extraction step before it is compiled: what a run compiles for its devices and the laboratory for others.
+
+    Attributes:
+      state: the model's arrays, or their shapes (`Decoder.abstract` on a mesh), which are enough to lower `forward`.
+      forward: (state, tokens, segment_ids, positions) -> `Outputs`, jitted; the arrays are (B, T) and lie on `rows`.
+      out_specs: how the outputs lie on the mesh: activations by site, all peaks, all norms.
+    """
+
+    state: nnx.State
+    forward: jax.stages.Wrapped
+    rows: NamedSharding
+    out_specs: tuple[dict[str, PartitionSpec], PartitionSpec, PartitionSpec]
+
+
+def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepProgram:
+    """The forward pass split over `mesh`: the batch over its data axis, the model as its parameters lie."""
+    graphdef, state = nnx.split(model)
+    dtype, split = jnp.dtype(request.stored_dtype), mesh.split
+
+    def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
+        captured = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split)
+        peaks = {site: _peaks(x, split.of_site(site)) for site, x in captured.items()}
+        norms = {site: _norms(captured[site], split.of_site(site)) for site in request.norm_sites}
+        return {site: x.astype(dtype) for site, x in captured.items()}, peaks, norms
+
+    rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
+    sites = {site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites}
+    weights = jax.tree.map(lambda array: array.sharding.spec, state)
+    out_specs = (sites, layers_rows, layers_rows)
+    mapped = jax.shard_map(
+        forward, mesh=mesh.mesh, in_specs=(weights, rows, rows, rows), out_specs=out_specs, check_vma=False
+    )
+    return StepProgram(state, jax.jit(mapped), NamedSharding(mesh.mesh, rows), out_specs)
+
+
 class ExtractionStep:
     """The compiled forward pass: token arrays in, activations in the stored dtype out.
 
@@ -214,29 +252,12 @@ class ExtractionStep:
     """
 
     def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
-        graphdef, self._state = nnx.split(model)
+        self._program = program = step_program(model, request, mesh)
         self._mesh = mesh.mesh
-        self._rows = NamedSharding(mesh.mesh, PartitionSpec(DATA_AXIS))
-        self._own_rows = NamedSharding(mesh.mesh.local_mesh, PartitionSpec(DATA_AXIS))
-        dtype = jnp.dtype(request.stored_dtype)
-        split = mesh.split
-
-        def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
-            captured = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split)
-            peaks = {site: _peaks(x, split.of_site(site)) for site, x in captured.items()}
-            norms = {site: _norms(captured[site], split.of_site(site)) for site in request.norm_sites}
-            return {site: x.astype(dtype) for site, x in captured.items()}, peaks, norms
-
-        rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
-        sites = {
-            site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites
-        }
-        weights = jax.tree.map(lambda array: array.sharding.spec, self._state)
-        mapped = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
-        in_specs, self._out_specs = (weights, rows, rows, rows), (sites, layers_rows, layers_rows)
-        self._forward = jax.jit(mapped(forward, in_specs=in_specs, out_specs=self._out_specs))
+        self._own_rows = NamedSharding(mesh.mesh.local_mesh, program.rows.spec)
+        sites = program.out_specs[0]
         gather = partial(jax.shard_map, mesh=mesh.mesh.local_mesh, check_vma=False)
-        self._gather = jax.jit(gather(_gather, in_specs=(sites, rows), out_specs=sites))
+        self._gather = jax.jit(gather(_gather, in_specs=(sites, program.rows.spec), out_specs=sites))
         self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
 
     def __call__(self, arrays: StepArrays) -> JaxStepOutput:
@@ -249,8 +270,8 @@ class ExtractionStep:
 
     def _dispatch(self, arrays: StepArrays) -> Outputs:
         inputs = (arrays.tokens, arrays.segment_ids, arrays.positions)
-        placed = [jax.make_array_from_process_local_data(self._rows, array) for array in inputs]
-        outputs = self._own_part(self._forward(self._state, *placed))
+        placed = [jax.make_array_from_process_local_data(self._program.rows, array) for array in inputs]
+        outputs = self._own_part(self._program.forward(self._program.state, *placed))
         # The little that decides what is fetched is on its way before anybody asks.
         for array in (*outputs[1].values(), *outputs[2].values()):
             array.copy_to_host_async()
@@ -259,7 +280,7 @@ class ExtractionStep:
     def _own_part(self, outputs: Outputs) -> Outputs:
         """What this host's devices hold of the outputs, as arrays over these devices alone; nothing moves."""
         activations, peaks, norms = outputs
-        sites, layers_rows, _ = self._out_specs
+        sites, layers_rows, _ = self._program.out_specs
 
         def own(array: Array, spec: PartitionSpec) -> Array:
             return multihost_utils.global_array_to_host_local_array(array, self._mesh, spec)
