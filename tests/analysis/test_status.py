@@ -15,11 +15,12 @@ from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 from analysis.fleet_status import Commit, ShardStatus, fleet_status, printable, rate_of
 from analysis.status import FleetWatch, retry, status, watch
 from core.activation_storage import CommitRecord
+from core.claim_records import Owner, poison_of, read_claims
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore, open_store
 from core.run_config import RunConfig
 from core.runner import run as extract
-from core.shard_claims import Owner, ShardClaims, poison_of, read_claims
+from core.shard_claims import ShardClaims
 from core.sharded_dataset import read_dataset, write_dataset
 
 N_LINES, N_SHARDS = 40, 4

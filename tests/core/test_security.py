@@ -116,8 +116,9 @@ def test_an_array_of_objects_brings_nothing_in():
 
 
 NAMES = ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "a\\b", "a\0b", "shard_0001.pkl.gz/", "C:\\x", "~/x",
-         "shard_\u0661\u0661\u0661\u0661.pkl", "shard_000\uff11.pkl", "shard_0001\u202e.pkl", "shard_0001.pkl\n", "a//b",  # noqa: E501
-         "shard_0002.pkl.gz", "residual/../shard_0001.pkl", "RESIDUAL/shard_0001.pkl", "-x/shard_0001.pkl"]  # fmt: skip
+         "shard_\u0661\u0661\u0661\u0661.pkl", "shard_000\uff11.pkl", "shard_0001\u202e.pkl", "shard_0001.pkl\n",
+         "a//b", "shard_0002.pkl.gz", "residual/../shard_0001.pkl", "RESIDUAL/shard_0001.pkl",
+         "-x/shard_0001.pkl"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,7 +229,7 @@ def test_the_token_of_the_environment_is_masked_wherever_it_turns_up(monkeypatch
 def test_a_signed_url_leaves_no_trace_in_what_is_kept(monkeypatch):
     monkeypatch.setattr("core.dataset_utils.resolve_stream_path", lambda path: path)
     monkeypatch.setattr("core.dataset_utils.find_shard", lambda path: None)
-    monkeypatch.setattr("core.dataset_utils._open_stored", lambda path: io.BytesIO(b"{}\n"))
+    monkeypatch.setattr("core.stored_files._open_stored", lambda path: io.BytesIO(b"{}\n"))
     identity = stream_identity("https://host/folder/s.jsonl?X-Goog-Signature=0a1b2c3d")
     assert identity["name"] == "s.jsonl"
 
