@@ -104,13 +104,14 @@ class FleetStatus:
         states = ", ".join(f"{number} {state}" for state, number in self.states.items())
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         share = f" ({self.samples / self.expected_samples:.1%})" if self.expected_samples else ""
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         pace = "no throughput yet"
         if self.samples_per_second is not None:
             pace = f"{self.samples_per_second:.2f} samples/s, {self.tokens_per_second:.0f} tokens/s"
         left = f", about {timedelta(seconds=round(self.eta_s))} left" if self.eta_s else ""
         return [
             f"{self.url}: {states}",
-            f"{self.samples}{of} samples{share}, {self.tokens} tokens, {self.workers} workers, {pace}{left}",
+            f"{self.samples}{of} samples{share}, {self.tokens} tokens, {workers}, {pace}{left}",
             *(shard.line() for shard in self.shards if shard.state != "finished" and (shard.lease or shard.windows)),
             *map(printable, self.notes),
         ]

@@ -193,9 +193,11 @@ class FleetWatch:
             return replace(found, state="finished", expected_samples=found.samples, **self._owner(found))
         per_record = self._samples_per_record()
         if per_record is not None:
-            done = found.samples // per_record + sum(len(record.bad_records) for record in records)
-            left = max(self._dataset[shard].num_tasks - done, 0) * per_record
-            found = replace(found, expected_samples=found.samples + left)
+            stored = self._dataset[shard]
+            start, end = (place * per_record for place in (stored.first_task, stored.first_task + stored.num_tasks))
+            place = records[-1].next_place if records else None
+            left = end - (place.sample_idx if place else start)
+            found = replace(found, expected_samples=found.samples + max(left, 0))
         return self._claimed(found, state, sight)
 
     def _samples_per_record(self) -> int | None:

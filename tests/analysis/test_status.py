@@ -22,6 +22,7 @@ from core.run_config import RunConfig
 from core.runner import run as extract
 from core.shard_claims import ShardClaims
 from core.sharded_dataset import read_dataset, write_dataset
+from core.windows import StreamPlace
 
 N_LINES, N_SHARDS = 40, 4
 
@@ -164,6 +165,31 @@ def test_streams_of_their_own_need_no_claims(pristine, tmp_path):
 def test_no_run_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no run here"):
         status(str(tmp_path))
+
+
+def test_a_watch_that_is_started_first_waits_for_the_run_to_begin(out):
+    naps: list[float] = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 2:
+            declaration.rename(out / "run.json")
+
+    declaration = (out / "run.json").rename(out.parent / "moved.json")
+    (seen,) = watch(str(out), 5.0, sleep)
+    assert seen.finished
+    assert naps == [5.0, 5.0]
+
+
+def test_what_is_left_of_a_line_of_which_some_samples_are_committed_is_counted(out):
+    """Windows end where the bytes say, so one may end between the samples of a line."""
+    for number in range(N_SHARDS):
+        unfinish(out, f"shard_{number:03d}", keep=number == 1)
+    path = out / "shard_001/shard_0001.json"
+    first = CommitRecord.from_bytes(path.read_bytes())
+    half = replace(first, samples_per_record=4, n_samples=6, next_place=StreamPlace(11, 4 * 10 + 6))
+    path.write_bytes(half.to_bytes())
+    assert {found.expected_samples for found in status(str(out)).shards} == {4 * N_LINES // N_SHARDS}
 
 
 def test_watching_ends_when_nothing_is_left_and_outlives_a_storage_fault(out, monkeypatch):
