@@ -57,7 +57,8 @@ class ShardStatus:
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         words = [f"{self.shard} {self.state}: {self.samples}{of} samples"]
         if self.owner is not None:
-            words.append("worker {worker_id} on {host}, process {pid}".format(**self.owner))
+            before = "given back by " if self.state in ("waiting", "poisoned") else ""
+            words.append(before + "worker {worker_id} on {host}, process {pid}".format(**self.owner))
         if self.silent_s is not None:
             last = "last commit" if self.owner is None else "last sign of life"
             words.append(f"{last} {self.silent_s:.0f} s ago")

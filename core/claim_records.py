@@ -65,6 +65,9 @@ class Owner:
         """A new owner."""
         return cls(worker_id, socket.gethostname(), os.getpid(), uuid.uuid4().hex)
 
+    def __str__(self) -> str:
+        return f"worker {self.worker_id} on {self.host}, process {self.pid}"
+
 
 @dataclass(frozen=True)
 class LeaseRecord:
