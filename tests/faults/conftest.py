@@ -20,9 +20,11 @@ def tally(record_property) -> Tally:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """How often each fault was tried."""
+    """How often each fault was tried; what falls short of the whole suite, where the whole suite was asked for."""
+    config = terminalreporter.config
+    is_whole = is_full() and not config.option.keyword and not any(".py" in argument for argument in config.args)
     terminalreporter.section("faults that were tried, with the expected result")
-    for line in table(tried_in(terminalreporter.getreports("passed")), is_full()):
+    for line in table(tried_in(terminalreporter.getreports("passed")), is_whole):
         terminalreporter.write_line(line)
 
 

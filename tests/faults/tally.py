@@ -71,7 +71,7 @@ def tried_in(reports: Iterable[Any]) -> list[Tried]:
     return tried
 
 
-def table(tried: Sequence[Tried], is_full: bool) -> list[str]:
+def table(tried: Sequence[Tried], is_whole: bool) -> list[str]:
     """How often, and the seconds of the tests behind it; of the whole suite also which rows fell short."""
     times, seconds = Counter[str](), Counter[str]()
     for each in tried:
@@ -79,9 +79,9 @@ def table(tried: Sequence[Tried], is_full: bool) -> list[str]:
         seconds[each.row] += each.seconds
     lines = []
     for row, wanted in WANTED.items():
-        if not (is_full or times[row]):
+        if not (is_whole or times[row]):
             continue
-        of = f" of {wanted}" if wanted and is_full else ""
-        missed = "  MISSED" if is_full and times[row] < (wanted or 1) else ""
+        of = f" of {wanted}" if wanted and is_whole else ""
+        missed = "  MISSED" if is_whole and times[row] < (wanted or 1) else ""
         lines.append(f"{row:<50} {times[row]:>6}{of:<8} {seconds[row]:7.1f} s{missed}")
     return lines

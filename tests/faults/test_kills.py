@@ -116,6 +116,21 @@ def test_a_kill_while_an_error_is_noted_loses_only_that_note(point, seed, nurser
     tally(KILLS_AT_POINTS)
 
 
+def test_a_successor_computes_nothing_that_is_committed(nursery, place):
+    data = make_dataset(place, n_lines=30, n_shards=1)
+    nursery.start(Worker(flags(data, place / "calm/out"))).finish()
+    out = place / "out"
+    victim = nursery.start(Worker(flags(data, out), fault="commit.after@4=kill"))
+    assert victim.wait() == -signal.SIGKILL, victim.errors
+    committed = len(sample_indices(out))
+    assert 0 < committed < 30
+    successor = nursery.start(Worker(flags(data, out, 1)))
+    summary = successor.finish()
+    assert (summary["samples"], summary["total_samples"]) == (30 - committed, 30)
+    assert f"going on at sample {committed}" in successor.errors
+    check_finished(out, leave_alone(place / "calm/out"), n_lines=30)
+
+
 def test_kills_at_random_moments_change_nothing_in_the_result(nursery, place, tally):
     wanted = 200 if is_full() else 12
     data = make_dataset(place, n_lines=150, n_shards=8)
