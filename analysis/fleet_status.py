@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+from core.redaction import printable
+
 State = Literal["finished", "running", "abandoned", "waiting", "poisoned", "unfinished"]
 
 # Throughput is that of the last minutes, or of so many commits when they lie further apart.
@@ -163,8 +165,3 @@ def rate_of(commits: Sequence[Commit], now: float) -> tuple[float, float] | None
     if seconds <= 0:
         return None
     return sum(commit.samples for commit in measured) / seconds, sum(commit.tokens for commit in measured) / seconds
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: names and errors in an output may be a stranger's."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import logging
 
-from analysis.fleet_status import Commit, FleetStatus, ShardStatus, fleet_status, printable
+from analysis.fleet_status import Commit, FleetStatus, ShardStatus, fleet_status
 from analysis.stored_plans import StoredShard, read_dataset_shards, read_stream
 from analysis.stream_shares import share_faults
 from core.activation_storage import DATASET_FILE, RECORD_NAME, RUN_FILE, STREAM_FILE, CommitRecord, shard_stem
@@ -46,7 +46,7 @@ def watch(url: str, every_s: float, sleep: Callable[[float], None] = time.sleep)
     """
     fleet = FleetWatch(open_store(url.rstrip("/")))
     while not fleet.has_begun():
-        logging.info("%s: no run here yet: waiting for %s", printable(url), RUN_FILE)
+        logging.info("%s: no run here yet: waiting for %s", url, RUN_FILE)
         sleep(every_s)
     seen = fleet.look()
     yield seen

@@ -12,7 +12,7 @@ import pytest
 from fake_gcs import FakeGcs, gcs_environment
 from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
-from analysis.fleet_status import Commit, ShardStatus, fleet_status, printable, rate_of
+from analysis.fleet_status import Commit, ShardStatus, fleet_status, rate_of
 from analysis.status import FleetWatch, retry, status, watch
 from core.activation_storage import CommitRecord
 from core.claim_records import Owner, poison_of, read_claims
@@ -269,7 +269,7 @@ def test_the_time_that_is_left_follows_from_what_is_left():
 
 
 def test_what_a_terminal_would_obey_is_not_printed():
-    assert printable("a\x1b[2Jb\nc\u202eñ") == "a?[2Jb?c?ñ"
+    assert ShardStatus("a", "poisoned", error="b\x1b[2J\nc\u202eñ").line() == "a poisoned: 0 samples, b?[2J?c?ñ"
 
 
 def test_the_command_prints_one_json_object_for_each_look(out, tmp_path):

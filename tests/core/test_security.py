@@ -23,7 +23,7 @@ from core.formats.pickle_shard import RestrictedUnpickler
 from core.object_store import LocalStore
 from core.object_store.gcs import _emulator, _explain
 from core.plan import canonical_json, sealed_json
-from core.redaction import RedactingFormatter, redact
+from core.redaction import RedactingFormatter, printable, redact
 
 # Pickles, written by hand: what `pickle.dumps` would never write.
 
@@ -247,6 +247,24 @@ def test_no_file_and_no_line_of_a_run_holds_the_token(tmp_path):
     kept = [path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
     assert not any("averysecrettoken" in content for content in (*said, *kept))
     assert "***" in wrong.stderr
+
+
+def test_no_line_says_what_a_terminal_would_obey(tmp_path):
+    """The keys of a stranger's plan, which a refusal quotes."""
+    hostile = "a\x1b[2J\x9b2J\u202eb\x07"
+    assert printable(f"{hostile}\nñ 字") == "a?[2J?2J?b??ñ 字"
+    record = logging.LogRecord("x", logging.ERROR, "f", 1, "1\n\t%s", (hostile,), None)
+    assert RedactingFormatter("%(message)s").format(record) == "1\n\ta?[2J?2J?b?"
+    write_jsonl(tmp_path / "s.jsonl", token_lines(2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_bytes(sealed_json({hostile: hostile}))
+    model = write_model(tmp_path / "model", tokenizer=False)
+    for flags in ((), ("--verbose",)):
+        args = ("--model_path", model, "--dataset_path", "s.jsonl", "--output_dir", "out", "--max_seq_length", 128)
+        refused = extract(tmp_path, *args, *flags)
+        assert refused.returncode == 2
+        assert "a?[2J?2J?b?" in refused.stderr
+        assert all(letter.isprintable() or letter in "\n\t" for letter in refused.stderr)
 
 
 def test_verbose_errors_keep_their_trace_and_their_exit_code(tmp_path):
