@@ -199,7 +199,10 @@ class ShardClaims:
             if lease is not None or not self._open(shards):
                 return lease
             if not is_waiting:
-                logging.info("waiting: other workers hold all %d shards that are left", len(self._open(shards)))
+                left = self._open(shards)
+                logging.info(
+                    "waiting: other workers hold what is left: %s%s", ", ".join(left[:5]), ", …" * (len(left) > 5)
+                )
                 is_waiting = True
             stop.wait(self.heartbeat_s)
         return None
