@@ -25,7 +25,7 @@ class CommandParser(argparse_flags.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits."""
-        self.exit(UsageError.exit_code, f"error: {message} (--help lists the flags)\n")
+        self.exit(UsageError.exit_code, f"error: {printable(redact(message))} (--help lists the flags)\n")
 
 
 def run_command(

@@ -249,6 +249,15 @@ def test_no_file_and_no_line_of_a_run_holds_the_token(tmp_path):
     assert "***" in wrong.stderr
 
 
+def test_a_secret_on_a_command_line_that_is_refused_is_not_repeated(tmp_path):
+    for script in ("extract_activations.py", "create_dataset_streams.py", "analyze_activations.py"):
+        refused = run(script, "--hub_token", "hf_averysecrettokenindeed", "--nothing\x1b[2J", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: ")
+        assert "averysecret" not in refused.stderr
+        assert "\x1b" not in refused.stderr
+
+
 def test_no_line_says_what_a_terminal_would_obey(tmp_path):
     """The keys of a stranger's plan, which a refusal quotes."""
     hostile = "a\x1b[2J\x9b2J\u202eb\x07"

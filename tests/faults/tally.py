@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from core.fault_points import POINTS
+
 # Each row, and how often the whole suite tries it; None: as often as there are places, files or fields.
 KILLS_AT_POINTS = "SIGKILL at an instrumented point"
 KILLS_AT_RANDOM = "SIGKILL at a random moment, 4 processes"
@@ -21,7 +23,7 @@ PREEMPTION = "SIGTERM, and hung workers"
 STEPS = "state machine: sequences of up to 50 steps"
 MUTATIONS = "safeguard taken out, which the suite must miss"
 WANTED: dict[str, int | None] = {
-    KILLS_AT_POINTS: 75,
+    KILLS_AT_POINTS: 3 * len(POINTS),
     KILLS_AT_RANDOM: 200,
     ZOMBIES: 50,
     RACES.format("disk"): 1000,
