@@ -36,9 +36,9 @@ demo: .venv/.installed-demo
 	PYTHON=$(BIN)/python scripts/demo.sh
 
 test: .venv/.installed-dev
-	$(PYTEST) --ignore tests/faults
+	$(PYTEST)
 
-# The fault suite takes long, and so is no part of `make test`.
+# A selection of these is a part of `make test`.
 test-faults: .venv/.installed-dev
 	FAULTS=all $(PYTEST) tests/faults
 

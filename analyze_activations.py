@@ -45,9 +45,10 @@ def status_command(args: argparse.Namespace) -> None:
     """Prints how far a fleet is; with --json one object for each look."""
     from analysis.status import status, watch
     from core.errors import UsageError
+    from core.run_config import LONGEST_WAIT_S
 
-    if not args.interval > 0:
-        raise UsageError(f"--interval {args.interval}: must be above 0")
+    if not 0 < args.interval <= LONGEST_WAIT_S:
+        raise UsageError(f"--interval {args.interval}: must be above 0 and at most a year")
     for fleet in watch(args.dir, args.interval) if args.watch else [status(args.dir)]:
         for line in fleet.lines():
             logging.info("%s", line)

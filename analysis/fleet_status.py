@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+from core.redaction import printable
+
 State = Literal["finished", "running", "abandoned", "waiting", "poisoned", "unfinished"]
 
 # Throughput is that of the last minutes, or of so many commits when they lie further apart.
@@ -57,7 +59,8 @@ class ShardStatus:
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         words = [f"{self.shard} {self.state}: {self.samples}{of} samples"]
         if self.owner is not None:
-            words.append("worker {worker_id} on {host}, process {pid}".format(**self.owner))
+            before = "given back by " if self.state in ("waiting", "poisoned") else ""
+            words.append(before + "worker {worker_id} on {host}, process {pid}".format(**self.owner))
         if self.silent_s is not None:
             last = "last commit" if self.owner is None else "last sign of life"
             words.append(f"{last} {self.silent_s:.0f} s ago")
@@ -104,13 +107,14 @@ class FleetStatus:
         states = ", ".join(f"{number} {state}" for state, number in self.states.items())
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         share = f" ({self.samples / self.expected_samples:.1%})" if self.expected_samples else ""
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
         pace = "no throughput yet"
         if self.samples_per_second is not None:
             pace = f"{self.samples_per_second:.2f} samples/s, {self.tokens_per_second:.0f} tokens/s"
         left = f", about {timedelta(seconds=round(self.eta_s))} left" if self.eta_s else ""
         return [
             f"{self.url}: {states}",
-            f"{self.samples}{of} samples{share}, {self.tokens} tokens, {self.workers} workers, {pace}{left}",
+            f"{self.samples}{of} samples{share}, {self.tokens} tokens, {workers}, {pace}{left}",
             *(shard.line() for shard in self.shards if shard.state != "finished" and (shard.lease or shard.windows)),
             *map(printable, self.notes),
         ]
@@ -161,8 +165,3 @@ def rate_of(commits: Sequence[Commit], now: float) -> tuple[float, float] | None
     if seconds <= 0:
         return None
     return sum(commit.samples for commit in measured) / seconds, sum(commit.tokens for commit in measured) / seconds
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: names and errors in an output may be a stranger's."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.capture import existing_layer, site_bytes
-from core.errors import UsageError
-from core.model_shape import ModelShape
+from core.model_shape import ModelShape, check_sample_length
 from core.progress import format_bytes
 from qwen2_jax.families import FAMILIES
 from qwen2_jax.hook_names import hugging_face_name, transformer_lens_name
@@ -98,8 +97,8 @@ def hook_table(
     max_seq_length: int | None = None,
 ) -> HookTable:
     """Every site of `model` at `layers` (None: all). Raises UsageError for a layer or a length that cannot be."""
-    if max_seq_length is not None and not 1 <= max_seq_length <= model.max_positions:
-        raise UsageError(f"--max_seq_length {max_seq_length}: {path} knows {model.max_positions} positions")
+    if max_seq_length is not None:
+        check_sample_length(max_seq_length, model, path)
     wanted = sorted({existing_layer(layer, f"--layers {layer}", model, path) for layer in layers or ()})
     capture = Capture(tuple(wanted) or tuple(range(model.n_layers)), tuple(model.site_widths))
     sizes = site_bytes(capture, model, dtype)

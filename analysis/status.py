@@ -17,10 +17,7 @@ from analysis.fleet_status import Commit, FleetStatus, ShardStatus, fleet_status
 from analysis.stored_plans import StoredShard, read_dataset_shards, read_stream
 from analysis.stream_shares import share_faults
 from core.activation_storage import DATASET_FILE, RECORD_NAME, RUN_FILE, STREAM_FILE, CommitRecord, shard_stem
-from core.errors import RunError, UsageError
-from core.object_store import Listing, ObjectStore, open_store
-from core.plan import StreamPlan
-from core.shard_claims import (
+from core.claim_records import (
     ClaimState,
     LeaseRecord,
     claims_among,
@@ -30,6 +27,9 @@ from core.shard_claims import (
     read_beat,
     read_lease,
 )
+from core.errors import RunError, UsageError
+from core.object_store import Listing, ObjectStore, open_store
+from core.plan import StreamPlan
 
 _READ_THREADS = 16
 
@@ -40,8 +40,14 @@ def status(url: str) -> FleetStatus:
 
 
 def watch(url: str, every_s: float, sleep: Callable[[float], None] = time.sleep) -> Iterator[FleetStatus]:
-    """The status again and again, until nothing more can happen. What fails on the way is reported and tried again."""
+    """The status again and again, until nothing more can happen. What fails on the way is reported and tried again.
+
+    A run that has not begun yet is waited for: its workers load the model before they write anything.
+    """
     fleet = FleetWatch(open_store(url.rstrip("/")))
+    while not fleet.has_begun():
+        logging.info("%s: no run here yet: waiting for %s", url, RUN_FILE)
+        sleep(every_s)
     seen = fleet.look()
     yield seen
     while not seen.settled:
@@ -110,6 +116,10 @@ class FleetWatch:
     _leases: dict[tuple[str, int], LeaseRecord] = field(default_factory=dict)
     _beats: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
     _poison: dict[str, str] = field(default_factory=dict)
+
+    def has_begun(self) -> bool:
+        """Whether a run has declared itself in the output."""
+        return self.store.info(RUN_FILE) is not None
 
     def look(self) -> FleetStatus:
         """The present state. Raises UsageError when there is no run, RunError when it cannot be read."""
@@ -183,9 +193,11 @@ class FleetWatch:
             return replace(found, state="finished", expected_samples=found.samples, **self._owner(found))
         per_record = self._samples_per_record()
         if per_record is not None:
-            done = found.samples // per_record + sum(len(record.bad_records) for record in records)
-            left = max(self._dataset[shard].num_tasks - done, 0) * per_record
-            found = replace(found, expected_samples=found.samples + left)
+            stored = self._dataset[shard]
+            start, end = (place * per_record for place in (stored.first_task, stored.first_task + stored.num_tasks))
+            place = records[-1].next_place if records else None
+            left = end - (place.sample_idx if place else start)
+            found = replace(found, expected_samples=found.samples + max(left, 0))
         return self._claimed(found, state, sight)
 
     def _samples_per_record(self) -> int | None:

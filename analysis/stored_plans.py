@@ -84,6 +84,11 @@ class StoredShard:
     plan: StreamPlan
     num_tasks: int
 
+    @property
+    def first_task(self) -> int:
+        """The position of its first line in the dataset."""
+        return self.plan.first_position
+
 
 def read_dataset_shards(store: ObjectStore) -> dict[str, StoredShard]:
     """The shards of dataset.json; raises RunError when it is unreadable or says nothing that could be."""

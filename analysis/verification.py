@@ -29,12 +29,12 @@ from core.activation_storage import (
     index_of,
     read_records,
 )
+from core.claim_records import CLAIMS_FOLDER, damaged_claims
 from core.dataset_utils import first_selected
 from core.errors import RunError, UsageError
 from core.formats import FORMATS
 from core.object_store import ObjectStore, open_store
 from core.plan import StreamPlan, read_sealed_json
-from core.shard_claims import CLAIMS_FOLDER, damaged_claims
 
 # Each thread holds one shard in memory.
 _THREADS = 2

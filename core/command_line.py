@@ -14,7 +14,7 @@ from absl.flags import argparse_flags
 
 from core.errors import RunError, UsageError
 from core.object_store import is_loopback
-from core.redaction import RedactingFormatter, redact
+from core.redaction import RedactingFormatter, printable, redact
 from qwen2_jax.errors import ModelError
 
 _FORMAT = RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S")
@@ -25,7 +25,7 @@ class CommandParser(argparse_flags.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exits."""
-        self.exit(UsageError.exit_code, f"error: {message} (--help lists the flags)\n")
+        self.exit(UsageError.exit_code, f"error: {printable(redact(message))} (--help lists the flags)\n")
 
 
 def run_command(
@@ -95,6 +95,6 @@ def _as_run_error(error: Exception) -> RunError:
 def _report(error: Exception, verbose: bool) -> int:
     """Prints the error that is being handled, with its stack trace for those who ask; returns the exit code."""
     if verbose:
-        print(redact(traceback.format_exc()), file=sys.stderr)
-    print(redact("error: " + " ".join(str(error).split())), file=sys.stderr)
+        print(printable(redact(traceback.format_exc()), keep="\n\t"), file=sys.stderr)
+    print(printable(redact("error: " + " ".join(str(error).split()))), file=sys.stderr)
     return error.exit_code if isinstance(error, RunError) else UsageError.exit_code

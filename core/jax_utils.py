@@ -25,6 +25,7 @@ from core.batching import StepArrays
 from core.device_mesh import device_bytes, device_share, model_parallelism
 from core.model_shape import ModelShape
 from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
+from qwen2_jax.errors import ModelError, UnsupportedError
 from qwen2_jax.loading import model_digest
 from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
 
@@ -105,7 +106,10 @@ class JaxBackend:
 
     def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
         """The model's config. Raises ModelError for what is missing or not supported."""
-        return load_config(path, revision)
+        try:
+            return load_config(path, revision)
+        except UnsupportedError as error:
+            raise ModelError(f"{error}; --backend torch can run what transformers knows") from error
 
     def model_digest(self, path: str, revision: str | None) -> str:
         """See the protocol."""

@@ -24,7 +24,7 @@ from core.dataset_utils import (
 )
 from core.errors import RunError, UsageError
 from core.hosts import ALONE, Hosts
-from core.model_shape import ModelShape
+from core.model_shape import ModelShape, check_sample_length
 from core.object_store import LocalStore, ObjectStore, disk_errors, open_store
 from core.plan import RunPlan, StreamPlan
 from core.prompts import PromptOptions, Tokenizer
@@ -219,7 +219,7 @@ def _prepare(
     backend = backend_of(config)
     model = backend.model_shape(config.model_path, config.revision)
     capture = resolve_capture(config.activation_type, config.layers_to_extract, model, config.model_path)
-    _check_length(config, model)
+    check_sample_length(config.max_seq_length, model, config.model_path)
     selection = _checked_selection(config, capture)
     tokenizer_path = config.tokenizer_path or config.model_path
     revision = None if config.tokenizer_path else config.revision
@@ -267,13 +267,6 @@ def _token_facts(config: RunConfig, tokenizer: Tokenizer) -> TokenFacts | None:
         if kind in facts.ids and not facts.ids[kind]:
             logging.warning("--exclude_tokens %s: the tokenizer has no such token, so none is left out", kind)
     return facts
-
-
-def _check_length(config: RunConfig, model: ModelShape) -> None:
-    if config.max_seq_length > model.max_positions:
-        raise UsageError(
-            f"--max_seq_length {config.max_seq_length}: {config.model_path} knows {model.max_positions} positions"
-        )
 
 
 def _run_plan(

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Protocol
 
+from core.errors import UsageError
+
 
 class ModelShape(Protocol):
     """A model's sizes; `qwen2_jax.DecoderConfig` is one. It satisfies `qwen2_jax.taps.Capturable`.
@@ -31,3 +33,12 @@ class ModelShape(Protocol):
 
     @property
     def site_widths(self) -> Mapping[str, int]: ...
+
+
+def check_sample_length(max_seq_length: int, model: ModelShape, path: str) -> None:
+    """Raises UsageError when samples of that many tokens do not fit the model at `path`."""
+    if not 1 <= max_seq_length <= model.max_positions:
+        raise UsageError(
+            f"--max_seq_length {max_seq_length}: {path} knows {model.max_positions} positions: "
+            f"pass --max_seq_length {model.max_positions} or less"
+        )

@@ -1,4 +1,7 @@
-"""Takes secrets out of what is logged, printed or stored: errors of storage and hub libraries quote requests."""
+"""Takes secrets out of what is logged, printed or stored, and out of what is printed what a terminal would obey.
+
+Errors of storage and hub libraries quote requests; names and errors in an output or a stream may be a stranger's.
+"""
 
 import logging
 import os
@@ -33,9 +36,14 @@ def redact(text: str) -> str:
     return text
 
 
+def printable(text: str, keep: str = "") -> str:
+    """The text with a `?` for every character that is no letter on the screen, but for those in `keep`."""
+    return "".join(letter if letter.isprintable() or letter in keep else "?" for letter in text)
+
+
 class RedactingFormatter(logging.Formatter):
-    """Formats log records, stack traces included, without secrets."""
+    """Formats log records, stack traces included, without secrets and without what a terminal would obey."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line as it is written."""
-        return redact(super().format(record))
+        return printable(redact(super().format(record)), keep="\n\t")

@@ -1,119 +1,53 @@
 """Leases on dataset shards: who works on what, so that workers that share nothing but storage do not repeat each other.
 
-    claims/<shard>/000001.json         lease number 1: its owner, and whom it replaces; create-only
-    claims/<shard>/000001.beat         its owner's last sign of life, replaced at every heartbeat
-    claims/<shard>/000001.released     its end and why; create-only
-    claims/<shard>/failures/000.json   an error that the shard's data met; create-only
-    claims/<shard>/poisoned.json       the error that it keeps meeting: nobody claims it any more; create-only
-
-The number of a lease is its epoch. The latest one holds the shard until it is released, or until an observer has seen
-no new sign of life for the TTL by its own monotonic clock; wall clocks are never compared. Whoever creates the next
-epoch has the shard: create-only, so exactly one does. A lease saves work and guards nothing: that two workers who both
-believe to hold a shard do no harm is the commit protocol's business. Nor is a lease believed that was released as
-"done": whether a shard is finished is asked of its output, so that a shard whose output was lost is free again.
+A lease is a numbered file, see `core.claim_records`; its number is its epoch. The latest one holds the shard until it
+is released, or until an observer has seen no new sign of life for the TTL by its own monotonic clock; wall clocks are
+never compared. Whoever creates the next epoch has the shard: create-only, so exactly one does. A lease saves work and
+guards nothing: that two workers who both believe to hold a shard do no harm is the commit protocol's business. Nor is a
+lease believed that was released as "done": whether a shard is finished is asked of its output, so that a shard whose
+output was lost is free again.
 
 A sign of life says that the work goes on, not that a process exists: an owner whose work makes no progress for
 `stall_s` falls silent, and the shard passes to another one.
 """
 
-import json
-import os
 import random
-import re
-import socket
 import threading
 import time
-import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from absl import logging
 
+from core.claim_records import (
+    ClaimState,
+    LeaseRecord,
+    Owner,
+    Reason,
+    failure_file,
+    lease_file,
+    poison_of,
+    poisoned_file,
+    read_claims,
+    read_lease,
+    read_release,
+)
 from core.errors import RunError
 from core.fault_points import fault_point
-from core.json_types import NONE, Kinds, require_types
 from core.object_store import Created, ObjectStore
-from core.plan import read_sealed_json, sealed_json
+from core.plan import sealed_json
 
-CLAIMS_FOLDER = "claims"
-POISON_AFTER = 3
-"""A shard that fails so often with the same error is set aside."""
 DEFAULT_HEARTBEAT_S = 20.0
 DEFAULT_TTL_S = 90.0
 DEFAULT_STALL_S = 1800.0
 """Longer than what may hold everything up: compiling a large program, or one upload with all its repetitions."""
 
-Reason = Literal["done", "stopped", "failed"]
-
-_LEASE_FILE = re.compile(r"([0-9]{6,})\.(json|beat|released)")
-_FAILURE_FILE = re.compile(r"failures/[0-9]{3,}\.json")
-_POISONED_FILE = "poisoned.json"
-_OWNER: Kinds = {"worker_id": (int,), "host": (str,), "pid": (int,), "nonce": (str,)}
-_LEASE: Kinds = {
-    "shard": (str,),
-    "epoch": (int,),
-    "owner": (dict,),
-    "replaces": (dict, NONE),
-    "heartbeat_s": (int, float),
-    "ttl_s": (int, float),
-}
-_RELEASE: Kinds = {"reason": (str,), "owner": (dict,)}
-_FAILURE: Kinds = {"error": (str,), "owner": (dict,), "epoch": (int,)}
-_POISONED: Kinds = {"error": (str,), "failures": (int,)}
 _ERROR_CHARS = 500
 _READ_THREADS = 16
 # A heartbeat that hangs in a stalled request must not hold up a worker that is told to go.
 _LAST_BEAT_S = 5.0
-
-
-@dataclass(frozen=True)
-class Owner:
-    """One start of one process: `nonce` tells it from every other, whatever the worker id."""
-
-    worker_id: int
-    host: str
-    pid: int
-    nonce: str
-
-    @classmethod
-    def of_this_process(cls, worker_id: int) -> "Owner":
-        """A new owner."""
-        return cls(worker_id, socket.gethostname(), os.getpid(), uuid.uuid4().hex)
-
-
-@dataclass(frozen=True)
-class LeaseRecord:
-    """A lease as it is stored.
-
-    Attributes:
-      replaces: the owner whose expired or released lease this one follows, or None.
-      heartbeat_s, ttl_s: what its owner was told; an observer takes it over after its own TTL.
-    """
-
-    shard: str
-    epoch: int
-    owner: Owner
-    replaces: Owner | None
-    heartbeat_s: float
-    ttl_s: float
-
-
-@dataclass(frozen=True)
-class ClaimState:
-    """What the names below a shard's claims say. `epoch` 0: never claimed."""
-
-    epoch: int = 0
-    is_released: bool = False
-    failures: tuple[str, ...] = ()
-    is_poisoned: bool = False
-
-    @property
-    def is_held(self) -> bool:
-        """Whether the latest lease has not been given back; it may have expired."""
-        return self.epoch > 0 and not self.is_released
 
 
 @dataclass
@@ -265,7 +199,10 @@ class ShardClaims:
             if lease is not None or not self._open(shards):
                 return lease
             if not is_waiting:
-                logging.info("waiting: other workers hold all %d shards that are left", len(self._open(shards)))
+                left = self._open(shards)
+                logging.info(
+                    "waiting: other workers hold what is left: %s%s", ", ".join(left[:5]), ", …" * (len(left) > 5)
+                )
                 is_waiting = True
             stop.wait(self.heartbeat_s)
         return None
@@ -285,11 +222,11 @@ class ShardClaims:
         return list(self._left(shards))
 
     def record_failure(self, lease: Lease, error: str) -> None:
-        """Notes that the shard's data met an error; the third time that it is the same, the shard is set aside."""
+        """Notes that the shard's data met an error; after the third that is the same the shard is set aside."""
         content = {"error": error[:_ERROR_CHARS], "owner": asdict(self.owner), "epoch": lease.epoch}
         number = len(read_claims(self.store).get(lease.shard, ClaimState()).failures)
         fault_point("failure.before")
-        while self._create(_failure_file(lease.shard, number), content) is Created.ALREADY_DIFFERENT:
+        while self._create(failure_file(lease.shard, number), content) is Created.ALREADY_DIFFERENT:
             number += 1
         fault_point("failure.after")
 
@@ -323,8 +260,8 @@ class ShardClaims:
         if error is None:
             return False
         if not state.is_poisoned:
-            # By whoever sees it first: the one that met the error the third time may be gone.
-            self._create(_poisoned_file(shard), {"error": error, "failures": POISON_AFTER})
+            # By whoever sees it first: the one that met the error the last time may be gone.
+            self._create(poisoned_file(shard), {"error": error, "failures": len(state.failures)})
         self.set_aside[shard] = error
         return True
 
@@ -380,119 +317,3 @@ class ShardClaims:
         if state.is_held and replaces:
             logging.info("%s: taken over from %s, silent for %.0f s", shard, replaces, self.ttl_s)
         return Lease(self.store, record, self.stall_s, self.clock)
-
-
-def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
-    """The claims in an output folder by shard, from one listing."""
-    return claims_among(store.list(f"{CLAIMS_FOLDER}/"))
-
-
-def claims_among(names: Iterable[str]) -> dict[str, ClaimState]:
-    """The claims by shard that the names in an output folder say."""
-    by_shard: dict[str, list[str]] = {}
-    for name in names:
-        if name.startswith(f"{CLAIMS_FOLDER}/"):
-            _, shard, *rest = name.split("/", 2)
-            by_shard.setdefault(shard, []).extend(rest)
-    return {shard: _state_of(shard, found) for shard, found in by_shard.items()}
-
-
-def read_lease(store: ObjectStore, shard: str, epoch: int) -> LeaseRecord:
-    """A stored lease. Raises RunError when it is gone or damaged."""
-    value = _read(store, lease_file(shard, epoch, "json"), _LEASE, "owner", "replaces")
-    owner, replaces = (None if value[name] is None else _owner(value[name]) for name in ("owner", "replaces"))
-    assert owner is not None
-    return LeaseRecord(value["shard"], value["epoch"], owner, replaces, value["heartbeat_s"], value["ttl_s"])
-
-
-def _owner(value: dict[str, Any]) -> Owner:
-    return Owner(*(value[name] for name in _OWNER))
-
-
-def read_release(store: ObjectStore, shard: str, epoch: int) -> str:
-    """Why a lease ended. Raises RunError when that is gone or damaged."""
-    return _read(store, lease_file(shard, epoch, "released"), _RELEASE, "owner")["reason"]
-
-
-def read_beat(store: ObjectStore, shard: str, epoch: int) -> dict[str, Any]:
-    """The last sign of life of a lease, its whole numbers alone; empty when there is none, or none that is readable."""
-    try:
-        value = json.loads(store.read_bytes(lease_file(shard, epoch, "beat")))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    return {name: number for name, number in value.items() if type(number) is int} if isinstance(value, dict) else {}
-
-
-def poison_of(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
-    """The error for which a shard is set aside; None when it is not. Raises RunError when a claim is damaged."""
-    if state.is_poisoned:
-        return _read(store, _poisoned_file(shard), _POISONED)["error"]
-    if len(state.failures) < POISON_AFTER:
-        return None
-    errors = Counter(_read(store, name, _FAILURE, "owner")["error"] for name in state.failures)
-    error, times = errors.most_common(1)[0]
-    return error if times >= POISON_AFTER else None
-
-
-def clear_failures(store: ObjectStore, shard: str) -> int:
-    """Forgets the failures of a shard, so that it is claimed again. Returns how many there were."""
-    state = read_claims(store).get(shard, ClaimState())
-    # The verdict goes last: whoever meets failures without it would pass it again.
-    for name in (*state.failures, _poisoned_file(shard)):
-        store.delete(name)
-    return len(state.failures)
-
-
-def damaged_claims(store: ObjectStore, names: Iterable[str]) -> list[str]:
-    """Those among the names of an output that are claims, and not as they were written."""
-    claims = [name for name in names if name.startswith(f"{CLAIMS_FOLDER}/")]
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        is_whole = list(pool.map(lambda name: _is_whole(store, name), claims))
-    return [name for name, whole in zip(claims, is_whole, strict=True) if not whole]
-
-
-def _is_whole(store: ObjectStore, name: str) -> bool:
-    try:
-        read_sealed_json(store.read_bytes(name))
-    except FileNotFoundError:
-        return True
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _read(store: ObjectStore, name: str, kinds: Kinds, *owners: str) -> dict[str, Any]:
-    """A claim with these fields, of which `owners` are owners, or null."""
-    try:
-        value = read_sealed_json(store.read_bytes(name))
-        require_types(value, kinds)
-        for field_name in owners:
-            if value[field_name] is not None:
-                require_types(value[field_name], _OWNER, f"{field_name}.")
-        return value
-    except (FileNotFoundError, ValueError, RecursionError) as error:
-        raise RunError(
-            f"{store.url}/{name}: the claim is gone or damaged ({error}): stop all workers, remove the folder "
-            f"{CLAIMS_FOLDER} and start them again; nothing that is committed is lost"
-        ) from error
-
-
-def _state_of(shard: str, names: list[str]) -> ClaimState:
-    matches = [match for match in map(_LEASE_FILE.fullmatch, names) if match]
-    epoch = max((int(match[1]) for match in matches if match[2] == "json"), default=0)
-    is_released = any(int(match[1]) == epoch and match[2] == "released" for match in matches)
-    failures = [f"{CLAIMS_FOLDER}/{shard}/{name}" for name in names if _FAILURE_FILE.fullmatch(name)]
-    return ClaimState(epoch, is_released, tuple(sorted(failures)), _POISONED_FILE in names)
-
-
-def lease_file(shard: str, epoch: int, kind: Literal["json", "beat", "released"]) -> str:
-    """The name of a file of a lease."""
-    return f"{CLAIMS_FOLDER}/{shard}/{epoch:06d}.{kind}"
-
-
-def _failure_file(shard: str, number: int) -> str:
-    return f"{CLAIMS_FOLDER}/{shard}/failures/{number:03d}.json"
-
-
-def _poisoned_file(shard: str) -> str:
-    return f"{CLAIMS_FOLDER}/{shard}/{_POISONED_FILE}"

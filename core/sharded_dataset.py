@@ -153,7 +153,7 @@ def check_chunk(folder: str, chunk: ChunkEntry) -> None:
 def _parsed(data: bytes, parse: Callable[[Any], Parsed], where: str) -> Parsed:
     try:
         return parse(json.loads(data))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise RunError(f"{where}: not the metadata of a sharded dataset: {error}") from None
 
 
@@ -165,7 +165,7 @@ def _dataset_of(value: Any) -> DatasetManifest:
         float(_field(value, "chunk_size_mb", int, float)),
         shards,
     )
-    if [shard.shard_id for shard in shards] != list(range(manifest.num_shards)):
+    if len(shards) != manifest.num_shards or [shard.shard_id for shard in shards] != list(range(len(shards))):
         raise ValueError(f"its shards are not numbered 0 to {manifest.num_shards - 1}")
     starts = list(accumulate((shard.num_tasks for shard in shards), initial=0))
     for shard, start in zip(shards, starts, strict=False):

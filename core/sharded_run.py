@@ -18,13 +18,14 @@ from core.activation_storage import (
     has_index_of,
     refuse_other,
 )
+from core.claim_records import Owner
 from core.errors import RunError, is_fault_of_the_machine
 from core.host_session import HostSession, StopOfAny
 from core.job import Job, Stores, open_storage
 from core.object_store import ObjectStore
 from core.progress import Progress, Summary
 from core.redaction import redact
-from core.shard_claims import Lease, Owner, ShardClaims
+from core.shard_claims import Lease, ShardClaims
 from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset
 from core.signals import stop_on_signals
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream

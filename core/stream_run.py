@@ -71,7 +71,7 @@ def prepare_stream(job: Job, storage: ActivationStorage, session: str = "run") -
     refuse_full_disk(job, survey, storage.committed_bytes, storage.spool.free_bytes())
     place, index, bad_before = resume_place(records)
     if place is not None:
-        logging.info("going on at sample %d: %d shards are committed", place.sample_idx, len(records))
+        logging.info("%s: going on at sample %d: %d shards are committed", job.folder, place.sample_idx, len(records))
     windows = job.windows(start=place, first_index=index, bad_before=bad_before)
     # A stream that is bad from the start is refused before seconds are spent on the weights.
     started = time.monotonic()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from core.dataset_utils import filesystem, parse_json_line, read_jsonl_lines, read_lines, storage_errors
 from core.errors import RunError, UsageError
+from core.stored_files import filesystem, read_jsonl_lines, read_lines, storage_errors
+from core.stream_lines import parse_json_line
 
 TextUnit = Literal["line", "paragraph", "file"]
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.dataset_utils import Kind, kind_of, parse_object, storage_errors, task_from_pairs
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore, ObjectInfo, ObjectStore, file_info, open_store, sync_folder
 from core.sharded_dataset import DEFAULT_CHUNK_MB, refuse_taken, write_dataset
+from core.stored_files import storage_errors
+from core.stream_lines import Kind, kind_of, parse_object, task_from_pairs
 from core.stream_sources import SourceRow, TextUnit, read_source
 
 DEFAULT_COLUMN = "examples"

@@ -6,18 +6,26 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from core.errors import RunError, UsageError
+from core.redaction import RedactingFormatter, printable, redact
 from fleet import commands, naming
 from fleet.accelerators import require_tpu_type
 
 _MOST_WORKERS = 512
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong with a command line in one line, without the secrets that may be on it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"error: {printable(redact(message))} (--help lists the flags)\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """One subcommand for each thing to do with a fleet."""
-    parser = argparse.ArgumentParser(prog="manage_tpus.sh", description="Fleets of TPU VMs: docs/tpu_fleets.md.")
+    parser = _Parser(prog="manage_tpus.sh", description="Fleets of TPU VMs: docs/tpu_fleets.md.")
     add = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser
     flags: dict[str, Any] = {"allow_abbrev": False}
     create = add("create", help="create what is missing, recreate what was preempted", **flags)
@@ -125,7 +133,9 @@ def _add_launch_flags(command: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs a subcommand. Exit codes: 0 all as wanted or on its way, 1 something is not, 2 usage, 130 Ctrl-C."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO, stream=sys.stderr)
+    messages = logging.StreamHandler(sys.stderr)
+    messages.setFormatter(RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.INFO, handlers=[messages])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     own, separator, rest = _split(argv)
     args = build_parser().parse_args(own)
@@ -138,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
     except RunError as error:
         if args.verbose:
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print(printable(redact("error: " + " ".join(str(error).split()))), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: run the same command again to continue", file=sys.stderr)

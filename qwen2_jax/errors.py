@@ -11,6 +11,10 @@ class ModelError(Exception):
     """A model cannot be used as given: the message says which file, field or tensor and what to do."""
 
 
+class UnsupportedError(ModelError):
+    """A config that may be right asks for what is not implemented here: another implementation may have it."""
+
+
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
     """Turns the system's refusal to give a file into a `ModelError` naming it (`path` where the system names none)."""

@@ -80,7 +80,7 @@ def gemma3_config(fields: Fields) -> DecoderConfig:
     try:
         config = read_all(gemma3_text_config, text | {"model_type": require(fields, "model_type")})
     except ModelError as error:
-        raise ModelError(f"text_config: {error}") from error
+        raise type(error)(f"text_config: {error}") from error
     return dataclasses.replace(config, final_softcap=None)
 
 

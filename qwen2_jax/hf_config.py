@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen2_jax.errors import ModelError, reading
+from qwen2_jax.errors import ModelError, UnsupportedError, reading
 
 Fields = Mapping[str, Any]
 T = TypeVar("T")
@@ -77,9 +77,9 @@ def read_all(family_config: Callable[[Fields], T], fields: Fields) -> T:
         value = fields[name]
         is_neutral = value in (None, NEUTRAL[name]) if name in NEUTRAL else not value
         if not is_neutral and not name.startswith(("_", "transformers")):
-            raise ModelError(
+            raise UnsupportedError(
                 f"{name} {value!r:.60} is not supported for this model type: nothing here would act on it; "
-                f"use --backend torch, or remove the field if the model was trained without it"
+                f"remove the field if the model was trained without it"
             )
     return config
 
@@ -169,7 +169,8 @@ def choice(fields: Fields, name: str, allowed: Mapping[str, Any]) -> str:
     """A field whose value must be one of the names we implement."""
     value = require(fields, name)
     if not isinstance(value, str) or value not in allowed:
-        raise ModelError(f"{name} {value!r} is not supported; supported are {', '.join(allowed)}")
+        kind = UnsupportedError if isinstance(value, str) else ModelError
+        raise kind(f"{name} {value!r} is not supported; supported are {', '.join(allowed)}")
     return value
 
 
@@ -211,7 +212,7 @@ def windows_by_type(
     if len(kinds) != n_layers:
         raise ModelError(f"layer_types has {len(kinds)} entries for {n_layers} layers")
     if unknown := [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]:
-        raise ModelError(f"layer type {unknown[0]!r} is not supported")
+        raise UnsupportedError(f"layer type {unknown[0]!r} is not supported")
     if "sliding_attention" in kinds and window is None:
         raise ModelError(f"layer_types slides but {switch} is not set; make them agree")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -15,7 +15,7 @@ from qwen2_jax.config import (
     RopeScaling,
     YarnScaling,
 )
-from qwen2_jax.errors import ModelError
+from qwen2_jax.errors import ModelError, UnsupportedError
 from qwen2_jax.hf_config import Fields, choice, count, flag, number, object_field, require
 
 ORIGINAL = "original_max_position_embeddings"
@@ -63,7 +63,7 @@ def read_rope(
     name = "partial_rotary_factor"
     part = _one_value(name, stated, fields, {name, *fraction}) or defaults.get(name, 1.0)
     if part > 1 or (part != 1 and not fraction):
-        raise ModelError(f"{name} {part} is not supported; here all of each head rotates")
+        raise UnsupportedError(f"{name} {part} is not supported; here all of each head rotates")
     rotary_dim = int(head_dim * part)
     if rotary_dim < 1 or (part == 1 and head_dim % 2):
         raise ModelError(f"{rotary_dim} of {head_dim} dimensions of each head would rotate; they rotate in pairs")
@@ -101,7 +101,7 @@ def _read_scaling(stated: dict[str, Any], fields: Fields, rotary_dim: int) -> Ro
     kind = _rope_kind(stated)
     stated = {name: value for name, value in stated.items() if name not in ("rope_type", "type")}
     if unknown := sorted(set(stated) - ROPE_KEYS[kind]):
-        raise ModelError(f"{unknown[0]} is not supported with rope type {kind!r}")
+        raise UnsupportedError(f"{unknown[0]} is not supported with rope type {kind!r}")
     fields.get(ORIGINAL)  # read, though it means nothing to the kinds that do not ask for it
     match kind:
         case "linear":

@@ -55,7 +55,7 @@ def _config_in(folder: Path, place: str) -> DecoderConfig:
         return decoder_config(read_config_json(folder))
     except ModelError as error:
         text = str(error) if str(folder) in str(error) else f"{folder / 'config.json'}: {error}"
-        raise ModelError(text.replace(str(folder), place if "://" in place else str(folder))) from error
+        raise type(error)(text.replace(str(folder), place if "://" in place else str(folder))) from error
 
 
 def load_model(

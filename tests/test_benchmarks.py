@@ -14,8 +14,8 @@ from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 from benchmarks import peers, utilisation
 from benchmarks.measuring import Ratio, Timings, alternate
 from benchmarks.workload import LONGEST, SHORTEST, Workload, build_workload
-from core.dataset_utils import read_jsonl_lines
 from core.errors import RunError, UsageError
+from core.stored_files import read_jsonl_lines
 
 PROMPTS = 6
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import shutil
 import signal
@@ -383,6 +384,10 @@ WRONG_FLAGS = {
     "machines": ({"total_machines": 2}, "--total_machines 2"),
     "not used": ({"use_sharded_dataset": False, "dataset_path": "s.jsonl"}, "--sharded_dataset_dir"),
     "impatient": ({"claim_ttl_s": 0.3}, "--claim_ttl_s 0.3"),
+    "for ever": ({"claim_ttl_s": math.inf}, "--claim_ttl_s inf"),
+    "longer than anything waits": ({"claim_heartbeat_s": 1e12, "claim_ttl_s": 2e12}, "--claim_heartbeat_s 1e"),
+    "no number": ({"claim_stall_s": math.nan}, "--claim_stall_s nan"),
+    "no end": ({"stop_grace_s": math.inf}, "--stop_grace_s inf"),
     "negative": ({"preferred_shard_id": -1}, "--preferred_shard_id -1"),
 }
 

@@ -118,8 +118,7 @@ def hooked(
     """
     handles = []
     for name, see in (on_input or {}).items():
-        hook = lambda _module, args, kwargs, see=see: see(first_argument(args, kwargs))  # noqa: E731
-        handles.append(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(_input_hook(see), with_kwargs=True))
     for name, see in (on_output or {}).items():
         handles.append(model.get_submodule(name).register_forward_hook(_output_hook(see)))
     try:
@@ -127,6 +126,13 @@ def hooked(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _input_hook(see: Callable[[Any], Any]) -> Callable[..., Any]:
+    def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return see(first_argument(args, kwargs))
+
+    return hook
 
 
 def _output_hook(see: Callable[[Any], Any]) -> Callable[..., Any]:

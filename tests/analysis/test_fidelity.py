@@ -10,10 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from tiny_run import VOCAB, cache_dir, extract, token_lines, write_jsonl, write_model  # noqa: E402
-from tiny_run import run as run_command  # noqa: E402
-from transformers import (  # noqa: E402
+from safetensors.numpy import load_file, save_file
+from tiny_run import VOCAB, cache_dir, extract, token_lines, write_jsonl, write_model
+from tiny_run import run as run_command
+from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     GPT2Config,
@@ -22,13 +22,13 @@ from transformers import (  # noqa: E402
     Olmo2Config,
     Phi3Config,
 )
-from without_torch import hide_torch  # noqa: E402
+from without_torch import hide_torch
 
-import core.jax_utils as jax_side  # noqa: E402
-from analysis.certification import as_stored  # noqa: E402
-from analysis.certified_outputs import certify_output  # noqa: E402
-from analysis.certified_runs import certify_run  # noqa: E402
-from analysis.fidelity import (  # noqa: E402
+import core.jax_utils as jax_side
+from analysis.certification import as_stored
+from analysis.certified_outputs import certify_output
+from analysis.certified_runs import certify_run
+from analysis.fidelity import (
     FLOOR,
     FidelityReport,
     Figures,
@@ -37,13 +37,13 @@ from analysis.fidelity import (  # noqa: E402
     Tally,
     agreement,
 )
-from analysis.verification import verify  # noqa: E402
-from core.errors import RunError, UsageError  # noqa: E402
-from core.run_config import RunConfig  # noqa: E402
-from core.runner import run  # noqa: E402
-from core.sharded_dataset import write_dataset  # noqa: E402
-from qwen2_jax.taps import SITES  # noqa: E402
-from torch_models.loading import ModelSource  # noqa: E402
+from analysis.verification import verify
+from core.errors import RunError, UsageError
+from core.run_config import RunConfig
+from core.runner import run
+from core.sharded_dataset import write_dataset
+from qwen2_jax.taps import SITES
+from torch_models.loading import ModelSource
 
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _SIZES = {

@@ -76,5 +76,5 @@ def test_layers_and_lengths_that_the_model_lacks_are_refused(model):
     shape = load_config(str(model))
     with pytest.raises(UsageError, match="--layers 3: m has layers 0 to 2"):
         hook_table("m", shape, layers=[3])
-    with pytest.raises(UsageError, match="--max_seq_length 5000: m knows 4096 positions"):
+    with pytest.raises(UsageError, match="5000: m knows 4096 positions: pass --max_seq_length 4096 or less"):
         hook_table("m", shape, max_seq_length=5000)

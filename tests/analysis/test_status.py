@@ -12,15 +12,17 @@ import pytest
 from fake_gcs import FakeGcs, gcs_environment
 from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
-from analysis.fleet_status import Commit, ShardStatus, fleet_status, printable, rate_of
+from analysis.fleet_status import Commit, ShardStatus, fleet_status, rate_of
 from analysis.status import FleetWatch, retry, status, watch
 from core.activation_storage import CommitRecord
+from core.claim_records import Owner, poison_of, read_claims
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore, open_store
 from core.run_config import RunConfig
 from core.runner import run as extract
-from core.shard_claims import Owner, ShardClaims, poison_of, read_claims
+from core.shard_claims import ShardClaims
 from core.sharded_dataset import read_dataset, write_dataset
+from core.windows import StreamPlace
 
 N_LINES, N_SHARDS = 40, 4
 
@@ -165,6 +167,31 @@ def test_no_run_is_a_usage_error(tmp_path):
         status(str(tmp_path))
 
 
+def test_a_watch_that_is_started_first_waits_for_the_run_to_begin(out):
+    naps: list[float] = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 2:
+            declaration.rename(out / "run.json")
+
+    declaration = (out / "run.json").rename(out.parent / "moved.json")
+    (seen,) = watch(str(out), 5.0, sleep)
+    assert seen.finished
+    assert naps == [5.0, 5.0]
+
+
+def test_what_is_left_of_a_line_of_which_some_samples_are_committed_is_counted(out):
+    """Windows end where the bytes say, so one may end between the samples of a line."""
+    for number in range(N_SHARDS):
+        unfinish(out, f"shard_{number:03d}", keep=number == 1)
+    path = out / "shard_001/shard_0001.json"
+    first = CommitRecord.from_bytes(path.read_bytes())
+    half = replace(first, samples_per_record=4, n_samples=6, next_place=StreamPlace(11, 4 * 10 + 6))
+    path.write_bytes(half.to_bytes())
+    assert {found.expected_samples for found in status(str(out)).shards} == {4 * N_LINES // N_SHARDS}
+
+
 def test_watching_ends_when_nothing_is_left_and_outlives_a_storage_fault(out, monkeypatch):
     unfinish(out, "shard_000")
     hidden = {path: path.read_bytes() for path in (out / "shard_000").glob("*")}
@@ -204,7 +231,7 @@ def test_a_refresh_in_a_bucket_costs_a_listing_and_what_is_new(out, monkeypatch)
         fleet = FleetWatch(open_store("gs://bucket/out"))
         assert fleet.look().states == {"finished": 3, "running": 1}
         before = len(server.requests)
-        assert fleet.look() == fleet.look()
+        assert fleet.look().states == fleet.look().states
         assert [request.kind for request in server.requests[before:]] == ["object.list"] * 2
         beat = f"out/claims/shard_000/{lease.epoch:06d}.beat"
         before, stored = len(server.requests), server.objects()[beat]
@@ -242,7 +269,7 @@ def test_the_time_that_is_left_follows_from_what_is_left():
 
 
 def test_what_a_terminal_would_obey_is_not_printed():
-    assert printable("a\x1b[2Jb\nc\u202eñ") == "a?[2Jb?c?ñ"
+    assert ShardStatus("a", "poisoned", error="b\x1b[2J\nc\u202eñ").line() == "a poisoned: 0 samples, b?[2J?c?ñ"
 
 
 def test_the_command_prints_one_json_object_for_each_look(out, tmp_path):

@@ -1,5 +1,6 @@
 """What is known, sized and refused before weights are loaded."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from core.errors import RunError, UsageError
 from core.job import Job, prepare_job
 from core.planning import disk_needed, format_duration, refuse_full_disk, stored_bytes, survey_stream
 from core.run_config import RunConfig
+from qwen2_jax.errors import ModelError
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +109,22 @@ def test_a_kind_of_token_that_the_tokenizer_lacks_is_said_and_leaves_nothing_out
 
 
 def test_a_folder_without_a_model_or_too_long_samples_are_usage_errors(config, tmp_path):
-    with pytest.raises(UsageError, match="--max_seq_length 5000"):
+    with pytest.raises(UsageError, match=r"5000: .* knows 4096 positions: pass --max_seq_length 4096 or less"):
         job_of(config, max_seq_length=5000)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("backend", ["auto", "jax"])
+def test_a_config_that_asks_for_what_jax_lacks_is_pointed_to_torch_in_the_same_line(backend, config, tmp_path):
+    model = write_model(tmp_path / "model", tokenizer=False)
+    stated = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(stated | {"hidden_act": "mish"}))
+    with pytest.raises(ModelError, match=r"config\.json: hidden_act 'mish' .*; --backend torch can run"):
+        job_of(config, model_path=str(model), backend=backend)
+    (model / "config.json").write_text(json.dumps(stated | {"hidden_size": "wide"}))
+    with pytest.raises(ModelError, match="hidden_size must be a positive integer") as refused:
+        job_of(config, model_path=str(model), backend=backend)
+    assert "torch" not in str(refused.value), "what is broken is broken for torch too"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(2.25, "2.2 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")])

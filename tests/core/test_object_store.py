@@ -233,9 +233,8 @@ def test_a_name_cannot_leave_the_store(store: ObjectStore, name: str) -> None:
 
 
 def test_create_only_races_have_one_winner_and_the_winner_stands(store: ObjectStore) -> None:
-    for round_number in range(3):
-        name = f"claims/{round_number}"
-        outcomes = race(16, lambda i: store.create_bytes(name, b"writer %d" % i))  # noqa: B023 (runs inside the loop)
+    for name in ("claims/0", "claims/1", "claims/2"):
+        outcomes = race(16, lambda i, name=name: store.create_bytes(name, b"writer %d" % i))
         assert outcomes.count(Created.CREATED) == 1
         assert outcomes.count(Created.ALREADY_DIFFERENT) == 15
         assert store.read_bytes(name) == b"writer %d" % outcomes.index(Created.CREATED)
@@ -797,8 +796,9 @@ def test_a_large_upload_goes_in_chunks_and_repeats_only_the_one_that_failed(
 ) -> None:
     source = tmp_path / "source"
     source.write_bytes(random.Random(3).randbytes(20 << 20))
-    middle = lambda call: call.kind == "upload.chunk" and server.count("upload.chunk") == 1  # noqa: E731
-    server.faults.add(middle, PersistPart(3 << 20, 503))
+    server.faults.add(
+        lambda call: call.kind == "upload.chunk" and server.count("upload.chunk") == 1, PersistPart(3 << 20, 503)
+    )
     assert bucket.create_file("shard", source, file_info(source)) is Created.CREATED
     assert server.count("upload.start") == 1
     assert server.count("upload.chunk") == 4

@@ -23,7 +23,7 @@ from core.formats.pickle_shard import RestrictedUnpickler
 from core.object_store import LocalStore
 from core.object_store.gcs import _emulator, _explain
 from core.plan import canonical_json, sealed_json
-from core.redaction import RedactingFormatter, redact
+from core.redaction import RedactingFormatter, printable, redact
 
 # Pickles, written by hand: what `pickle.dumps` would never write.
 
@@ -116,8 +116,9 @@ def test_an_array_of_objects_brings_nothing_in():
 
 
 NAMES = ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "a\\b", "a\0b", "shard_0001.pkl.gz/", "C:\\x", "~/x",
-         "shard_\u0661\u0661\u0661\u0661.pkl", "shard_000\uff11.pkl", "shard_0001\u202e.pkl", "shard_0001.pkl\n", "a//b",  # noqa: E501
-         "shard_0002.pkl.gz", "residual/../shard_0001.pkl", "RESIDUAL/shard_0001.pkl", "-x/shard_0001.pkl"]  # fmt: skip
+         "shard_\u0661\u0661\u0661\u0661.pkl", "shard_000\uff11.pkl", "shard_0001\u202e.pkl", "shard_0001.pkl\n",
+         "a//b", "shard_0002.pkl.gz", "residual/../shard_0001.pkl", "RESIDUAL/shard_0001.pkl",
+         "-x/shard_0001.pkl"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -228,7 +229,7 @@ def test_the_token_of_the_environment_is_masked_wherever_it_turns_up(monkeypatch
 def test_a_signed_url_leaves_no_trace_in_what_is_kept(monkeypatch):
     monkeypatch.setattr("core.dataset_utils.resolve_stream_path", lambda path: path)
     monkeypatch.setattr("core.dataset_utils.find_shard", lambda path: None)
-    monkeypatch.setattr("core.dataset_utils._open_stored", lambda path: io.BytesIO(b"{}\n"))
+    monkeypatch.setattr("core.stored_files._open_stored", lambda path: io.BytesIO(b"{}\n"))
     identity = stream_identity("https://host/folder/s.jsonl?X-Goog-Signature=0a1b2c3d")
     assert identity["name"] == "s.jsonl"
 
@@ -246,6 +247,33 @@ def test_no_file_and_no_line_of_a_run_holds_the_token(tmp_path):
     kept = [path.read_bytes().decode(errors="replace") for path in tmp_path.rglob("*") if path.is_file()]
     assert not any("averysecrettoken" in content for content in (*said, *kept))
     assert "***" in wrong.stderr
+
+
+def test_a_secret_on_a_command_line_that_is_refused_is_not_repeated(tmp_path):
+    for script in ("extract_activations.py", "create_dataset_streams.py", "analyze_activations.py"):
+        refused = run(script, "--hub_token", "hf_averysecrettokenindeed", "--nothing\x1b[2J", cwd=tmp_path)
+        assert refused.returncode == 2
+        assert refused.stderr.startswith("error: ")
+        assert "averysecret" not in refused.stderr
+        assert "\x1b" not in refused.stderr
+
+
+def test_no_line_says_what_a_terminal_would_obey(tmp_path):
+    """The keys of a stranger's plan, which a refusal quotes."""
+    hostile = "a\x1b[2J\x9b2J\u202eb\x07"
+    assert printable(f"{hostile}\nñ 字") == "a?[2J?2J?b??ñ 字"
+    record = logging.LogRecord("x", logging.ERROR, "f", 1, "1\n\t%s", (hostile,), None)
+    assert RedactingFormatter("%(message)s").format(record) == "1\n\ta?[2J?2J?b?"
+    write_jsonl(tmp_path / "s.jsonl", token_lines(2))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_bytes(sealed_json({hostile: hostile}))
+    model = write_model(tmp_path / "model", tokenizer=False)
+    for flags in ((), ("--verbose",)):
+        args = ("--model_path", model, "--dataset_path", "s.jsonl", "--output_dir", "out", "--max_seq_length", 128)
+        refused = extract(tmp_path, *args, *flags)
+        assert refused.returncode == 2
+        assert "a?[2J?2J?b?" in refused.stderr
+        assert all(letter.isprintable() or letter in "\n\t" for letter in refused.stderr)
 
 
 def test_verbose_errors_keep_their_trace_and_their_exit_code(tmp_path):

@@ -173,6 +173,8 @@ MANIFESTS = {
     ),
     "a line feed": (lambda m: m["shards"][0]["chunks"][0].update(name="chunk_0000.jsonl\n"), "is not the name"),
     "another number": (lambda m: m["shards"][1].update(name="shard_000"), "'shard_000' is not the name of shard 1"),
+    "more shards than memory": (lambda m: m.update(num_shards=10**15), "not numbered 0 to 999999999999999"),
+    "a size beyond floats": (lambda m: m.update(chunk_size_mb=10**400), "too large"),
     "a lost shard": (lambda m: m["shards"].pop(), "not numbered 0 to 1"),
     "a gap": (lambda m: m["shards"][1].update(first_task=5), "shard_001 begins at task 5"),
     "a wrong total": (lambda m: m.update(total_tasks=8), "total_tasks is 8, its shards have 7"),

@@ -1,4 +1,4 @@
-"""One nursery for all fault tests, and what a calm worker makes of the dataset."""
+"""One nursery for all fault tests, what a calm worker makes of the dataset, and the sums at the end."""
 
 import shutil
 import tempfile
@@ -7,9 +7,25 @@ from pathlib import Path
 
 import pytest
 from fake_gcs import FakeGcs, gcs_environment
-from fleets import LARGE, LARGE_LINES, LARGE_WIDTH, flags, make_dataset, outputs
+from fleets import LARGE, LARGE_LINES, LARGE_WIDTH, flags, is_full, make_dataset, outputs
 from nursery import Nursery, Worker
+from tally import PROPERTY, Tally, table, tried_in
 from tiny_run import committed_files
+
+
+@pytest.fixture
+def tally(record_property) -> Tally:
+    """For the end of a test: its fault was tried, and what was expected came about."""
+    return lambda row, times=1: record_property(PROPERTY, (row, times))
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How often each fault was tried; what falls short of the whole suite, where the whole suite was asked for."""
+    config = terminalreporter.config
+    is_whole = is_full() and not config.option.keyword and not any(".py" in argument for argument in config.args)
+    terminalreporter.section("faults that were tried, with the expected result")
+    for line in table(tried_in(terminalreporter.getreports("passed")), is_whole):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ with Nursery() as nursery:
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -177,9 +178,9 @@ class Nursery:
 
 def _serve() -> None:
     """The nursery's own process: has no thread, so that forking it is safe."""
-    import gcsfs  # noqa: F401
-    import light_engine  # noqa: F401
-
+    # Whatever a worker needs is imported once, before the first fork: JAX alone takes a second.
+    for name in ("gcsfs", "light_engine", "extract_activations", "core.runner", "core.object_store.gcs"):
+        importlib.import_module(name)
     children: set[int] = set()
     pending = b""
     while True:

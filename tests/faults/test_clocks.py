@@ -5,14 +5,15 @@ import json
 import pytest
 from fleets import check_finished, counts, flags
 from nursery import Worker
+from tally import CLOCKS
 
 HOUR = 3600.0
 # By how much each worker's clock is off, and by how much more at some looks.
-CLOCKS = [(-HOUR, 2 * HOUR), (HOUR, -2 * HOUR), (0.0, -HOUR)]
+OFF_BY = [(-HOUR, 2 * HOUR), (HOUR, -2 * HOUR), (0.0, -HOUR)]
 
 
 @pytest.mark.parametrize("attempt", counts(2, 10))
-def test_no_wall_clock_makes_a_worker_steal_or_wait(attempt, nursery, calm, place):
+def test_no_wall_clock_makes_a_worker_steal_or_wait(attempt, nursery, calm, place, tally):
     """Clocks that are an hour ahead or behind, and jump."""
     data, files = calm
     out = place / "out"
@@ -31,7 +32,7 @@ def test_no_wall_clock_makes_a_worker_steal_or_wait(attempt, nursery, calm, plac
                 fault="commit.before@2=kill" if number == victim else None,
             )
         )
-        for number, (offset, jump) in enumerate(CLOCKS)
+        for number, (offset, jump) in enumerate(OFF_BY)
     ]
     if victim == 0:
         fleet.append(nursery.start(Worker(flags(data, out, 3, **patience[0]))))
@@ -44,3 +45,4 @@ def test_no_wall_clock_makes_a_worker_steal_or_wait(attempt, nursery, calm, plac
         assert taken_over == []
     else:
         assert fleet[victim].pid in taken_over
+    tally(CLOCKS)

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fleets import counts, flags, make_dataset
+from fleets import counts, flags, is_full, make_dataset
 from nursery import Nursery, Worker
+from tally import DAMAGE
 from tiny_run import token_lines
 
 from analysis.verification import verify
@@ -67,7 +68,7 @@ def test_a_whole_output_has_nothing_to_say(pristine):
 
 
 @pytest.mark.parametrize("seed", counts(1, 10))
-def test_a_flipped_or_cut_byte_in_any_file_is_named(seed, pristine, place):
+def test_a_flipped_or_cut_byte_in_any_file_is_named(seed, pristine, place, tally):
     out = Path(shutil.copytree(pristine, place / "out"))
     rng = random.Random(seed)
     names = stored_files(out)
@@ -79,24 +80,29 @@ def test_a_flipped_or_cut_byte_in_any_file_is_named(seed, pristine, place):
             assert names_it(said(out), name), f"{name}, {kind}: {said(out)}"
         (out / name).write_bytes(whole)
     assert not any("PROBLEM" in line for line in said(out))
+    tally(DAMAGE, 3 * len(names))
 
 
-def test_every_byte_of_a_record_counts(pristine, place):
+def test_every_byte_of_a_record_counts(pristine, place, tally):
     """Also those that mean nothing: reasons of bad lines, spaces, the checksum itself."""
     out = Path(shutil.copytree(pristine, place / "out"))
     record = next(out.glob("*/shard_0001.json"))
     whole = record.read_bytes()
-    for offset in range(0, len(whole), 1 if len(counts(1, 2)) > 1 else 40):
+    offsets = range(0, len(whole), 1 if is_full() else 40)
+    for offset in offsets:
         flipped = bytearray(whole)
         flipped[offset] ^= 1
         record.write_bytes(bytes(flipped))
         assert not verify(str(out)).ok, offset
+    tally(DAMAGE, len(offsets))
 
 
 @pytest.mark.parametrize("gone", ["run.json", "stream.json", ".pkl", ".safetensors", "samples_"])
-def test_a_file_that_is_gone_is_named(gone, pristine, place):
+def test_a_file_that_is_gone_is_named(gone, pristine, place, tally):
     out = Path(shutil.copytree(pristine, place / "out"))
-    for name in [name for name in stored_files(out) if gone in name][:2]:
+    names = [name for name in stored_files(out) if gone in name][:2]
+    for name in names:
         moved = (out / name).rename(place / "moved")
         assert names_it(said(out), name), said(out)
         moved.rename(out / name)
+    tally(DAMAGE, len(names))

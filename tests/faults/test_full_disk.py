@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fleets import check_committed, check_finished, flags, sample
 from nursery import Worker
+from tally import FULL_DISK
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def check_full_disk_ended_it(worker, out: Path, files: dict[str, bytes]) -> None
 
 
 @pytest.mark.parametrize("kilobytes", sample([60, 120, 200, 280, 360], 2))
-def test_a_full_disk_is_a_clear_error_and_a_later_run_succeeds(kilobytes, nursery, calm, small_disk):
+def test_a_full_disk_is_a_clear_error_and_a_later_run_succeeds(kilobytes, nursery, calm, small_disk, tally):
     data, files = calm
     out = small_disk / "out"
     resize(small_disk, f"{kilobytes}k")
@@ -48,6 +49,7 @@ def test_a_full_disk_is_a_clear_error_and_a_later_run_succeeds(kilobytes, nurser
     resize(small_disk, "20m")
     nursery.start(worker).finish()
     check_finished(out, files)
+    tally(FULL_DISK)
 
 
 FULL_AT = ["disk.synced@3", "disk.synced@9", "encode.after@2", "store.before@4", "commit.before@2", "index.before@1",

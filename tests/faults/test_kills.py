@@ -26,7 +26,8 @@ from fleets import (
     wait_until,
 )
 from nursery import Worker
-from tiny_run import committed_files
+from tally import KILLS_AT_POINTS, KILLS_AT_RANDOM, SCALING
+from tiny_run import committed_files, token_lines
 
 from analysis.verification import verify
 from core.fault_points import POINTS
@@ -56,7 +57,7 @@ def test_every_instrumented_point_is_somewhere_in_the_code():
 
 
 @pytest.mark.parametrize(("point", "seed"), kills(LOCAL_POINTS, 7))
-def test_a_kill_at_a_point_changes_nothing_in_the_result(point, seed, nursery, calm, place):
+def test_a_kill_at_a_point_changes_nothing_in_the_result(point, seed, nursery, calm, place, tally):
     data, files = calm
     out = place / "out"
     fault = f"{point}@{which_time(point, seed)}=kill"
@@ -69,10 +70,13 @@ def test_a_kill_at_a_point_changes_nothing_in_the_result(point, seed, nursery, c
         worker.finish()
     check_finished(out, files)
     assert leave_alone(out).keys() == outputs(committed_files(out)).keys(), "a dead process's temporary file is left"
+    tally(KILLS_AT_POINTS)
 
 
 @pytest.mark.parametrize(("point", "seed"), kills(BUCKET_POINTS, 2))
-def test_a_kill_at_a_point_of_an_upload_changes_nothing_in_the_result(point, seed, nursery, calm_large, place, bucket):
+def test_a_kill_at_a_point_of_an_upload_changes_nothing_in_the_result(
+    point, seed, nursery, calm_large, place, bucket, tally
+):
     data, files = calm_large
     options = {"environment": gcs_environment(bucket), "upload_chunk": 256 << 10, "width": LARGE_WIDTH}
 
@@ -95,12 +99,11 @@ def test_a_kill_at_a_point_of_an_upload_changes_nothing_in_the_result(point, see
     assert report.ok, report.lines()
     for number in (0, 1, 2, 9):
         check_committed(place / f"host{number}/out", files)
+    tally(KILLS_AT_POINTS)
 
 
 @pytest.mark.parametrize(("point", "seed"), kills(FAILURE_POINTS, 1))
-def test_a_kill_while_an_error_is_noted_loses_only_that_note(point, seed, nursery, place):
-    from tiny_run import token_lines
-
+def test_a_kill_while_an_error_is_noted_loses_only_that_note(point, seed, nursery, place, tally):
     lines = token_lines(N_LINES, longest=30)
     lines[25] = {"input_ids": [1_000_000]}
     data = make_dataset(place, lines=lines)
@@ -110,9 +113,25 @@ def test_a_kill_while_an_error_is_noted_loses_only_that_note(point, seed, nurser
     assert last.wait() == 1
     assert "SET ASIDE shard_002" in last.errors
     assert sample_indices(place / "out") == [i for i in range(N_LINES) if not 20 <= i < 30]
+    tally(KILLS_AT_POINTS)
 
 
-def test_kills_at_random_moments_change_nothing_in_the_result(nursery, memory, place):
+def test_a_successor_computes_nothing_that_is_committed(nursery, place):
+    data = make_dataset(place, n_lines=30, n_shards=1)
+    nursery.start(Worker(flags(data, place / "calm/out"))).finish()
+    out = place / "out"
+    victim = nursery.start(Worker(flags(data, out), fault="commit.after@4=kill"))
+    assert victim.wait() == -signal.SIGKILL, victim.errors
+    committed = len(sample_indices(out))
+    assert 0 < committed < 30
+    successor = nursery.start(Worker(flags(data, out, 1)))
+    summary = successor.finish()
+    assert (summary["samples"], summary["total_samples"]) == (30 - committed, 30)
+    assert f"going on at sample {committed}" in successor.errors
+    check_finished(out, leave_alone(place / "calm/out"), n_lines=30)
+
+
+def test_kills_at_random_moments_change_nothing_in_the_result(nursery, place, tally):
     wanted = 200 if is_full() else 12
     data = make_dataset(place, n_lines=150, n_shards=8)
     nursery.start(Worker(flags(data, place / "calm/out"))).finish()
@@ -135,11 +154,11 @@ def test_kills_at_random_moments_change_nothing_in_the_result(nursery, memory, p
             worker.wait()
         nursery.start(Worker(flags(data, out))).finish()
         check_finished(out, files, n_lines=150)
-    assert killed == wanted
+    tally(KILLS_AT_RANDOM, killed)
 
 
 @pytest.mark.parametrize("attempt", counts(1, 5))
-def test_workers_may_come_and_go_from_one_to_eight_to_three_to_one(attempt, nursery, place):
+def test_workers_may_come_and_go_from_one_to_eight_to_three_to_one(attempt, nursery, place, tally):
     data = make_dataset(place, n_lines=200, n_shards=12)
     nursery.start(Worker(flags(data, place / "calm/out"))).finish()
     files = leave_alone(place / "calm/out")
@@ -164,3 +183,4 @@ def test_workers_may_come_and_go_from_one_to_eight_to_three_to_one(attempt, nurs
     # A worker that has not begun yet dies of SIGTERM like any process.
     assert {worker.wait() for worker in fleet} <= {0, 143, -signal.SIGKILL, -signal.SIGTERM}
     check_finished(out, files, n_lines=200)
+    tally(SCALING)

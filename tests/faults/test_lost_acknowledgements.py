@@ -18,6 +18,7 @@ from fleets import (
     start_fleet,
 )
 from nursery import Worker
+from tally import LOST
 from tiny_run import token_lines, write_jsonl
 
 from core.sharded_dataset import read_dataset, write_dataset
@@ -76,7 +77,7 @@ def check_stored(bucket: FakeGcs, hit: set[str], sites: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_run_in_a_bucket_knows_all_its_own_objects(loss, nursery, calm, bucket):
+def test_a_run_in_a_bucket_knows_all_its_own_objects(loss, nursery, calm, bucket, tally):
     data, files = calm
     hit = lose_first(bucket, LOSSES[loss])
     environment = {"environment": gcs_environment(bucket)}
@@ -86,10 +87,11 @@ def test_a_run_in_a_bucket_knows_all_its_own_objects(loss, nursery, calm, bucket
     check_stored(bucket, hit, SITES)
     stored = {name.removeprefix("out/"): blob for name, blob in bucket.objects().items()}
     assert outputs(stored) == files
+    tally(LOST, len(hit))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_uploads_in_chunks_know_their_own_objects(loss, nursery, calm_large, bucket):
+def test_uploads_in_chunks_know_their_own_objects(loss, nursery, calm_large, bucket, tally):
     data, files = calm_large
     hit = lose_first(bucket, LOSSES[loss], {f"out/{name}": len(data) for name, data in files.items()})
     wanted = flags(data, "gs://bucket/out", **LARGE, **PATIENT)
@@ -99,10 +101,11 @@ def test_uploads_in_chunks_know_their_own_objects(loss, nursery, calm_large, buc
     stored = {name.removeprefix("out/"): blob for name, blob in bucket.objects().items()}
     assert outputs(stored) == files
     assert bucket.count("upload.chunk") > bucket.count("upload.start") > 10
+    tally(LOST, len(hit))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_failures_and_verdicts_are_noted_once(loss, nursery, place, bucket):
+def test_failures_and_verdicts_are_noted_once(loss, nursery, place, bucket, tally):
     lines = token_lines(N_LINES, longest=30)
     lines[25] = {"input_ids": [1_000_000]}
     data = make_dataset(place, lines=lines)
@@ -114,10 +117,11 @@ def test_failures_and_verdicts_are_noted_once(loss, nursery, place, bucket):
     for site, pattern in OF_FAILURES.items():
         assert any(re.fullmatch("out/" + pattern, name) for name in hit), site
     assert all(len(bucket.generations(name)) == 1 for name in bucket.objects() if not REPLACED.fullmatch(name))
+    tally(LOST, len(hit))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_making_a_dataset_and_streams_knows_its_own_objects(loss, place, bucket, monkeypatch):
+def test_making_a_dataset_and_streams_knows_its_own_objects(loss, place, bucket, monkeypatch, tally):
     from core.object_store import RetryPolicy
 
     quick = RetryPolicy(base_s=0.002, cap_s=0.02)
@@ -129,10 +133,11 @@ def test_making_a_dataset_and_streams_knows_its_own_objects(loss, place, bucket,
     assert hit == set(bucket.objects())
     assert all(len(bucket.generations(name)) == 1 for name in bucket.objects())
     assert read_dataset("gs://bucket/data").total_tasks == 20
+    tally(LOST, len(hit))
 
 
 @pytest.mark.parametrize("loss", ["link_replies_are_lost", "every_create_is_repeated"])
-def test_a_run_on_a_disk_knows_all_its_own_files(loss, nursery, calm, place):
+def test_a_run_on_a_disk_knows_all_its_own_files(loss, nursery, calm, place, tally):
     data, files = calm
     out = place / "out"
     fleet = start_fleet(nursery, data, out, 2, change=loss)
@@ -143,3 +148,4 @@ def test_a_run_on_a_disk_knows_all_its_own_files(loss, nursery, calm, place):
     for site, pattern in SITES.items():
         assert any(re.fullmatch(pattern, name) for name in names), site
     assert leave_alone(out) == files
+    tally(LOST, len(names))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import test_damage
+import test_preemption
 import test_races
 import test_zombies
 from changes import CHANGES
@@ -21,10 +22,11 @@ from fleets import check_half_done, flags, wait_until
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from nursery import Running, Worker
-from protocol_model import Protocol
+from protocol_model import Protocol, file_name
 from test_lost_acknowledgements import PATIENT, lose_first
 
 from core import activation_storage, fault_points, object_store, runner, shard_claims, sharded_run, stream_run
+from core.claim_records import Owner
 from core.errors import RunError
 from core.object_store import Created, RetryPolicy, gcs, local, open_store
 
@@ -69,6 +71,10 @@ def check_model() -> None:
             phases=[Phase.generate],
         ),
     )
+
+
+def not_counted(row: str, times: int = 1) -> None:
+    """The tally of a check that must fail."""
 
 
 def check_races(store) -> None:
@@ -124,7 +130,7 @@ def test_without_reading_back_on_a_disk_an_owner_does_not_know_its_claim(place):
 
     with changed(change_both):
         lease = shard_claims.ShardClaims(
-            open_store(str(place / "claims")), shard_claims.Owner.of_this_process(0), lambda shard: False
+            open_store(str(place / "claims")), Owner.of_this_process(0), lambda shard: False
         ).try_next(["shard_000"])
     with must_fail():
         assert lease is not None, "as in test_a_run_on_a_disk_knows_all_its_own_files"
@@ -141,13 +147,31 @@ def test_without_reading_back_in_a_bucket_an_owner_waits_for_itself(nursery, cal
         )
     )
     with must_fail():
-        assert worker.wait(8.0) == 0, worker.errors
+        assert worker.wait(4.0) == 0, worker.errors
     worker.kill()
 
 
-def test_without_reading_the_record_that_stands_an_index_lists_what_nobody_committed():
+def check_second_to_commit() -> None:
+    """A worker stores a file and falls asleep, the file is lost, and other hardware makes and commits another."""
+    model = Protocol()
+    model.start()
+    sleeper, successor = model.workers[:2]
+    model.claim(0)
+    model.upload(0)
+    shard = sleeper.lease.shard
+    model.store.delete(f"{shard}/{file_name(1)}")
+    # Both believe to hold it.
+    successor.lease, successor.storage, successor.window = sleeper.lease, model.storage_of(shard), 1
+    model.upload(1)
+    model.commit(1)
+    model.commit(0)
+    assert sleeper.storage.last_record == successor.storage.last_record
+
+
+def test_without_reading_the_record_that_stands_a_worker_goes_on_from_what_nobody_committed():
+    check_second_to_commit()
     with changed(CHANGES["nobody_reads_the_record_that_stands"]), must_fail():
-        check_model()
+        check_second_to_commit()
 
 
 def test_a_checkpoint_before_its_commit_is_ahead_of_it(nursery, calm, place):
@@ -181,7 +205,7 @@ def test_leases_by_the_wall_clock_are_stolen_early(nursery, calm, place):
             return start(Worker(**vars(worker) | {"change": "leases_expire_by_the_wall_clock"}))
 
     with must_fail():
-        check(0, Changed, calm, place)
+        check(0, Changed, calm, place, not_counted)
 
 
 @pytest.mark.parametrize("change", ["leases_expire_at_once", "zombies_give_signs_of_life"])
@@ -216,7 +240,7 @@ def test_signals_that_wait_for_the_main_thread_come_too_late(nursery, calm, plac
     time.sleep(0.5)
     worker.signal(signal.SIGTERM)
     with must_fail():
-        worker.wait(6.0)
+        worker.wait(0.5 + test_preemption.SLACK_S)
     worker.kill()
 
 
@@ -225,4 +249,4 @@ def test_records_without_a_checksum_hide_a_flipped_byte(nursery, memory, place):
     nursery.start(Worker(flags(data, place / "out"))).finish()
     (place / "copies").mkdir()
     with changed(CHANGES["records_carry_no_checksum"]), must_fail():
-        test_damage.test_every_byte_of_a_record_counts(place / "out", place / "copies")
+        test_damage.test_every_byte_of_a_record_counts(place / "out", place / "copies", not_counted)

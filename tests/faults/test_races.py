@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fleets import is_full
+from tally import RACES
 
+from core.claim_records import Owner
 from core.object_store import ObjectStore, RetryPolicy, open_store
 from core.plan import read_sealed_json
-from core.shard_claims import Lease, Owner, ShardClaims
+from core.shard_claims import Lease, ShardClaims
 
 CLAIMANTS = 32
 SHARD = "shard_000"
@@ -36,11 +38,13 @@ def race(store: ObjectStore, pool: ThreadPoolExecutor) -> list[Lease]:
     return [lease for lease in pool.map(claim, range(CLAIMANTS)) if lease is not None]
 
 
-def test_of_32_claimants_exactly_one_wins(backend):
+def test_of_32_claimants_exactly_one_wins(backend, tally):
     name, store = backend
+    races = FULL if is_full() else QUICK[name]
     with ThreadPoolExecutor(CLAIMANTS) as pool:
-        for _ in range(FULL if is_full() else QUICK[name]):
+        for _ in range(races):
             (winner,) = race(store, pool)
             assert read_sealed_json(store.read_bytes(LEASE))["owner"]["nonce"] == winner.record.owner.nonce
             assert store.list() == [LEASE]
             store.delete(LEASE)
+    tally(RACES.format(name), races)

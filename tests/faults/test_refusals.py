@@ -7,6 +7,7 @@ import pytest
 from fake_gcs import gcs_environment
 from fleets import flags, make_dataset
 from nursery import Worker
+from tally import REFUSED
 from tiny_run import token_lines, write_jsonl
 
 from core.run_config import RunConfig
@@ -45,22 +46,21 @@ def streams(data: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("kind", ["shards", "a stream"])
-def test_another_run_in_the_same_folder_is_refused_and_writes_nothing(kind, nursery, place):
+def test_another_run_in_the_same_folder_is_refused_and_writes_nothing(kind, nursery, place, tally):
     data = make_dataset(place, 12, 2)
     base = flags(data, place / "out") | (streams(data) if kind == "a stream" else {})
     nursery.start(Worker(base)).finish()
     before = everything(place)
     others = [nursery.start(Worker(base | changed, **options)) for changed, options, _ in OTHER.values()]
     for worker, (name, (_, _, field)) in zip(others, OTHER.items(), strict=True):
-        if name == "part of the data" and kind == "a stream":
-            field = "max_tasks"
         assert worker.wait() == 2, (name, worker.errors)
-        assert f"{field}" in worker.errors, (name, worker.errors)
+        assert field in worker.errors, (name, worker.errors)
         assert "holds another run" in worker.errors
     assert everything(place) == before
+    tally(REFUSED, len(OTHER))
 
 
-def test_another_dataset_is_refused_and_writes_nothing(nursery, place):
+def test_another_dataset_is_refused_and_writes_nothing(nursery, place, tally):
     data = make_dataset(place, 12, 2)
     nursery.start(Worker(flags(data, place / "out"))).finish()
     (place / "other").mkdir()
@@ -70,18 +70,21 @@ def test_another_dataset_is_refused_and_writes_nothing(nursery, place):
     assert refused.wait() == 2
     assert "crc32c" in refused.errors
     assert everything(place) == before
+    tally(REFUSED)
 
 
-def test_another_run_in_a_bucket_is_refused_and_writes_nothing(nursery, place, bucket):
+def test_another_run_in_a_bucket_is_refused_and_writes_nothing(nursery, place, bucket, tally):
     data = make_dataset(place, 12, 2)
     environment = {"environment": gcs_environment(bucket)}
     nursery.start(Worker(flags(data, "gs://bucket/out"), **environment)).finish()
     before, calls = bucket.objects(), len(bucket.requests)
-    for changed, options, _ in list(OTHER.values())[:5]:
+    others = list(OTHER.values())[:5]
+    for changed, options, _ in others:
         refused = nursery.start(Worker(flags(data, "gs://bucket/out") | changed, **environment, **options))
         assert refused.wait() == 2, refused.errors
     assert bucket.objects() == before
     assert {request.method for request in bucket.requests[calls:]} == {"GET"}
+    tally(REFUSED, len(others))
 
 
 def test_what_does_not_decide_the_bytes_is_not_refused(nursery, place):

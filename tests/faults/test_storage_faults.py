@@ -2,14 +2,9 @@
 
 import pytest
 from fake_gcs import Call, FakeGcs, PersistPart, Reset, Status, gcs_environment
-from fleets import (
-    LARGE,
-    LARGE_WIDTH,
-    counts,
-    flags,
-    outputs,
-)
+from fleets import LARGE, LARGE_WIDTH, counts, flags, outputs
 from nursery import Worker
+from tally import STORAGE
 
 from analysis.verification import verify
 from core.activation_storage import CommitRecord
@@ -37,7 +32,7 @@ def is_last_chunk(bucket: FakeGcs, sizes: dict[str, int], call: Call) -> bool:
 
 
 @pytest.mark.parametrize("seed", counts(2, 20))
-def test_a_run_finishes_when_a_third_of_all_calls_fail(seed, nursery, calm_large, bucket):
+def test_a_run_finishes_when_a_third_of_all_calls_fail(seed, nursery, calm_large, bucket, tally):
     data, files = calm_large
     sizes = {f"out/{name}": len(content) for name, content in files.items()}
 
@@ -68,6 +63,7 @@ def test_a_run_finishes_when_a_third_of_all_calls_fail(seed, nursery, calm_large
     assert outputs(stored) == files
     report = verify("gs://bucket/out")
     assert report.ok, report.lines()
+    tally(STORAGE)
 
 
 def test_a_storage_that_stays_away_ends_the_run_after_bounded_tries_and_a_later_run_heals(nursery, calm, bucket):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from fleets import check_committed, counts, flags, leave_alone, make_dataset, sample, sample_indices, wait_until
 from nursery import Running, Worker
+from tally import ZOMBIES
 
 from analysis.verification import verify
 
@@ -56,7 +57,9 @@ def cases(quick: int) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize(("number", "rounding"), cases(4))
-def test_a_zombie_that_wakes_up_when_all_is_committed_changes_nothing(number, rounding, nursery, one_shard, place):
+def test_a_zombie_that_wakes_up_when_all_is_committed_changes_nothing(
+    number, rounding, nursery, one_shard, place, tally
+):
     data, files = one_shard
     out = place / "out"
     zombie = nursery.start(Worker(flags(data, out, 1, claim_heartbeat_s=0.02), fault=fault_of(number), step_s=0.01))
@@ -67,10 +70,11 @@ def test_a_zombie_that_wakes_up_when_all_is_committed_changes_nothing(number, ro
     wake_up(zombie)
     assert leave_alone(out) == before
     check(out, files, rounding)
+    tally(ZOMBIES)
 
 
 @pytest.mark.parametrize(("number", "rounding"), cases(4))
-def test_a_zombie_that_commits_before_its_successor_does_no_harm(number, rounding, nursery, one_shard, place):
+def test_a_zombie_that_commits_before_its_successor_does_no_harm(number, rounding, nursery, one_shard, place, tally):
     data, files = one_shard
     out = place / "out"
     zombie = nursery.start(Worker(flags(data, out, 1, claim_heartbeat_s=0.02), fault=fault_of(number), step_s=0.01))
@@ -86,6 +90,7 @@ def test_a_zombie_that_commits_before_its_successor_does_no_harm(number, roundin
         wake_up(successor)
     assert leave_alone(out) == before
     check(out, files, rounding)
+    tally(ZOMBIES)
 
 
 @pytest.mark.parametrize("attempt", counts(1, 2))

@@ -326,6 +326,12 @@ def test_quoting_survives_the_shell_script(fleet, tpus):
     assert (done.returncode, tpus.calls()) == (2, [])
 
 
+def test_a_refused_command_line_is_one_line_without_its_secrets(fleet, tpus):
+    done = fleet("create", "--zones", A, "--hub_token", "hf_averysecrettokenindeed", "--more\x1b[2J")
+    assert (done.returncode, tpus.calls(), done.stderr.count("\n")) == (2, [], 1)
+    assert done.stderr.startswith("error: unrecognized arguments: --hub_token *** --more?[2J")
+
+
 def test_without_gcloud_there_is_one_line(fleet, tmp_path):
     path = tmp_path / "empty"
     path.mkdir()

@@ -96,7 +96,10 @@ def test_each_norm_rounds_where_transformers_does(kind, reference):
     x = 3 * torch.randn(1, 500, 64, dtype=torch.bfloat16) + 1
     for parameter in reference.parameters():
         parameter.data = torch.randn(64, dtype=torch.bfloat16)
-    as_jax = lambda tensor: jnp.asarray(tensor.detach().float().numpy(), jnp.bfloat16)  # noqa: E731
+
+    def as_jax(tensor):
+        return jnp.asarray(tensor.detach().float().numpy(), jnp.bfloat16)
+
     weights = {"n" if name == "weight" else "n_bias": as_jax(each) for name, each in reference.named_parameters()}
 
     class Config:

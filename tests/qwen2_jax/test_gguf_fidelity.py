@@ -6,15 +6,15 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import gguf_writing  # noqa: E402
-from tiny_run import VOCAB, cache_dir, token_lines, write_jsonl  # noqa: E402
-from transformers import AutoModelForCausalLM, LlamaConfig  # noqa: E402
+import gguf_writing
+from tiny_run import VOCAB, cache_dir, token_lines, write_jsonl
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from analysis.certified_outputs import certify_output  # noqa: E402
-from analysis.certified_runs import certify_run  # noqa: E402
-from core.run_config import RunConfig  # noqa: E402
-from core.runner import run  # noqa: E402
-from torch_models.loading import ModelSource  # noqa: E402
+from analysis.certified_outputs import certify_output
+from analysis.certified_runs import certify_run
+from core.run_config import RunConfig
+from core.runner import run
+from torch_models.loading import ModelSource
 
 
 def test_a_gguf_run_is_that_of_transformers_by_the_file_and_by_its_original(tmp_path):

@@ -5,13 +5,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch_families import N_LAYERS, VOCAB, tiny_model  # noqa: E402
-from transformers.models.gptj import modeling_gptj  # noqa: E402
-from transformers.models.stablelm import modeling_stablelm  # noqa: E402
+from torch_families import N_LAYERS, VOCAB, tiny_model
+from transformers.models.gptj import modeling_gptj
+from transformers.models.stablelm import modeling_stablelm
 
-from qwen2_jax.errors import ModelError  # noqa: E402
-from torch_models.probing import find_taps, probe_batch  # noqa: E402
-from torch_models.structure import decoder_layers  # noqa: E402
+from qwen2_jax.errors import ModelError
+from torch_models.probing import find_taps, probe_batch
+from torch_models.structure import decoder_layers
 
 
 def taps_of(model):

@@ -8,14 +8,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch_families import CONFIGS, N_LAYERS, ODD_CONFIGS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from torch_families import CONFIGS, N_LAYERS, ODD_CONFIGS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token
+from transformers import AutoModelForCausalLM
 
-from core.backend import StepRequest  # noqa: E402
-from core.batching import StepArrays  # noqa: E402
-from qwen2_jax.errors import ModelError  # noqa: E402
-from qwen2_jax.taps import Capture  # noqa: E402
-from torch_models.backend import TorchBackend  # noqa: E402
+from core.backend import StepRequest
+from core.batching import StepArrays
+from qwen2_jax.errors import ModelError
+from qwen2_jax.taps import Capture
+from torch_models.backend import TorchBackend
 
 LENGTHS = (9, 1, 14)
 LENGTH = 16

@@ -11,17 +11,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tiny_run import cache_dir, committed_files, extract, write_jsonl, write_model  # noqa: E402
-from tiny_run import run as run_command  # noqa: E402
-from torch_families import N_LAYERS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token  # noqa: E402
-from without_torch import hide_torch  # noqa: E402
+from tiny_run import cache_dir, committed_files, extract, write_jsonl, write_model
+from tiny_run import run as run_command
+from torch_families import N_LAYERS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token
+from without_torch import hide_torch
 
-from analysis.verification import verify  # noqa: E402
-from core.backends import choose_backend  # noqa: E402
-from core.errors import UsageError  # noqa: E402
-from core.run_config import RunConfig  # noqa: E402
-from core.runner import run  # noqa: E402
-from qwen2_jax.errors import ModelError  # noqa: E402
+from analysis.verification import verify
+from core.backends import choose_backend
+from core.errors import UsageError
+from core.run_config import RunConfig
+from core.runner import run
+from qwen2_jax.errors import ModelError
 
 SITES = ("attn", "mlp_act", "residual", "final_norm")
 

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from transformers import (  # noqa: E402
+from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
