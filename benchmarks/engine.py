@@ -31,8 +31,9 @@ class Engine:
         dtype: str,
         batch_size: int,
         shard_mb: float,
+        shard_format: str = "pickle",
     ) -> "Engine":
-        """The job of the flags with these names; float32 compute."""
+        """The job of the flags with these names (`shard_format` is --format); float32 compute."""
         config = RunConfig(
             model_path=model_path,
             dataset_path=str(stream),
@@ -42,13 +43,17 @@ class Engine:
             compute_dtype="float32",
             batch_size=batch_size,
             shard_size_gb=shard_mb / 1024,
+            format=shard_format,
             enable_checkpointing=False,
         )
         job = prepare_job(config, config.compute_dtype)
         return cls(job, load(job))
 
-    def run(self, output_dir: Path) -> Summary:
-        """Surveys, reads, tokenises, packs, computes, copies, encodes and commits the whole stream to a new folder."""
+    def run(self, output_dir: Path | str) -> Summary:
+        """Surveys, reads, tokenises, packs, computes, copies, encodes and commits the whole stream to a new folder.
+
+        `output_dir` may be a gs:// URL.
+        """
         job = replace(self.job, config=replace(self.job.config, output_dir=str(output_dir)))
         prepared = prepare_stream(job, open_storage(job))
         return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)

@@ -30,8 +30,8 @@ class Timings:
 
     @property
     def cpu_seconds(self) -> float:
-        """The median CPU time, rounded to milliseconds."""
-        return round(statistics.median(self.cpu), 3)
+        """The median CPU time, rounded to microseconds."""
+        return round(statistics.median(self.cpu), 6)
 
     def run(self, side: Callable[[], object]) -> None:
         """Adds a repetition."""

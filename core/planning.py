@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from core import backend
 from core.activation_storage import CommitRecord
@@ -17,16 +18,19 @@ from core.dataset_utils import survey_records
 from core.errors import RunError
 from core.extraction import WINDOWS_IN_MEMORY
 from core.fetching import plan_fetch
+from core.formats import FORMATS
 from core.job import Job
 from core.progress import format_bytes, format_reasons
 from core.selection import count_reasons
-from core.sinks import BLOCK_BYTES, deflate_block
+from core.sinks import deflate_block
 from core.window_parts import PartOfWindow
 from core.windows import TokenizedSample, Window
 
 _SURVEYED_RECORDS = 32
 # Stored over raw bytes of gzipped activations, measured on real models: what a survey assumes before any is computed.
 _GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93}
+# What `--plan` compresses to learn the same of the run at hand.
+_MEASURED_BYTES = 16 << 20
 # A token in the sample table: its id and its share of preview and labels, compressed.
 _TABLE_BYTES_PER_TOKEN = 4
 
@@ -61,7 +65,7 @@ def stored_bytes(job: Job, tokens: int, stored_tokens: int, ratio: float | None 
     """
     config = job.config
     if ratio is None:
-        ratio = _GZIP_RATIO[config.dtype] if config.gzipped else 1.0
+        ratio = (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[config.dtype]
     return int(stored_tokens * sum(job.bytes_per_token.values()) * ratio + tokens * _TABLE_BYTES_PER_TOKEN)
 
 
@@ -250,6 +254,13 @@ def time_step(job: Job, step: backend.Step, window: Window, planned: Step) -> tu
     activations = fetched()
     seconds = time.monotonic() - started
     values = next(iter(activations.values()))
-    stored = (values[:, row, places] for row, places in fetch.samples.values() if row == 0)
-    raw = b"".join(np.ascontiguousarray(sample).tobytes() for sample in stored)[: 4 * BLOCK_BYTES]
-    return seconds, len(deflate_block(raw)) / len(raw) if job.config.gzipped and raw else None
+    stored = [values[:, row, places].reshape(-1) for row, places in fetch.samples.values() if row == 0]
+    sample = np.concatenate(stored)[: _MEASURED_BYTES // values.itemsize] if stored else values[:0]
+    return seconds, _stored_share(job, sample) if sample.size else None
+
+
+def _stored_share(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
+    """Stored over raw bytes."""
+    if job.config.gzipped:
+        return len(deflate_block([values.view(np.uint8).data])) / values.nbytes
+    return FORMATS[job.config.format].stored_bytes(values) / values.nbytes

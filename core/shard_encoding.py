@@ -86,7 +86,7 @@ class ShardEncoder:
             for site, array in activations.by_site.items():
                 content = ShardContent(site, activations.layers[site], array, offsets, window.samples)
                 name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix, activations.part)
-                fill = partial(self.shard_format.write, content)
+                fill = partial(self.shard_format.write, content, executor=self.executor)
                 path, digest = self._write(name, self.gzipped, fill)
                 is_equivalent = partial(_holds, content.outline(), self.shard_format.name, self.gzipped)
                 files.append(SpooledFile(name, site, path, digest, is_equivalent))
@@ -103,8 +103,7 @@ class ShardEncoder:
         path = self.spool.temporary_path(f"{self.folder}/{name}")
         try:
             with disk_errors(path), path.open("wb") as raw:
-                digest = DigestWriter(raw)
-                with WriteBehind(digest) as sink:
+                with WriteBehind(raw) as file, WriteBehind(digest := DigestWriter(file)) as sink:
                     if gzipped:
                         compressor = ParallelGzipWriter(sink, self.executor)
                         fill(compressor)

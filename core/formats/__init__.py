@@ -7,9 +7,10 @@ from isal import igzip, igzip_lib
 
 from core.formats.base import DTYPES, Outline, ShardContent, ShardFormat, StoredShard
 from core.formats.pickle_shard import PickleFormat
+from core.formats.planes_shard import PlanesFormat
 from core.formats.safetensors_shard import SafetensorsFormat
 
-FORMATS: dict[str, ShardFormat] = {fmt.name: fmt for fmt in (PickleFormat(), SafetensorsFormat())}
+FORMATS: dict[str, ShardFormat] = {fmt.name: fmt for fmt in (PickleFormat(), SafetensorsFormat(), PlanesFormat())}
 
 __all__ = ["DTYPES", "FORMATS", "Outline", "ShardContent", "ShardFormat", "StoredShard", "read_shard"]
 

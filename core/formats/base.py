@@ -4,7 +4,10 @@ Axis letters: L layers, S samples, N stored tokens of all samples in a row, K st
 the site.
 """
 
+from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 import ml_dtypes
@@ -19,6 +22,10 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
+
+
+UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES, 1.0))
+"""`ShardFormat.usual_share` of a format that keeps values as they are."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +105,32 @@ def _plain(positions: list[Int32[np.ndarray, "K"]] | None) -> list[list[int]] | 
 
 
 class ShardFormat(Protocol):
-    """One way to lay a shard out in a file. Same content, same bytes: no time stamps, no environment."""
+    """One way to lay a shard out in a file. Same content, same bytes: no time stamps, no environment.
 
-    name: str
-    compressible: bool
+    Attributes:
+      compressible: whether gzip may be put around it.
+      usual_share: by dtype, stored over raw bytes without gzip, before anything is measured.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def compressible(self) -> bool: ...
+
+    @property
+    def usual_share(self) -> Mapping[str, float]: ...
 
     def suffix(self) -> str:
         """The file name's ending without compression, such as `.pkl`."""
         ...
 
-    def write(self, content: ShardContent, sink: Sink) -> None:
-        """Writes `content`."""
+    def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
+        """Writes `content`; a format that compresses by itself does so in the threads of `executor`."""
+        ...
+
+    def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
+        """What these values of one layer take in a file, all else left out."""
         ...
 
     def read(self, stream: BinaryIO) -> StoredShard:

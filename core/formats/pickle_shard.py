@@ -8,11 +8,13 @@ containers only: a pickle from elsewhere cannot run code here.
 import copyreg
 import importlib
 import pickle
+from concurrent.futures import Executor
 from typing import Any, BinaryIO
 
 import numpy as np
+from jaxtyping import Shaped
 
-from core.formats.base import ShardContent, StoredShard, stored_sample
+from core.formats.base import UNCOMPRESSED, ShardContent, StoredShard, stored_sample
 from core.sinks import Sink
 
 # numpy 1 and 2 write different module names for the same two functions.
@@ -44,12 +46,13 @@ class PickleFormat:
 
     name = "pickle"
     compressible = True
+    usual_share = UNCOMPRESSED
 
     def suffix(self) -> str:
         """The file name's ending without compression."""
         return ".pkl"
 
-    def write(self, content: ShardContent, sink: Sink) -> None:
+    def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams the pickle: at most one array is copied at a time."""
         shard = {
             layer: [stored_sample(content, slot, sample) for sample in range(len(content.samples))]
@@ -59,6 +62,10 @@ class PickleFormat:
         # The memo would keep a copy of every array until the end, and make the bytes depend on object identities.
         pickler.fast = True
         pickler.dump(shard)
+
+    def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
+        """What these values of one layer take in a file."""
+        return values.nbytes
 
     def read(self, stream: BinaryIO) -> StoredShard:
         """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""

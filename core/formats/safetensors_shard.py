@@ -10,11 +10,13 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 
 import itertools
 import json
+from concurrent.futures import Executor
 from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import Shaped
 
-from core.formats.base import DTYPES, ShardContent, StoredShard
+from core.formats.base import DTYPES, UNCOMPRESSED, ShardContent, StoredShard
 from core.sinks import Sink
 
 _NAMES = {
@@ -33,12 +35,13 @@ class SafetensorsFormat:
 
     name = "safetensors"
     compressible = False
+    usual_share = UNCOMPRESSED
 
     def suffix(self) -> str:
         """The file name's ending."""
         return ".safetensors"
 
-    def write(self, content: ShardContent, sink: Sink) -> None:
+    def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams header and tensors."""
         tensors: dict[str, np.ndarray] = {
             "sample_idx": np.array([sample.sample_idx for sample in content.samples], np.int64),
@@ -52,6 +55,10 @@ class SafetensorsFormat:
         sink.write(_header(tensors, _metadata(content)))
         for tensor in tensors.values():
             sink.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
+
+    def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
+        """What these values of one layer take in a file."""
+        return values.nbytes
 
     def read(self, stream: BinaryIO) -> StoredShard:
         """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""

@@ -79,3 +79,13 @@ def test_an_error_of_the_sink_reaches_the_writer():
 
     with pytest.raises(OSError, match="No space"), WriteBehind(Full()) as behind:
         behind.write(b"1")
+
+
+def test_a_block_is_not_copied_before_it_is_compressed(small_blocks):
+    data = bytes(5_000)
+    with ThreadPoolExecutor(1) as pool:
+        writer = ParallelGzipWriter(io.BytesIO(), pool)
+        writer.write(data[:1])
+        writer.write(data)
+        assert {piece.obj is data for piece in writer._block} == {True}
+        writer.close()

@@ -9,6 +9,8 @@ import pytest
 from tiny_run import cache_dir, committed_files, token_lines, write_jsonl, write_model
 
 from core.batching import StepArrays
+from core.host_session import HostSession
+from core.hosts import ALONE
 from core.job import open_storage, prepare_job
 from core.run_config import RunConfig
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream
@@ -43,18 +45,24 @@ def config(tmp_path_factory) -> RunConfig:
     )
 
 
+def on_its_own(stop: threading.Event) -> HostSession:
+    return HostSession(ALONE, "run", stop)
+
+
 def test_a_stream_stopped_at_any_step_ends_and_the_next_run_goes_on(config, tmp_path):
     job = prepare_job(config, "float32")
     model = load(job)
-    assert run_stream(prepare_stream(job, open_storage(job)), model, threading.Event()).status == "complete"
+    assert run_stream(prepare_stream(job, open_storage(job)), model, on_its_own(threading.Event())).status == "complete"
     job = replace(job, config=replace(config, output_dir=str(tmp_path / "out")))
     statuses = []
     while not statuses or statuses[-1] == "stopped":
         stop = threading.Event()
+        session = on_its_own(stop)
         slow = LoadedModel(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)  # type: ignore[arg-type]
         prepared = prepare_stream(job, open_storage(job))
         run = threading.Thread(
-            target=lambda p=prepared, m=slow, s=stop: statuses.append(run_stream(p, m, s).status), daemon=True
+            target=lambda p=prepared, m=slow, s=session: statuses.append(run_stream(p, m, s).status),
+            daemon=True,
         )
         before = len(statuses)
         run.start()

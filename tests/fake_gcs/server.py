@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -42,13 +43,19 @@ class LoggedRequest:
 
 
 class FakeGcs:
-    """The server. Listens while the `with` block runs; state, faults and log stay readable afterwards."""
+    """The server. Listens while the `with` block runs; state, faults and log stay readable afterwards.
 
-    def __init__(self, buckets: Iterable[str] = ("bucket",)) -> None:
+    With `bytes_per_second` what clients send passes a link of that speed, which all connections share.
+    """
+
+    def __init__(self, buckets: Iterable[str] = ("bucket",), bytes_per_second: float | None = None) -> None:
         self.state = GcsState()
         self.faults = Faults()
         self.requests: list[LoggedRequest] = []
         self.closing = threading.Event()
+        self._bytes_per_second = bytes_per_second
+        self._link = threading.Lock()
+        self._link_free_at = 0.0
         for bucket in buckets:
             self.state.create_bucket(bucket)
         self._http = _HttpServer(("127.0.0.1", 0), _Handler)
@@ -66,6 +73,15 @@ class FakeGcs:
         self._thread.join()
         self._http.server_close()
         self._http.drop_connections()
+
+    def pass_link(self, n_bytes: int) -> None:
+        """Returns when the link has carried so many bytes more."""
+        if self._bytes_per_second is None:
+            return
+        with self._link:
+            self._link_free_at = max(self._link_free_at, time.monotonic()) + n_bytes / self._bytes_per_second
+            arrival = self._link_free_at
+        time.sleep(max(0.0, arrival - time.monotonic()))
 
     def objects(self, bucket: str = "bucket") -> dict[str, bytes]:
         """Every live object's bytes by name."""
@@ -136,6 +152,7 @@ class _Handler(BaseHTTPRequestHandler):
         fake = self.server.fake
         headers = {key.lower(): value for key, value in self.headers.items()}
         body = self._read_body(headers)
+        fake.pass_link(len(body))
         call, names = parse_call(self.command, self.path, headers)
         base_url = f"http://{headers.get('host', '127.0.0.1')}"
         call = dataclasses.replace(call, object=object_name(fake.state, call, names, body))

@@ -1,0 +1,26 @@
+"""The model as transformers itself reads it, for every side that stands on transformers."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from core.errors import RunError
+
+
+def load_causal_lm(model_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """From a GGUF file or a folder, with transformers' default attention, ready for inference."""
+    path = Path(model_path)
+    if path.suffix != ".gguf":
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    # from_pretrained(gguf_file=…) asks for one more package; its parts do the same without.
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(path.parent, gguf_file=path.name), dtype=torch.float32
+    )
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
+    found = model.load_state_dict(tensors, strict=False)
+    if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:
+        raise RunError(f"{path}: transformers reads other weights than the model has: {found}")
+    model.tie_weights()
+    return model.to(dtype).eval()
