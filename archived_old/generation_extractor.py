@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ class GenerationExtractor:
     """
 
     def __init__(self, model: PreTrainedModel, layers: list[int]) -> None:
-        self.model = model
+        # transformers types `generate` as a tensor.
+        self.model: Any = model
         self.seen: dict[int, list[np.ndarray]] = {layer: [] for layer in layers}
         self.hooks = [
             self.model.model.layers[layer].register_forward_hook(self._keep(self.seen[layer])) for layer in layers

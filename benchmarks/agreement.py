@@ -2,7 +2,7 @@
 
 import gzip
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +10,25 @@ import numpy as np
 
 from core.errors import RunError
 
+# By layer, the samples as the default format stores them.
+Shard = dict[int, list[dict[str, Any]]]
 
-def read_shards(folder: Path, *, recursive: bool = True) -> Iterator[dict[int, list[dict[str, Any]]]]:
+
+def read_shards(folder: Path, *, recursive: bool = True) -> Iterator[Shard]:
     """The shards of one side, which this process has just written."""
     for path in sorted(folder.glob(("**/" if recursive else "") + "shard_*.pkl.gz")):
         with gzip.open(path) as file:
             yield pickle.load(file)
 
 
-def worst_disagreement(ours: Path, theirs: Path, layers: Sequence[int], n_samples: int) -> float:
+def worst_disagreement(ours: Iterable[Shard], theirs: Iterable[Shard], layers: Sequence[int], n_samples: int) -> float:
     """The largest relative L2 distance of any sample at any layer.
 
     Raises RunError when a sample is missing, there twice, or differs in shape or preview.
     """
-    expected = {
-        (layer, item["sample_idx"]): item for shard in read_shards(theirs) for layer in shard for item in shard[layer]
-    }
+    expected = {(layer, item["sample_idx"]): item for shard in theirs for layer in shard for item in shard[layer]}
     seen, worst = set(), 0.0
-    for shard in read_shards(ours):
+    for shard in ours:
         for layer, items in shard.items():
             for item in items:
                 key = (layer, item["sample_idx"])

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from core.errors import RunError
@@ -24,3 +26,16 @@ def load_causal_lm(model_path: str, dtype: torch.dtype = torch.float32) -> PreTr
         raise RunError(f"{path}: transformers reads other weights than the model has: {found}")
     model.tie_weights()
     return model.to(dtype).eval()
+
+
+def export_folder(model_path: str, folder: Path) -> Path:
+    """The model as a Hugging Face folder, for libraries that read nothing else.
+
+    They ask for a tokenizer too. It has one word: the prompts come as token ids.
+    """
+    model = load_causal_lm(model_path)
+    model.save_pretrained(folder)
+    words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))
+    special = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<pad>")
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder

@@ -15,16 +15,16 @@ from typing import Any
 
 from absl.flags import argparse_flags
 
+from benchmarks.cases import add_case_flags, case_layers
 from benchmarks.engine import Engine
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.workload import Workload, add_workload_flags, workload_of
-from core.command_line import run_command
+from core.command_line import CommandParser, run_command
 from core.errors import RunError
 from core.progress import Summary
 from qwen2_jax import load_config
 
 TARGET = 1.10
-CASES = ("middle", "all")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def shard_mb(workload: Workload, windows: int, n_layers: int, d_model: int, item
 def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Namespace) -> CaseResult:
     """Loads what a case needs and measures it."""
     config = load_config(workload.model_path)
-    layers: Sequence[int] = range(config.n_layers) if case == "all" else [middle_layer(config.n_layers)]
+    layers = case_layers(case, config.n_layers)
     engine = Engine.load(
         workload.model_path,
         workload.arc_stream,
@@ -97,22 +97,12 @@ def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Nam
     return measure(engine, case, folder / case, args.repeats)
 
 
-def middle_layer(n_layers: int) -> int:
-    """Layer 14 of 30."""
-    return n_layers // 2 - 1
-
-
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
-    parser = argparse_flags.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=64)
-    add = parser.add_argument
-    add("--cases", nargs="+", choices=CASES, default=CASES, help="one middle layer, every layer (default both)")
-    add("--windows", type=int, default=4, help="at least so many windows, and so shards (default 4)")
-    add("--batch_size", type=int, default=4, help="rows per step (default 4)")
-    add("--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="stored (default float16)")
-    add("--repeats", type=int, default=5, help="of each side (default 5)")
-    add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
+    add_case_flags(parser, dtypes=("float16", "bfloat16", "float32"), repeats=5)
+    parser.add_argument("--windows", type=int, default=4, help="at least so many windows, and so shards (default 4)")
     return parser
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl.flags import argparse_flags
 
-from core.command_line import run_command
+from core.command_line import CommandParser, run_command
 from core.dataset_utils import BadRecord, StreamRecord, read_stream
 from core.errors import RunError, UsageError
 from core.prompts import PromptOptions, Tokenizer
@@ -160,7 +160,7 @@ def workload_of(args: argparse.Namespace, folder: Path) -> Workload:
 
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
-    parser = argparse_flags.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=64)
     parser.add_argument("--output_dir", type=Path, help="keep the streams there (default: only show the lengths)")
     return parser

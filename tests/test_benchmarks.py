@@ -5,14 +5,16 @@ import json
 import pickle
 from pathlib import Path
 from statistics import median
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
-from benchmarks import peers, utilisation
+from benchmarks import generation, peers, utilisation
+from benchmarks.agreement import read_shards, worst_disagreement
 from benchmarks.measuring import Ratio, Timings, alternate
+from benchmarks.peer_sides import Request
 from benchmarks.workload import LONGEST, SHORTEST, Workload, build_workload
 from core.errors import RunError, UsageError
 from core.stored_files import read_jsonl_lines
@@ -80,35 +82,69 @@ def test_utilisation_compares_the_same_steps_over_several_windows(case, n_layers
 
 
 def test_peers_agree_and_the_ratio_is_that_of_tokens_per_second(source, workload, capsys):
-    settings = ("stream", "sorted", "causal_lm")
+    names = ("hf", "hf_sorted", "hf_cut")
     # One thread: those of torch wait for each other actively, which costs seconds on a busy machine.
     flags = ["--shard_mb", "0.5", "--batch_size", "2", "--threads", "1", "--repeats", "1"]
-    result = result_of(peers, source, capsys, "--cases", "all", "--peer_settings", *settings, *flags)
-    (found,) = result["cases"]
-    assert 0 < found["disagreement"] < 1e-5
-    assert found["tokens"] == workload.n_tokens
-    rows = {row["setting"]: row for row in found["peers"]}
-    assert tuple(rows) == settings
+    result = result_of(peers, source, capsys, "--peers", *names, *flags)
+    middle, every = result["cases"]
+    assert [row["peer"] for row in middle["peers"]] == ["hf", "hf_sorted", "hf_cut"]
+    assert [row["peer"] for row in every["peers"]] == ["hf", "hf_sorted"]
     in_order, by_length = workload.lengths, sorted(workload.lengths)
-    for setting, lengths in (("stream", in_order), ("sorted", by_length), ("causal_lm", in_order)):
-        pairs = zip(lengths[::2], lengths[1::2], strict=True)
-        assert rows[setting]["computed_tokens"] == sum(2 * max(pair) for pair in pairs)
-        ratio = found["tokens_per_second"] / rows[setting]["tokens_per_second"]
-        assert rows[setting]["ratio"]["median"] == pytest.approx(ratio, rel=0.02)
+    for found in (middle, every):
+        assert found["tokens"] == workload.n_tokens
+        for row in found["peers"]:
+            assert 0 < row["disagreement"] < 1e-5
+            lengths = in_order if row["peer"] == "hf" else by_length
+            pairs = zip(lengths[::2], lengths[1::2], strict=True)
+            assert row["computed_tokens"] == sum(2 * max(pair) for pair in pairs)
+            ratio = found["tokens_per_second"] / row["tokens_per_second"]
+            assert row["ratio"]["median"] == pytest.approx(ratio, rel=0.02)
 
 
-def test_the_peer_writes_the_shards_of_the_default_format(workload, tmp_path):
-    model = peers.load_peer(workload.model_path).model
+def test_a_peer_that_is_not_installed_is_left_out_with_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "nnsight" else object())
+    assert peers.installed(["hf", "nnsight"]) == ["hf"]
+    assert capsys.readouterr().err == "nnsight: nnsight is not installed: pip install '.[peers]'\n"
+    with pytest.raises(UsageError, match="--peers nnsight: none of them"):
+        peers.installed(["nnsight"])
+
+
+def test_the_verdict_is_that_over_the_fastest_peer_that_was_not_taken_apart():
+    def row(peer: str, ratio: float) -> peers.PeerRow:
+        return peers.PeerRow(peer, 0, 0.0, Ratio(ratio, ratio, ratio, ratio), 0.0, 0.0)
+
+    rows = [row("hf", 9.0), row("nnsight", 5.9), row("hf_bf16", 3.5), row("hf_cut", 2.0)]
+    result = peers.CaseResult("middle", (1,), 1, 1, 0.0, 1.0, rows, {})
+    assert list(peers.verdicts(result)) == [
+        "middle: 5.90 times nnsight, the fastest in float32 (>= 6: no)",
+        "middle: 3.50 times hf_bf16, the fastest at any dtype (>= 3: yes)",
+    ]
+
+
+def test_a_peer_writes_the_shards_of_the_default_format(workload, tmp_path):
     samples = workload.samples
     two_shards = workload.n_tokens * D_MODEL * 2 // 2
-    peers.Peer(model, (1,), np.dtype("float16"), 2, two_shards).run(samples, tmp_path / "theirs")
-    shards = list(peers.read_shards(tmp_path / "theirs"))
+    request = Request(
+        workload.model_path, tmp_path, samples, (1,), D_MODEL, np.dtype("float16"), batch_size=2, shard_bytes=two_shards
+    )
+    peers.load_side("hf", request).run(tmp_path / "theirs")
+    shards = list(read_shards(tmp_path / "theirs"))
     assert len(shards) == 2
     items = [item for shard in shards for item in shard[1]]
     assert [item["sample_idx"] for item in items] == [sample.sample_idx for sample in samples]
     for item, sample in zip(items, samples, strict=True):
         assert item["activation"].shape == item["shape"] == (len(sample.token_ids), D_MODEL)
         assert item["activation"].dtype == np.float16
+
+
+def test_generation_stores_the_same_activations_and_counts_what_it_generated(source, workload, capsys):
+    flags = ["--new_tokens", "3", "--cases", "middle", "--threads", "1", "--repeats", "1"]
+    (found,) = result_of(generation, source, capsys, *flags)["results"]
+    assert found["prompt_tokens"] == workload.n_tokens
+    assert workload.n_tokens < found["seen_tokens"] <= workload.n_tokens + 2 * PROMPTS
+    assert 0 < found["disagreement"] < 1e-5
+    ratio = found["ours_tokens_per_second"] / found["generation_tokens_per_second"]
+    assert found["same_tokens"]["median"] == pytest.approx(ratio, rel=0.02)
 
 
 def write_shard(folder: Path, items: list[tuple[int, np.ndarray]]) -> Path:
@@ -124,28 +160,31 @@ def write_shard(folder: Path, items: list[tuple[int, np.ndarray]]) -> Path:
     return folder
 
 
+def distance(ours: Path, theirs: Path) -> float:
+    return worst_disagreement(read_shards(ours), read_shards(theirs), [0], 2)
+
+
 def test_no_time_counts_when_the_sides_differ(tmp_path):
     one, two = np.ones((4, 8), np.float32), np.full((3, 8), 2, np.float32)
     ours = write_shard(tmp_path / "ours", [(0, one), (1, two)])
     theirs = write_shard(tmp_path / "theirs", [(1, two * np.float32(1.01)), (0, one)])
-    assert peers.worst_disagreement(ours, theirs, [0], 2) == pytest.approx(0.01 / 1.01, rel=1e-3)
+    assert distance(ours, theirs) == pytest.approx(0.01 / 1.01, rel=1e-3)
     copy = write_shard(tmp_path / "copy", [(0, one), (1, two)])
-    assert peers.worst_disagreement(ours, copy, [0], 2) == 0
+    assert distance(ours, copy) == 0
     for name, items in {
         "cut": [(0, one[:-1]), (1, two)],
         "missing": [(0, one)],
         "left over": [(0, one), (1, two), (2, two)],
     }.items():
         with pytest.raises(RunError):
-            peers.worst_disagreement(ours, write_shard(tmp_path / name, items), [0], 2)
-    with pytest.raises(RunError, match=r"differ from those of transformers \(x\) by 9.9\de-03"):
-        peers.check_agreement(
-            {"ours": print, "x": lambda path: write_shard(path, [(0, one), (1, two * np.float32(1.01))])},
-            tmp_path,
-            [0],
-            2,
-            "float32",
-        )
+            distance(ours, write_shard(tmp_path / name, items))
+    side = SimpleNamespace(
+        run=lambda folder: write_shard(folder, [(0, one), (1, two * np.float32(1.01))]), shards=read_shards
+    )
+    request = SimpleNamespace(layers=(0,), samples=(None, None), dtype=np.dtype("float32"))
+    with pytest.raises(RunError, match=r"differ from those of hf by 9.9\de-03"):
+        peers.check_agreement(ours, side, tmp_path / "again", request, "hf")
+    assert peers.check_agreement(ours, side, tmp_path / "loose", request, "hf_bf16") == pytest.approx(0.0099, rel=1e-2)
 
 
 def test_sides_take_turns_and_the_ratio_is_of_medians():
