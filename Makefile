@@ -60,6 +60,8 @@ lint: .venv/.installed-dev
 bench: .venv/.installed-dev
 	$(BIN)/python -m benchmarks.utilisation
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.generation
+	$(BIN)/python -m benchmarks.storage
 
 clean:
 	rm -rf .venv demo_output build *.egg-info

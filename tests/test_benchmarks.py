@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
-from benchmarks import generation, peers, utilisation
+from benchmarks import codecs, generation, peers, storage, utilisation
 from benchmarks.agreement import read_shards, worst_disagreement
 from benchmarks.measuring import Ratio, Timings, alternate
 from benchmarks.peer_sides import Request
@@ -185,6 +185,39 @@ def test_no_time_counts_when_the_sides_differ(tmp_path):
     with pytest.raises(RunError, match=r"differ from those of hf by 9.9\de-03"):
         peers.check_agreement(ours, side, tmp_path / "again", request, "hf")
     assert peers.check_agreement(ours, side, tmp_path / "loose", request, "hf_bf16") == pytest.approx(0.0099, rel=1e-2)
+
+
+def test_storage_measures_every_way_and_reads_back_what_it_wrote(source, capsys, tmp_path):
+    sizes = ["--all_prompts", "2", "--upload_shard_mb", "0.05", "--repeats", "1", "--work_dir", str(tmp_path)]
+    ways = ["--dtypes", "bfloat16", "--link_mb_s", "50", "--cases", "middle", "--codecs", "gzip 6", "planes + zstd 1"]
+    result = result_of(storage, source, capsys, *sizes, *ways)
+    (found,) = result["cases"]
+    rows = {row["way"]: row for row in found["rows"]}
+    assert set(rows) == {storage.BASELINE, *storage.WAYS, "gzip 6", "planes + zstd 1"}
+    # The same bytes, so the ratios follow from what the formats are.
+    assert rows["pickle"]["ratio"] < 1.05 < rows["pickle.gz"]["ratio"] < rows["planes"]["ratio"]
+    assert rows["planes + zstd 1"]["ratio"] > rows["gzip 6"]["ratio"]
+    assert found["entropy_ratio"] > 1
+    assert found["cores"].keys() == {"pickle.gz", "planes"}
+    assert result["disk"]["bytes"] > 0
+    (upload,) = result["uploads"]
+    assert upload["files"] > 6
+    assert upload["raw_mb_s"] <= 51
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_entropy_of_a_plane_is_that_of_its_bytes():
+    # The upper byte is one of four, the lower one any of 256.
+    words = (np.arange(1024, dtype=np.uint16) % 256) | (np.arange(1024, dtype=np.uint16) // 256 << 8)
+    array = words.view(np.float16).reshape(1, 32, 32)
+    assert codecs.entropy_ratio(array) == pytest.approx(16 / (8 + 2))
+
+
+@pytest.mark.parametrize("name", list(codecs.CODECS))
+def test_a_codec_gives_back_what_it_took(name):
+    block = np.random.default_rng(0).normal(size=(40, 16)).astype(np.float16)
+    codec = codecs.CODECS[name]
+    assert bytes(codec.decompress(codec.compress(block), block)) == block.tobytes()
 
 
 def test_sides_take_turns_and_the_ratio_is_of_medians():
