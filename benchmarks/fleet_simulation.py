@@ -24,6 +24,8 @@ from core.shard_claims import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S
 
 # Requests are counted in buckets of so many seconds, and the fullest one is the peak.
 _BUCKET_S = 10.0
+# Enough for the curve of shards to be smooth.
+_CHARTED_WORKERS = 100
 # A window's shard, its table and its commit record.
 WRITES_PER_WINDOW = 3
 
@@ -274,11 +276,11 @@ def report(rows: Sequence[tuple[Fleet, Outcome]]) -> str:
 def charts(fleet: Fleet, args: argparse.Namespace) -> list[Chart]:
     """The share of worker time that is committed: by workers, and by shards for each worker."""
     by_workers, by_shards = {}, {}
+    size = min(max(args.workers), _CHARTED_WORKERS)
     for rate in args.preemptions_per_hour:
         name = f"{rate:g} preemptions/h"
         fleets = [replace(fleet, workers=n, shards=n * args.shards_per_worker) for n in args.workers]
         by_workers[name] = [(one.workers, _computed(replace(one, preemptions_per_hour=rate))) for one in fleets]
-        largest = max(args.workers)
         # The same work, cut finer.
         windows = args.shards_per_worker * args.windows_per_shard
         cuts = [n for n in range(1, windows + 1) if windows % n == 0]
@@ -286,14 +288,14 @@ def charts(fleet: Fleet, args: argparse.Namespace) -> list[Chart]:
             (
                 n,
                 _computed(
-                    replace(fleet, workers=largest, shards=n * largest, windows=windows // n, preemptions_per_hour=rate)
+                    replace(fleet, workers=size, shards=n * size, windows=windows // n, preemptions_per_hour=rate)
                 ),
             )
             for n in cuts
         ]
     return [
         Chart("Worker time that becomes activations", "workers", by_workers, log_x=True),
-        Chart(f"The same, {max(args.workers)} workers", "shards for each worker", by_shards, log_x=True),
+        Chart(f"The same, {size} workers", "shards for each worker", by_shards, log_x=True),
     ]
 
 
