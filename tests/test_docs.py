@@ -11,6 +11,7 @@ import pytest
 import analyze_activations
 import create_dataset_streams
 import extract_activations
+from benchmarks import fleet_limits, fleet_simulation
 from fleet import command_line
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,9 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
         if isinstance(action, argparse._SubParsersAction):
             flags.update(*map(flags_of, action.choices.values()))
     return flags
+
+
+OTHERS = [module.build_parser() for module in (command_line, fleet_limits, fleet_simulation)]
 
 
 def shown_commands(page: str) -> list[list[str]]:
@@ -60,7 +64,7 @@ def test_a_name_said_to_be_of_a_file_is_in_it(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_is_one_of_a_command(page):
-    known = set().union(*map(flags_of, [*COMMANDS.values(), command_line.build_parser()]))
+    known = set().union(*map(flags_of, [*COMMANDS.values(), *OTHERS]))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page])) - known == set()
 
 
