@@ -22,7 +22,7 @@ from core.runner import run
 from core.sinks import digest_stream
 
 
-@pytest.fixture(scope="module", params=["pickle", "safetensors"])
+@pytest.fixture(scope="module", params=["pickle", "safetensors", "planes"])
 def pristine(request, tmp_path_factory) -> Path:
     """About four windows of 20 samples, two sites."""
     folder = tmp_path_factory.mktemp("pristine")

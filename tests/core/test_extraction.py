@@ -278,14 +278,15 @@ def test_nan_weights_are_reported_not_stored(config, tmp_path):
         run(replace(config, model_path=str(write_model(tmp_path / "nan", scale=float("nan"))), dtype="float32"))
 
 
-def test_safetensors_shards_hold_the_same_activations_as_pickle_ones(config, tmp_path):
+@pytest.mark.parametrize("format_name", ["safetensors", "planes"])
+def test_shards_of_other_formats_hold_the_same_activations_as_pickle_ones(config, tmp_path, format_name):
     run(replace(config, dtype="bfloat16"))
-    run(replace(config, dtype="bfloat16", format="safetensors", output_dir=str(tmp_path / "st")))
+    run(replace(config, dtype="bfloat16", format=format_name, output_dir=str(tmp_path / "st")))
     arrays = shard_arrays(tmp_path / "out" / "tpu_0")
     seen = 0
-    for path in sorted((tmp_path / "st" / "tpu_0").glob("shard_*.safetensors")):
+    for path in sorted((tmp_path / "st" / "tpu_0").glob(f"shard_*.{format_name}")):
         with path.open("rb") as stream:
-            stored = FORMATS["safetensors"].read(stream)
+            stored = FORMATS[format_name].read(stream)
         for layer, items in stored.layers.items():
             for index, array in zip(stored.sample_idx, items, strict=True):
                 np.testing.assert_array_equal(array, arrays[layer, index])
