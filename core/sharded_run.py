@@ -170,7 +170,7 @@ class _ShardedRun:
 
     def anything_left(self) -> bool:
         """Whether the claims leave a shard to be done; asked by all hosts at once."""
-        return self._standing()[0]
+        return self._hosts.share("anything left", lambda: self._claims.is_anything_left(list(self._jobs)))
 
     def _standing(self) -> tuple[bool, dict[str, str]]:
         """Whether a shard is left, and the shards that are set aside, with their errors."""
