@@ -62,7 +62,8 @@ def retry_command(args: argparse.Namespace) -> None:
 
     cleared = retry(args.dir, args.shard)
     for shard, failures in cleared.items():
-        logging.info("%s: %d failures forgotten; it is claimed again", shard, failures)
+        done = f"{failures} failures forgotten: workers claim it again" if failures else "no failures to forget"
+        logging.info("%s: %s", shard, done)
     if args.json:
         print(json.dumps(cleared))
 

@@ -210,16 +210,28 @@ class ShardClaims:
     def try_next(
         self, shards: Sequence[str], preferred: str | None = None, stop: threading.Event | None = None
     ) -> Lease | None:
-        """One look of `next`, without waiting: None also when all that is left is held by others."""
-        for shard, state in self._in_order(shards, self._left(shards), preferred):
-            lease = None if stop is not None and stop.is_set() else self._try(shard, state)
-            if lease is not None:
-                return lease
+        """One look of `next`, without waiting: None also when all that is left is held by others.
+
+        What nobody has touched comes before what was given back, but for the preferred shard.
+        """
+        states = self._look(shards)
+        first = {shard: state for shard, state in states.items() if shard == preferred or _is_untouched(state)}
+        # Telling which of the others are done takes several requests each, so they are asked for when these are gone.
+        for some in (first, {shard: state for shard, state in states.items() if shard not in first}):
+            for shard, state in self._in_order(shards, self._unsettled(some), preferred):
+                lease = None if stop is not None and stop.is_set() else self._try(shard, state)
+                if lease is not None:
+                    return lease
         return None
 
     def left(self, shards: Sequence[str]) -> list[str]:
         """The shards that are neither done nor set aside, by a fresh look at the claims and what they call done."""
-        return list(self._left(shards))
+        return list(self._unsettled(self._look(shards)))
+
+    def is_anything_left(self, shards: Sequence[str]) -> bool:
+        """Whether `left` names a shard; one request where nobody has touched some shard yet."""
+        states = self._look(shards)
+        return any(map(_is_untouched, states.values())) or bool(self._unsettled(states))
 
     def record_failure(self, lease: Lease, error: str) -> None:
         """Notes that the shard's data met an error; after the third that is the same the shard is set aside."""
@@ -236,13 +248,16 @@ class ShardClaims:
     def _open(self, shards: Iterable[str]) -> list[str]:
         return [shard for shard in shards if shard not in self._finished and shard not in self.set_aside]
 
-    def _left(self, shards: Sequence[str]) -> dict[str, ClaimState]:
-        """The claims of every shard that is still to be done; one that was finished without a release is among them."""
+    def _look(self, shards: Sequence[str]) -> dict[str, ClaimState]:
+        """The claims of every shard that this owner does not know to be done or set aside."""
         claims = read_claims(self.store)
         # Whoever clears the failures of a shard gives it back to those who run.
         for shard in [shard for shard in self.set_aside if not claims.get(shard, ClaimState()).failures]:
             del self.set_aside[shard]
-        states = {shard: claims.get(shard, ClaimState()) for shard in self._open(shards)}
+        return {shard: claims.get(shard, ClaimState()) for shard in self._open(shards)}
+
+    def _unsettled(self, states: dict[str, ClaimState]) -> dict[str, ClaimState]:
+        """Those that are still to be done; one that was finished without a release is among them."""
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             settled = pool.map(lambda item: self._settle(*item), states.items())
             return {
@@ -317,3 +332,7 @@ class ShardClaims:
         if state.is_held and replaces:
             logging.info("%s: taken over from %s, silent for %.0f s", shard, replaces, self.ttl_s)
         return Lease(self.store, record, self.stall_s, self.clock)
+
+
+def _is_untouched(state: ClaimState) -> bool:
+    return state == ClaimState()

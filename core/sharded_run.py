@@ -170,13 +170,13 @@ class _ShardedRun:
 
     def anything_left(self) -> bool:
         """Whether the claims leave a shard to be done; asked by all hosts at once."""
-        return self._standing()[0]
+        return self._hosts.share("anything left", lambda: self._claims.is_anything_left(list(self._jobs)))
 
     def _standing(self) -> tuple[bool, dict[str, str]]:
-        """Whether a shard is left, and the shards that are set aside, with their errors."""
+        """Whether a shard is left, and those set aside, with their errors: all of them when none is left."""
 
         def found() -> tuple[bool, dict[str, str]]:
-            return bool(self._claims.left(list(self._jobs))), dict(self._claims.set_aside)
+            return self._claims.is_anything_left(list(self._jobs)), dict(self._claims.set_aside)
 
         left, set_aside = self._hosts.share(f"standing/{self._n_sessions}", found)
         return left, set_aside

@@ -385,7 +385,7 @@ WRONG_FLAGS = {
     "not used": ({"use_sharded_dataset": False, "dataset_path": "s.jsonl"}, "--sharded_dataset_dir"),
     "impatient": ({"claim_ttl_s": 0.3}, "--claim_ttl_s 0.3"),
     "for ever": ({"claim_ttl_s": math.inf}, "--claim_ttl_s inf"),
-    "longer than anything waits": ({"claim_heartbeat_s": 1e12, "claim_ttl_s": 2e12}, "--claim_heartbeat_s 1e"),
+    "longer than anything waits": ({"claim_heartbeat_s": 1e12, "claim_ttl_s": 2e12}, "--claim_heartbeat_s 10{12}"),
     "no number": ({"claim_stall_s": math.nan}, "--claim_stall_s nan"),
     "no end": ({"stop_grace_s": math.inf}, "--stop_grace_s inf"),
     "negative": ({"preferred_shard_id": -1}, "--preferred_shard_id -1"),

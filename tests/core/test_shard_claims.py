@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -288,6 +289,21 @@ def test_workers_with_the_same_id_part_after_the_first_shard(store):
     assert len(seconds) > 10
 
 
+def test_whoever_starts_late_asks_nothing_of_what_is_done_before_it_works(server):
+    store, asked = open_store("gs://bucket/run"), []
+    shards = [f"shard_{number:03d}" for number in range(40)]
+    for shard in shards[:-1]:
+        claimed(claims(store), shard).release("done")
+    late = claims(store, is_finished=lambda shard: asked.append(shard) or shard != shards[-1])
+    before = len(server.requests)
+    assert late.is_anything_left(shards)
+    assert late.try_next(shards).shard == shards[-1]
+    assert asked == [shards[-1]]
+    kinds = Counter(request.kind for request in server.requests[before:])
+    assert kinds == {"object.list": 2, "object.get": 1, "upload.multipart": 1}
+    assert claims(store, is_finished=lambda shard: True).left(shards) == shards[-1:]
+
+
 def test_the_preferred_shard_comes_first_when_it_is_free(store):
     assert claims(store).try_next(SHARDS, "shard_033").shard == "shard_033"
     assert claims(store).try_next(SHARDS, "shard_033").shard == "shard_000"
@@ -345,6 +361,7 @@ def test_a_shard_whose_failures_are_cleared_is_claimed_again_by_those_who_run(st
         fail(claims(store), "line 7 is broken")
     observer = claims(store)
     assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_001"
+    assert observer.left(["shard_000", "shard_001"]) == ["shard_001"]
     assert observer.set_aside == {"shard_000": "line 7 is broken"}
     assert clear_failures(store, "shard_000") == 3
     assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_000"

@@ -10,6 +10,7 @@ from core.fault_points import POINTS
 # Each row, and how often the whole suite tries it; None: as often as there are places, files or fields.
 KILLS_AT_POINTS = "SIGKILL at an instrumented point"
 KILLS_AT_RANDOM = "SIGKILL at a random moment, 4 processes"
+KILLS_IN_A_BUCKET = "the same in a bucket"
 ZOMBIES = "SIGSTOP past the TTL, then SIGCONT"
 RACES = "race of 32 claimants for one shard, {}"
 LOST = "lost acknowledgement, creations hit"
@@ -25,6 +26,7 @@ MUTATIONS = "safeguard taken out, which the suite must miss"
 WANTED: dict[str, int | None] = {
     KILLS_AT_POINTS: 3 * len(POINTS),
     KILLS_AT_RANDOM: 200,
+    KILLS_IN_A_BUCKET: 50,
     ZOMBIES: 50,
     RACES.format("disk"): 1000,
     RACES.format("memory"): 1000,

@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,8 @@ from fleets import (
     start_fleet,
     wait_until,
 )
-from nursery import Worker
-from tally import KILLS_AT_POINTS, KILLS_AT_RANDOM, SCALING
+from nursery import Nursery, Worker
+from tally import KILLS_AT_POINTS, KILLS_AT_RANDOM, KILLS_IN_A_BUCKET, SCALING
 from tiny_run import committed_files, token_lines
 
 from analysis.verification import verify
@@ -131,30 +132,73 @@ def test_a_successor_computes_nothing_that_is_committed(nursery, place):
     check_finished(out, leave_alone(place / "calm/out"), n_lines=30)
 
 
+def kill_and_replace(
+    nursery: Nursery, worker: Callable[[int], Worker], check: Callable[[], None], wanted: int, rng: random.Random
+) -> int:
+    """Kills one of four workers after another and starts it again, until one of them finds everything done.
+
+    Then lets the others end, and one more that must end well. Returns how many were killed.
+    """
+    fleet, killed = [nursery.start(worker(number)) for number in range(4)], 0
+    while killed < wanted and all(running.returncode is None for running in fleet):
+        time.sleep(rng.uniform(0, 0.2))
+        victim = rng.randrange(len(fleet))
+        fleet[victim].kill()
+        killed += fleet[victim].wait() == -signal.SIGKILL
+        check()
+        fleet[victim] = nursery.start(worker(victim))
+    for running in fleet:
+        running.wait()
+    nursery.start(worker(9)).finish()
+    return killed
+
+
 def test_kills_at_random_moments_change_nothing_in_the_result(nursery, place, tally):
     wanted = 200 if is_full() else 12
     data = make_dataset(place, n_lines=150, n_shards=8)
     nursery.start(Worker(flags(data, place / "calm/out"))).finish()
-    files = leave_alone(place / "calm/out")
-    rng = random.Random(4)
+    files, rng = leave_alone(place / "calm/out"), random.Random(4)
     killed = round_number = 0
     while killed < wanted:
         out = place / f"round{round_number}/out"
-        round_number += 1
-        fleet = start_fleet(nursery, data, out, 4, step_s=0.02)
-        # Who ends by itself has found everything done.
-        while killed < wanted and all(worker.returncode is None for worker in fleet):
-            time.sleep(rng.uniform(0, 0.2))
-            victim = rng.randrange(len(fleet))
-            fleet[victim].kill()
-            killed += fleet[victim].wait() == -signal.SIGKILL
-            check_half_done(out, files)
-            fleet[victim] = nursery.start(Worker(flags(data, out, victim), step_s=0.02))
-        for worker in fleet:
-            worker.wait()
-        nursery.start(Worker(flags(data, out))).finish()
+        killed += kill_and_replace(
+            nursery,
+            lambda number, out=out: Worker(flags(data, out, number), step_s=0.02),
+            lambda out=out: check_half_done(out, files),
+            wanted - killed,
+            rng,
+        )
         check_finished(out, files, n_lines=150)
+        round_number += 1
     tally(KILLS_AT_RANDOM, killed)
+
+
+def test_kills_at_random_moments_change_nothing_in_a_bucket(nursery, place, bucket, tally):
+    wanted = 50 if is_full() else 4
+    data = make_dataset(place, n_lines=150, n_shards=8)
+    nursery.start(Worker(flags(data, place / "calm/out"))).finish()
+    files, rng = outputs(leave_alone(place / "calm/out")), random.Random(5)
+    environment = gcs_environment(bucket)
+    killed = round_number = 0
+    while killed < wanted:
+        prefix = f"round{round_number}/"
+
+        def worker(number: int, prefix: str = prefix) -> Worker:
+            return Worker(flags(data, f"gs://bucket/{prefix}", number), environment=environment, step_s=0.02)
+
+        def stored(prefix: str = prefix) -> dict[str, bytes]:
+            objects = bucket.objects().items()
+            return {name.removeprefix(prefix): blob for name, blob in objects if name.startswith(prefix)}
+
+        def check(stored=stored) -> None:
+            there = {name: blob for name, blob in outputs(stored()).items() if not name.endswith("metadata.json")}
+            assert there.items() <= files.items()
+
+        killed += kill_and_replace(nursery, worker, check, wanted - killed, rng)
+        assert outputs(stored()) == files
+        assert all(len(bucket.generations(prefix + name)) == 1 for name in files if "metadata" not in name)
+        round_number += 1
+    tally(KILLS_IN_A_BUCKET, killed)
 
 
 @pytest.mark.parametrize("attempt", counts(1, 5))
