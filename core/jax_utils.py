@@ -31,6 +31,7 @@ from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
 
 # Steps that a CPU computes at once: one fills the cores while another waits for its slowest thread.
 _CPU_LANES = 2
+_INFINITY_BITS = np.float32(np.inf).view(np.int32)
 COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -187,14 +188,15 @@ class JaxStepOutput:
 Outputs = tuple[dict[str, Array], dict[str, Array], dict[str, Array]]
 
 
-def _peaks(x: Float[Array, "L B T D"], over: MeshAxes) -> Float[Array, "L B T"]:
-    """NaN is made infinite first: XLA's maximum may drop it."""
-    peaks = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf), axis=3).astype(jnp.float32)
+def _peaks(x: Float[Array, "B T D"], over: MeshAxes) -> Float[Array, "B T"]:
+    """The bits of magnitudes are ordered as they are, with NaN above infinity: no maximum can drop one."""
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32).max(axis=-1)
+    peaks = jax.lax.bitcast_convert_type(jnp.minimum(bits, _INFINITY_BITS), jnp.float32)
     return jax.lax.pmax(peaks, over) if over else peaks
 
 
-def _norms(x: Float[Array, "L B T D"], over: MeshAxes) -> Float[Array, "L B T"]:
-    return jnp.sqrt(sum_over(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=3), over))
+def _norms(x: Float[Array, "B T D"], over: MeshAxes) -> Float[Array, "B T"]:
+    return jnp.sqrt(sum_over(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), over))
 
 
 def _gather(activations: dict[str, Array], kept: Array) -> dict[str, Array]:
@@ -228,11 +230,14 @@ def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepP
     graphdef, state = nnx.split(model)
     dtype, split = jnp.dtype(request.stored_dtype), mesh.split
 
+    def keep(site: str, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array | None]:
+        over = split.of_site(site)
+        return x.astype(dtype), _peaks(x, over), _norms(x, over) if site in request.norm_sites else None
+
     def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
-        captured = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split)
-        peaks = {site: _peaks(x, split.of_site(site)) for site, x in captured.items()}
-        norms = {site: _norms(captured[site], split.of_site(site)) for site in request.norm_sites}
-        return {site: x.astype(dtype) for site, x in captured.items()}, peaks, norms
+        kept = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split, keep)
+        stored, peaks, norms = ({site: parts[i] for site, parts in kept.items()} for i in range(3))
+        return stored, peaks, {site: norms[site] for site in request.norm_sites}
 
     rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
     sites = {site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites}

@@ -4,7 +4,7 @@ Axis letters: B rows, T query tokens, S key tokens, K kv heads, G query heads pe
 inside a block the query heads and tokens of one row are folded into one axis R = (K, G, T).
 
 What a query sees is always one run of the row: from the first token of its own segment (or of its window, whichever is
-later) to itself. Both implementations work from that first visible index alone; segment ids are not looked at again.
+later) to itself. All implementations work from that first visible index alone; segment ids are not looked at again.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
+
+from qwen2_jax.rope import Tables, rotate
 
 # Finite, so that a block in which a query sees nothing gives numbers that a later block wipes out, not NaN.
 MASKED_LOGIT = -1e30
@@ -25,8 +27,13 @@ QUERY_BLOCK_FEW_GROUPS = 256
 QUERY_BLOCK_MANY_GROUPS = 128
 MANY_GROUPS = 4
 
+# Rows of another length are not cut into whole blocks of the TPU's kernel.
+ROW_MULTIPLE = 128
+
 # From the products of queries and keys to logits, before the mask.
 LogitOf = Callable[[Array], Array]
+# From q, k, v, the first visible index and the rotary tables, if any, to the output.
+AttentionPath = Callable[[Array, Array, Array, Array, Tables | None], Array]
 
 
 def attention(
@@ -38,9 +45,11 @@ def attention(
     scale: float | Float[Array, ""],
     window: Int[Array, ""] | None = None,
     softcap: float | None = None,
+    rotary: Tables | None = None,
 ) -> Float[Array, "B T K G H"]:
     """softmax(scale · q kᵀ + mask) v, causal inside each segment, in the dtype of q.
 
+    With `rotary`, q and k are rotated first (`rope.rotate`), each path in the layout that suits it.
     A segment is a run of equal non-zero ids; 0 is padding, whose outputs are finite and mean nothing.
     With `window` (in tokens, at least 1, may be traced) a query at t sees the keys s with t - s < window.
     With `softcap` the scaled logits l become softcap · tanh(l / softcap) before the mask, as Gemma 2 has it.
@@ -53,10 +62,31 @@ def attention(
     """
     first = first_visible(segment_ids, window)
     logit_of = partial(_logits, scale=scale, softcap=softcap)
+    paths: dict[str, AttentionPath] = {"cpu": _rotated(partial(_blockwise, logit_of=logit_of))}
+    if _suits_splash(q):
+        # Its import takes longer than that of this package, and float32, which CPUs compute in, has no use for it.
+        from qwen2_jax.tpu_attention import splash_attention
+
+        paths["tpu"] = partial(splash_attention, scale=scale, softcap=softcap)
+    default = _rotated(partial(_dense, logit_of=logit_of))
     # Chosen when lowering, not from the default backend: a CPU host also compiles ahead of time for TPUs.
-    return lax.platform_dependent(
-        q, k, v, first, cpu=partial(_blockwise, logit_of=logit_of), default=partial(_dense, logit_of=logit_of)
-    )
+    return lax.platform_dependent(q, k, v, first, rotary, **paths, default=default)
+
+
+def _suits_splash(q: Float[Array, "B T K G H"]) -> bool:
+    """The kernel multiplies in bfloat16, whole blocks of tokens, and names a token's place and reach in 31 bits."""
+    rows, length = q.shape[:2]
+    bits = (rows * length - 1).bit_length() + (length - 1).bit_length()
+    return q.dtype == jnp.bfloat16 and length % ROW_MULTIPLE == 0 and bits <= 31
+
+
+def _rotated(path: Callable[[Array, Array, Array, Array], Array]) -> AttentionPath:
+    def rotate_first(q: Array, k: Array, v: Array, first: Array, rotary: Tables | None) -> Array:
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        return path(q, k, v, first)
+
+    return rotate_first
 
 
 def first_visible(segment_ids: Int[Array, "B T"], window: Int[Array, ""] | None = None) -> Int[Array, "B T"]:

@@ -6,7 +6,7 @@ Weights lie (out, in), with a leading L where there is one per layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +28,8 @@ from qwen2_jax.taps import Capture
 NO_WINDOW = np.iinfo(np.int32).max
 HEAD = ("final_norm", "final_norm_bias", "lm_head")
 
+Keep = Callable[[str, Float[Array, "B T W"]], Any]
+
 
 def layer_runs(captured: tuple[int, ...], end: int) -> Iterator[tuple[range, bool]]:
     """Cut layers 0..end-1 into runs that are captured throughout or not at all."""
@@ -46,6 +48,10 @@ def layer_constants(config: DecoderConfig) -> dict[str, Array]:
     if config.scale_by_inverse_layer:
         constants["number"] = jnp.arange(1, config.n_layers + 1, dtype=jnp.float32)
     return constants
+
+
+def _one_layer(kept: Any) -> Any:
+    return jax.tree.map(lambda array: array[None], kept)
 
 
 class Decoder(nnx.Module):
@@ -89,25 +95,28 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         capture: Capture,
         split: ModelSplit = WHOLE,
-    ) -> dict[str, Array]:
+        keep: Keep = lambda site, tap: tap,
+    ) -> dict[str, Any]:
         """Site -> (layers, B, T, width) in the compute dtype; "logits" -> (B, T, V) only when asked.
 
         layers are `capture.layers_of(site, n_layers)`, width is `config.site_widths[site]`.
         segment_ids: 0 is padding, whose outputs mean nothing. positions: restart at 0 with every segment.
         split: inside `jax.shard_map`, which parameters are a device's share; what is split (`ModelSplit.of_site`) comes
         out as its share too.
+        keep: what becomes of a captured (B, T, width) array; what it returns is stacked along a leading layer axis. It
+        is part of the layer, so that nothing has to be read again for it.
         Raises `ModelError` for a layer or site that does not exist and for what was not loaded.
         """
         self._check(capture)
         embedded = self._embed(tokens, split)
         x = embedded if self.position_embedding is None else embedded + self.position_embedding[...][positions]
-        x, out = self._blocks(x, segment_ids, positions, capture, split)
+        x, out = self._blocks(x, segment_ids, positions, capture, split, keep)
         if "embedding" in capture.sites:
-            out["embedding"] = embedded[None]
+            out["embedding"] = _one_layer(keep("embedding", embedded))
         if capture.needs_final_norm:
             x = norm(x, {name: param[...] for name, param in self.head.items()}, "final_norm", self.config)
         if "final_norm" in capture.sites:
-            out["final_norm"] = x[None]
+            out["final_norm"] = _one_layer(keep("final_norm", x))
         if capture.logits:
             out["logits"] = self._logits(x)
         return out
@@ -137,7 +146,8 @@ class Decoder(nnx.Module):
         positions: Int[Array, "B T"],
         capture: Capture,
         split: ModelSplit,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        keep: Keep,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """As many blocks as have to run, and the sites of those that are captured."""
         rotary, local_rotary = (
             None if rope is None else rotary_tables(rope, positions, segment_ids)
@@ -145,16 +155,16 @@ class Decoder(nnx.Module):
         )
         ctx = BlockContext(segment_ids, rotary, local_rotary, split)
         captured = capture.layers if capture.block_sites else ()
-        kept: list[dict[str, Array]] = []
+        kept: list[dict[str, Any]] = []
         for layers, is_captured in layer_runs(captured, capture.layers_run(self.config.n_layers)):
-            x, taps = self._run(x, layers, ctx, capture.block_sites if is_captured else ())
+            x, taps = self._run(x, layers, ctx, capture.block_sites if is_captured else (), keep)
             if is_captured:
                 kept.append(taps)
-        return x, {site: jnp.concatenate([taps[site] for taps in kept]) for site in capture.block_sites if kept}
+        return x, jax.tree.map(lambda *runs: jnp.concatenate(runs), *kept) if kept else {}
 
     def _run(
-        self, x: Float[Array, "B T D"], layers: range, ctx: BlockContext, sites: tuple[str, ...]
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "n B T W"]]]:
+        self, x: Float[Array, "B T D"], layers: range, ctx: BlockContext, sites: tuple[str, ...], keep: Keep
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
         """Apply consecutive layers, keeping the named sites of each.
 
         The stacked weights are indexed inside the scan, never sliced for it: a slice may be a copy of the weights.
@@ -163,14 +173,14 @@ class Decoder(nnx.Module):
         """
         stacked = {name: param[...] for name, param in self.layers.items()} | layer_constants(self.config)
 
-        def step(x: Array, layer: int | Array) -> tuple[Array, dict[str, Array]]:
+        def step(x: Array, layer: int | Array) -> tuple[Array, dict[str, Any]]:
             weights = {name: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False) for name, p in stacked.items()}
             x, taps = decoder_block(x, weights, ctx, self.config)
-            return x, {site: taps[site] for site in sites}
+            return x, {site: keep(site, taps[site]) for site in sites}
 
         if len(layers) == 1:
             x, taps = step(x, layers[0])
-            return x, {site: tap[None] for site, tap in taps.items()}
+            return x, _one_layer(taps)
         return jax.lax.scan(step, x, jnp.arange(layers.start, layers.stop))
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
