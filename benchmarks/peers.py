@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -137,7 +138,9 @@ def sides_of(case: str, names: Sequence[str], request: Request) -> dict[str, Sid
 
 def check_agreement(ours: Path, side: Side, theirs: Path, request: Request, name: str) -> float:
     """Runs a peer once and compares it with what ours has written; returns the worst distance and clears up."""
+    started = time.monotonic()
     side.run(theirs)
+    print(f"{name}: a first run of {time.monotonic() - started:.1f} s", file=sys.stderr)
     distance = worst_disagreement(read_shards(ours), side.shards(theirs), request.layers, len(request.samples))
     shutil.rmtree(theirs)
     # Two roundings of nearly equal values to the stored dtype may differ by one unit in the last place.

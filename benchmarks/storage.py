@@ -251,7 +251,7 @@ def measure_disk(workload: Workload, folder: Path, repeats: int) -> DiskResult:
         data = store(activations, "safetensors", folder, thread).read_bytes()
 
         def ours() -> None:
-            encoder = ShardEncoder(FORMATS["safetensors"], False, disk, FOLDER, thread)
+            encoder = ShardEncoder(FORMATS["safetensors"], False, disk, FOLDER, thread, syncs=True)
             for file in encoder.encode(activations):
                 disk.create_file(f"{FOLDER}/{file.name}", file.path, ObjectInfo(file.digest.bytes, file.digest.crc32c))
                 disk.delete(f"{FOLDER}/{file.name}")

@@ -16,7 +16,7 @@ from core.fault_points import fault_point
 from core.formats import Outline, ShardContent, ShardFormat, read_shard
 from core.object_store import LocalStore, disk_errors
 from core.selection import dropped_ranges
-from core.sinks import DigestWriter, FileDigest, ParallelGzipWriter, Sink, WriteBehind
+from core.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 from core.windows import TokenizedSample, Window
 
 
@@ -59,6 +59,7 @@ class ShardEncoder:
       folder: the worker's folder below it.
       gzipped: whether shard files are compressed.
       executor: the threads that compress.
+      syncs: whether the files stay on this disk, rather than being read back once for an upload.
     """
 
     shard_format: ShardFormat
@@ -66,6 +67,7 @@ class ShardEncoder:
     spool: LocalStore
     folder: str
     executor: Executor
+    syncs: bool = False
 
     @property
     def suffix(self) -> str:
@@ -103,7 +105,8 @@ class ShardEncoder:
         path = self.spool.temporary_path(f"{self.folder}/{name}")
         try:
             with disk_errors(path), path.open("wb") as raw:
-                with WriteBehind(raw) as file, WriteBehind(digest := DigestWriter(file)) as sink:
+                file_sink = EagerFile(raw) if self.syncs else raw
+                with WriteBehind(file_sink) as file, WriteBehind(digest := DigestWriter(file)) as sink:
                     if gzipped:
                         compressor = ParallelGzipWriter(sink, self.executor)
                         fill(compressor)

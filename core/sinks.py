@@ -19,6 +19,8 @@ _IN_FLIGHT = min(32, 2 * (os.cpu_count() or 1) + 2)
 # Level 1 of ISA-L: 20-30× zlib's level 9 on activations at the same ratio or better; level 0 expands them.
 LEVEL = 1
 _CHUNK_BYTES = 4 << 20
+# Large enough that a disk is kept busy by one, small enough that the last one is short.
+_SYNC_BYTES = 16 << 20
 # Small enough that the memory of a copy is used again: fresh pages cost several times what the copy does.
 _COPIED_BYTES = 256 << 10
 # The largest of ISA-L's working memories, 5% faster than its default.
@@ -100,6 +102,23 @@ class WriteBehind:
         self._pending.append(self._thread.submit(self._sink.write, data))
         if len(self._pending) > self._in_flight:
             self._pending.popleft().result()
+        return len(data)
+
+
+class EagerFile:
+    """A file that goes to the disk while more is written and digested: little is left for the sync at its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._unsynced = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Writes `data`; waits for the disk now and then."""
+        self._unsynced += self._file.write(data)
+        if self._unsynced >= _SYNC_BYTES:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
         return len(data)
 
 

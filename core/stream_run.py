@@ -151,7 +151,9 @@ def run_stream(
 
 
 def _encoder(job: Job, storage: ActivationStorage, compressors: ThreadPoolExecutor) -> ShardEncoder:
-    return ShardEncoder(FORMATS[job.config.format], job.config.gzipped, storage.spool, job.folder, compressors)
+    config = job.config
+    fmt, syncs = FORMATS[config.format], config.local_copy_stays
+    return ShardEncoder(fmt, config.gzipped, storage.spool, job.folder, compressors, syncs)
 
 
 class _Bookkeeper:

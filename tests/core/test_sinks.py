@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import io
+import os
 import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,18 @@ def test_writing_behind_keeps_order_and_finishes_before_it_ends():
         for start in range(0, len(data), 7):
             behind.write(memoryview(data)[start : start + 7])
     assert sink.getvalue() == data
+
+
+def test_an_eager_file_is_synced_as_it_grows(tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(sinks, "_SYNC_BYTES", 100)
+    monkeypatch.setattr(sinks.os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    with (tmp_path / "x").open("wb") as raw:
+        eager = sinks.EagerFile(raw)
+        for _ in range(7):
+            assert eager.write(bytes(40)) == 40
+    assert synced == [120, 240]
+    assert (tmp_path / "x").read_bytes() == bytes(280)
 
 
 def test_an_error_of_the_sink_reaches_the_writer():
