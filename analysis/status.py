@@ -30,6 +30,7 @@ from core.claim_records import (
 from core.errors import RunError, UsageError
 from core.object_store import Listing, ObjectStore, open_store
 from core.plan import StreamPlan
+from core.sharded_dataset import SHARD_NAME
 
 _READ_THREADS = 16
 
@@ -128,8 +129,9 @@ class FleetWatch:
             raise UsageError(f"{self.store.url}: no run here: name the folder that holds {RUN_FILE}")
         records = sight.record_names()
         commits = self._read_records([(name, sight.modified[name]) for names in records.values() for name in names])
-        if DATASET_FILE not in sight.modified:
-            folders = [self._stream(folder, records.get(folder, []), sight) for folder in sight.streams()]
+        streams = sight.streams()
+        if DATASET_FILE not in sight.modified and not any(map(SHARD_NAME.fullmatch, streams)):
+            folders = [self._stream(folder, records.get(folder, []), sight) for folder in streams]
             notes = share_faults({folder.shard: self._plan(folder.shard) for folder in folders}).unfinished
             return fleet_status(self.store.url, folders, commits, sight.now, notes)
         self._dataset = self._dataset or read_dataset_shards(self.store)

@@ -35,6 +35,7 @@ from core.errors import RunError, UsageError
 from core.formats import FORMATS
 from core.object_store import ObjectStore, open_store
 from core.plan import StreamPlan, read_sealed_json
+from core.sharded_dataset import SHARD_NAME
 
 # Each thread holds one shard in memory.
 _THREADS = 2
@@ -115,7 +116,8 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
         return VerificationReport(root.url, tuple(reports.values()))
     faults = share_faults(plans)
     problems = [*faults.problems, *([] if allow_unfinished else faults.unfinished)]
-    if DATASET_FILE in names:
+    # Without it nobody knows which shards are missing.
+    if DATASET_FILE in names or any(map(SHARD_NAME.fullmatch, folders)):
         problems += _verify_dataset(root, reports, plans, allow_unfinished)
     notes = [*(faults.unfinished if allow_unfinished else ()), *_claim_notes(root, names)]
     return VerificationReport(root.url, tuple(reports.values()), tuple(problems), tuple(notes))

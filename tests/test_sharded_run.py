@@ -27,6 +27,7 @@ from tiny_run import (
     write_model,
 )
 
+from analysis.status import retry
 from analysis.verification import verify
 from core.activation_storage import CommitRecord
 from core.errors import RunError, UsageError
@@ -265,6 +266,10 @@ def test_a_poison_shard_is_set_aside_and_the_others_are_done(model, tmp_path):
     again = run(config(model, data, tmp_path / "out"))
     assert (again.status, again.samples) == ("incomplete", 0)
     assert not verify(str(tmp_path / "out")).ok
+    assert retry(str(tmp_path / "out"), ["shard_002"]) == {"shard_002": 3}
+    patient = run(config(model, data, tmp_path / "out", max_bad_records=1))
+    assert (patient.status, patient.samples, patient.bad_records) == ("complete", 9, 1)
+    assert verify(str(tmp_path / "out")).ok
 
 
 def test_three_failing_shards_in_a_row_end_the_worker(model, tmp_path):

@@ -162,6 +162,12 @@ def test_streams_of_their_own_need_no_claims(pristine, tmp_path):
     assert shard(fleet, "tpu_3").silent_s < 60
 
 
+def test_shards_without_the_list_of_all_shards_are_not_taken_for_everything(out):
+    (out / "dataset.json").unlink()
+    with pytest.raises(RunError, match=r"dataset\.json is missing"):
+        status(str(out))
+
+
 def test_no_run_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="no run here"):
         status(str(tmp_path))
