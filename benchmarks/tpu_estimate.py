@@ -14,7 +14,7 @@ from absl.flags import argparse_flags
 
 from benchmarks.measuring import table
 from core.backend import StepRequest
-from core.command_line import run_command
+from core.command_line import CommandParser, run_command
 from core.errors import UsageError
 from core.tpu_estimate import StepEstimate, estimate_step
 from qwen2_jax import Capture, DecoderConfig, load_config
@@ -70,7 +70,7 @@ def estimate(case: Case, topology: str) -> StepEstimate:
 
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
-    parser = argparse_flags.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--tpu_topology", default="v5e:8x8", help="such as v5e:8x8, v6e:8x8 or v5p:2x2x4 (default v5e:8x8)")
     add("--model", help="a name in model_shapes.json, a model folder or a hub id, instead of the table of cases")
@@ -82,9 +82,16 @@ def build_parser() -> argparse_flags.ArgumentParser:
     return parser
 
 
+def _verdict(case: Case, found: StepEstimate) -> str:
+    if case.target is None:
+        return "it fits: yes"  # what does not fit is an error
+    return f">= {case.target:.2f}: {'yes' if found.mfu >= case.target else 'no'}"
+
+
 def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
     """The table for people."""
-    header = ("case", "chips a copy", "memory", "step", "kernels", "MFU", "target", "tokens/s a chip", "$ for 10^9")
+    header = ["case", "chips a copy", "memory", "step", "kernels", "MFU", "target", "tokens/s a chip", "$ for 10^9"]
+    header += ["of host link", "of network"]
     rows = [
         [
             case.name,
@@ -93,9 +100,13 @@ def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
             f"{1e3 * found.step_seconds:.1f} ms",
             f"{1e3 * found.kernel_seconds:.1f} ms",
             f"{found.mfu:.3f}",
-            "" if case.target is None else f">= {case.target:.2f}: {'yes' if found.mfu >= case.target else 'no'}",
+            "it fits: yes"
+            if case.target is None
+            else f">= {case.target:.2f}: {'yes' if found.mfu >= case.target else 'no'}",
             f"{found.tokens_per_second:.0f}",
             f"{found.dollars:.2f}",
+            f"{found.link_share:.0%}",
+            f"{found.network_share:.0%}",
         ]
         for case, found in results
     ]

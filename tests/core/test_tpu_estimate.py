@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_one_line_with_the_bytes():
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:8", "v3:2x2", "v5e:8x8; rm", "v5e:8x"])
 def test_a_malformed_topology_is_refused(topology):
-    with pytest.raises(UsageError, match=r"must be a generation \(v4, v5e, v5p, v6e\) and its shape, such as v5e:8x8"):
+    with pytest.raises(UsageError, match=r"must be a generation \(v5e, v5p, v6e\) and its shape, such as v5e:8x8"):
         tpu_devices(topology)
 
 
