@@ -35,7 +35,8 @@ from qwen2_jax.tpu_attention import block_of
 from qwen2_jax.weights import cut_config
 
 _TOPOLOGY = re.compile(r"(v\d+\w?):\d+x\d+(x\d+)?")
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm")
+# "Used 20.0G of 15.75G hbm" and "temporaries (28.68G) exceeds available HBM (15.75G)".
+_OUT_OF_MEMORY = re.compile(r"([\d.]+[KMGT])\)?(?: of | exceeds available HBM \()([\d.]+[KMGT])")
 # Shares of the matrix units' peak at which kernels are taken to run, until one is measured on a chip.
 KERNEL_SHARE, NARROW_KERNEL_SHARE, NARROW_HEAD = 0.6, 0.4, 128
 _LISTED = 12
@@ -268,11 +269,9 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         found = _OUT_OF_MEMORY.search(str(error))
-        needed = (
-            f"it needs {found[1]}B of the {found[2]}B that a chip has" if found else "the chip has too little memory"
-        )
+        reason = f"it needs {found[1]}iB of a chip's {found[2]}iB" if found else str(error).splitlines()[0]
         raise RunError(
-            f"the step does not fit: {needed}: lower --batch_size, capture fewer layers, or split the model with --mesh"
+            f"the step does not fit: {reason}: lower --batch_size, capture fewer layers, or split the model with --mesh"
         ) from error
 
 
