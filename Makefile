@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-faults test-launchers lint bench clean
+.PHONY: help install demo test test-faults test-tpu test-launchers lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
@@ -12,6 +12,7 @@ help:
 	@echo "make test       the test suite (installs torch, the reference)"
 	@echo "make test-faults  kills, pauses, races, lost replies, full disks: all counts"
 	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
+	@echo "make test-tpu   the TPU estimates against their baselines, by the TPU's compiler; no TPU needed"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the benchmarks, see benchmarks/README.md"
 
@@ -51,6 +52,14 @@ build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt
 
 test-launchers: build/launchers/.installed
 	build/launchers/bin/python -m pytest tests/launchers
+
+# The compiler is 200 MB, which nothing else needs.
+.venv/.installed-lab: .venv/.installed-dev
+	$(PIP) -e '.[lab]'
+	@touch $@
+
+test-tpu: .venv/.installed-lab
+	TPU_LAB=all $(BIN)/python -m pytest tests/core/test_tpu_estimate.py tests/qwen2_jax/test_tpu_compile.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -107,6 +107,12 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     add("--certify_against", metavar="PATH", help="another copy of the model for transformers to load")
     add("--allow_unfaithful", action="store_true", help="extract even when --certify finds the activations wrong")
     add("--plan", action="store_true", help="print what the run will cost, after timing one step, and stop")
+    add(
+        "--tpu_topology",
+        metavar="TYPE:SHAPE",
+        help="with --plan: what a step costs on such TPUs, v5e:8x8 for one, by their compiler; needs no TPU, no "
+        "weights and no dataset",
+    )
     add("--verbose", action="store_true", default=False, help="debug messages, and stack traces of errors")
 
 

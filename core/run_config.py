@@ -84,6 +84,7 @@ class RunConfig:
     json: bool = False
     log_file: str | None = None
     plan: bool = False
+    tpu_topology: str | None = None
     verbose: bool = False
 
     def __post_init__(self) -> None:
@@ -137,6 +138,12 @@ class RunConfig:
             parse_positions(text)
 
     def _check_dataset(self) -> None:
+        if self.tpu_topology is not None:
+            self._require(self.plan, "tpu_topology", "needs --plan: it estimates a step, and runs none")
+            self._require(
+                self.backend != "torch", "tpu_topology", "torch does not run on TPUs: leave out --backend torch"
+            )
+            return
         if not self.use_sharded_dataset:
             for name in ("sharded_dataset_dir", "preferred_shard_id"):
                 self._require(getattr(self, name) is None, name, "needs --use_sharded_dataset")

@@ -4,6 +4,7 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from absl import logging
 
@@ -29,17 +30,24 @@ from core.sharded_run import BeforeExtraction, run_shards
 from core.signals import stop_on_signals
 from core.stream_run import load, prepare_stream, run_stream
 
+if TYPE_CHECKING:
+    from core.tpu_estimate import StepEstimate
+
 # malloc.h
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD = -3
 
 
-def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) -> Summary | PlanReport:
+def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) -> "Summary | PlanReport | StepEstimate":
     """Runs (or with `config.plan` prices) one worker's extraction. Raises RunError, UsageError or ModelError.
 
     before_extraction: called once with the (first) job and its stores when there is something left to extract, before
     anything is written or loaded. What it raises ends the run.
     """
+    if config.tpu_topology is not None:
+        from core.tpu_estimate import estimate_run
+
+        return estimate_run(config, config.tpu_topology)
     _keep_heap_flat()
     if config.gcs_bucket is not None and not config.uploads:
         logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)

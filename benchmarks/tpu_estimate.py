@@ -1,0 +1,139 @@
+"""The TPU laboratory over published model shapes: the extraction step compiled for chips that are not there.
+
+Needs libtpu and no TPU, no weights and no hub. See README.md and docs/tpu_laboratory.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl.flags import argparse_flags
+
+from benchmarks.measuring import table
+from core.backend import StepRequest
+from core.command_line import CommandParser, run_command
+from core.errors import UsageError
+from core.tpu_estimate import StepEstimate, estimate_step
+from qwen2_jax import Capture, DecoderConfig, load_config
+from qwen2_jax.families import decoder_config
+
+SHAPES = Path(__file__).with_name("model_shapes.json")
+TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of 8,192 tokens a chip, and the least MFU that is aimed at. layers: None is all of them."""
+
+    model: str
+    layers: tuple[int, ...] | None
+    length: int
+    target: float | None = None
+    layout: str = "auto"
+    rows: int = 0
+
+    @property
+    def name(self) -> str:
+        """Names the case in tables and baselines."""
+        layers = "all layers" if self.layers is None else f"layer {self.layers[0]}"
+        return f"{self.model}, {layers}, rows of {self.length}"
+
+
+CASES = (
+    Case("Qwen2.5-0.5B", None, 512, 0.65),
+    Case("Qwen2.5-0.5B", None, 2048, 0.60),
+    Case("Qwen2.5-1.5B", None, 512, 0.75),
+    Case("Qwen2.5-1.5B", None, 2048, 0.75),
+    Case("Qwen2.5-7B", (13,), 2048, 0.80),
+    Case("gemma-2-2b", (12,), 2048, 0.70),
+    Case("gemma-2-9b", (41,), 2048, None, "2d", 16),
+)
+
+
+def shape_of(model: str) -> DecoderConfig:
+    """The config of a published shape by name, or of a folder or hub id. Raises UsageError or ModelError."""
+    shapes: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text())
+    return decoder_config(shapes[model]) if model in shapes else load_config(model)
+
+
+def estimate(case: Case, topology: str) -> StepEstimate:
+    """bfloat16, computed and stored; residuals. Raises as `estimate_step` does."""
+    config = shape_of(case.model)
+    layers = case.layers or tuple(range(config.n_layers))
+    request = StepRequest(Capture(layers), "bfloat16", "bfloat16")
+    rows = case.rows or TOKENS // case.length
+    return estimate_step(config, request, topology, rows=rows, length=case.length, layout=case.layout)
+
+
+def build_parser() -> argparse_flags.ArgumentParser:
+    """The flags of the command."""
+    parser = CommandParser(description=__doc__)
+    add = parser.add_argument
+    add("--tpu_topology", default="v5e:8x8", help="such as v5e:8x8, v6e:8x8 or v5p:2x2x4 (default v5e:8x8)")
+    add("--model", help="a name in model_shapes.json, a model folder or a hub id, instead of the table of cases")
+    add("--layers", type=int, nargs="+", help="of --model; default all")
+    add("--row_length", type=int, default=2048, help="of --model; a multiple of 128 (default 2048)")
+    add("--mesh", default="auto", help="of --model, on one host: auto, 1d, 2d, DATAxMODEL (default auto)")
+    add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
+    add("--verbose", action="store_true", help="every operation of every case; stack traces of errors")
+    return parser
+
+
+def _verdict(case: Case, found: StepEstimate) -> str:
+    if case.target is None:
+        return "it fits: yes"  # what does not fit is an error
+    return f">= {case.target:.2f}: {'yes' if found.mfu >= case.target else 'no'}"
+
+
+def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
+    """The table for people."""
+    header = ["case", "chips a copy", "memory", "step", "kernels", "MFU", "target", "tokens/s a chip", "$ for 10^9"]
+    header += ["of host link", "of network"]
+    rows = [
+        [
+            case.name,
+            found.model_parallel,
+            f"{found.hbm_bytes / 1e9:.1f} of {found.hbm_capacity / 1e9:.1f} GB",
+            f"{1e3 * found.step_seconds:.1f} ms",
+            f"{1e3 * found.kernel_seconds:.1f} ms",
+            f"{found.mfu:.3f}",
+            "it fits: yes"
+            if case.target is None
+            else f">= {case.target:.2f}: {'yes' if found.mfu >= case.target else 'no'}",
+            f"{found.tokens_per_second:.0f}",
+            f"{found.dollars:.2f}",
+            f"{found.link_share:.0%}",
+            f"{found.network_share:.0%}",
+        ]
+        for case, found in results
+    ]
+    return table(header, rows)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compiles one case after the other and prints what it found."""
+    if args.row_length < 1 or args.row_length % 128 or args.row_length > TOKENS:
+        raise UsageError(f"--row_length {args.row_length}: must be a multiple of 128, at most {TOKENS}")
+    cases: Sequence[Case] = CASES
+    if args.model:
+        cases = [Case(args.model, tuple(args.layers) if args.layers else None, args.row_length, layout=args.mesh)]
+    results = [(case, estimate(case, args.tpu_topology)) for case in cases]
+    if args.json:
+        found = {case.name: result.to_json() for case, result in results}
+        print(json.dumps(next(iter(found.values())) if args.model else found))
+        return
+    print(report(results))
+    for case, result in results if args.model or args.verbose else ():
+        print("\n".join(["", case.name, *result.lines()]))
+
+
+def main() -> None:
+    """The console command."""
+    run_command(run, build_parser)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The laboratory on the real step and compiler, and that the estimates do not fall. All of them: `make test-tpu`."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tpu_estimate import CASES, Case, estimate
+from core.batching import default_row_lengths
+from core.errors import RunError, UsageError
+from core.run_config import RunConfig
+from core.tpu_estimate import estimate_run, tpu_devices
+
+ROOT = Path(__file__).parents[2]
+BASELINES = json.loads(Path(__file__).with_name("tpu_baselines.json").read_text())
+FALL = 0.05
+has_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install -e '.[lab]'"
+)
+all_cases = pytest.mark.skipif(os.environ.get("TPU_LAB") != "all", reason="minutes of compilation: make test-tpu")
+
+
+def assert_not_slower(found, name):
+    assert found.mfu >= (1 - FALL) * BASELINES[name], f"{name}: {found.mfu:.3f} was {BASELINES[name]}"
+
+
+@has_compiler
+def test_one_layer_adds_up_and_is_no_slower_than_it_was():
+    found = estimate(Case("Qwen2.5-0.5B", (0,), 512), "v5e:2x2")
+    assert_not_slower(found, "fast")
+    assert (found.chips, found.model_parallel, found.kernels, found.collectives) == (4, 1, 1, ())
+    tokens, d, f, kv, heads, length = 8192, 896, 4864, 128, 14, 512
+    matrices = 2 * d * d + 2 * d * kv + 3 * d * f
+    attention = 16 * 4 * length * (length + 1) / 2 * heads * 64
+    assert found.model_flops == 2 * matrices * tokens + attention
+    # One block of 512 x 512 for each head and row, at 0.4 of 197 TFLOP/s.
+    assert found.kernel_seconds == pytest.approx(16 * heads * 4 * 512 * 512 * 64 / (0.4 * 197e12))
+    assert found.hbm_bytes > (151936 * d + matrices) * 2 + tokens * d * 2
+    as_json = json.loads(json.dumps(found.to_json()))
+    assert as_json["estimated_mfu"] == pytest.approx(found.model_flops / 197e12 / found.step_seconds, abs=1e-4)
+    assert as_json["tokens_per_second_per_chip"] == pytest.approx(8192 / as_json["estimated_step_seconds"], rel=1e-4)
+    assert {"hbm_bytes", "collectives"} <= set(as_json)
+
+
+@has_compiler
+@all_cases
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_estimate_falls_and_replicated_models_exchange_nothing(case):
+    found = estimate(case, "v5e:8x8")
+    assert_not_slower(found, case.name)
+    assert found.hbm_bytes < found.hbm_capacity
+    if found.model_parallel == 1:
+        assert found.collectives == ()
+
+
+@has_compiler
+def test_what_does_not_fit_is_one_line_with_the_bytes():
+    with pytest.raises(RunError, match=r"the step does not fit: it needs 28\.\d+GiB of a chip's 15\.\d+GiB: lower"):
+        estimate(Case("Qwen2.5-7B", None, 2048, layout="1d", rows=32), "v5e:8x8")
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:8", "v3:2x2", "v5e:8x8; rm", "v5e:8x"])
+def test_a_malformed_topology_is_refused(topology):
+    with pytest.raises(UsageError, match=r"must be a generation \(v5e, v5p, v6e\) and its shape, such as v5e:8x8"):
+        tpu_devices(topology)
+
+
+@has_compiler
+def test_a_shape_that_no_slice_has_is_refused():
+    with pytest.raises(UsageError, match=r"--tpu_topology v5e:3x5: the TPU compiler does not know it \(.+\)$"):
+        tpu_devices("v5e:3x5")
+
+
+def test_without_the_compiler_the_flag_says_what_to_install(tmp_path):
+    """A module finder that knows no libtpu stands for a machine that has none."""
+    program = (
+        "import importlib.util, sys; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'libtpu' else find(name, *rest)\n"
+        "import extract_activations; extract_activations.main()"
+    )
+    (tmp_path / "config.json").write_text(json.dumps(shape_fields()))
+    flags = ["--model_path", str(tmp_path), "--plan", "--tpu_topology", "v5e:8x8"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --tpu_topology needs the TPU compiler")
+    assert done.stderr.count("\n") == 1
+
+
+def shape_fields():
+    shapes = json.loads((ROOT / "benchmarks" / "model_shapes.json").read_text())
+    return shapes["Qwen2.5-0.5B"]
+
+
+@has_compiler
+def test_a_run_is_estimated_from_its_flags_and_a_config_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(shape_fields()))
+    config = RunConfig(
+        model_path=str(tmp_path),
+        plan=True,
+        tpu_topology="v5e:2x2",
+        layers_to_extract=(0,),
+        max_seq_length=300,
+        batch_size=2,
+    )
+    found = estimate_run(config, "v5e:2x2")
+    assert (found.rows, found.length) == (2, default_row_lengths(300)[-1])
+    assert any(line.startswith("estimated step") for line in found.lines())
+
+
+def test_the_flag_needs_plan():
+    with pytest.raises(UsageError, match="--tpu_topology v5e:8x8: needs --plan"):
+        RunConfig(tpu_topology="v5e:8x8")
