@@ -41,7 +41,7 @@ test: .venv/.installed-dev
 
 # A selection of these is a part of `make test`.
 test-faults: .venv/.installed-dev
-	FAULTS=all $(PYTEST) tests/faults
+	FAULTS=all $(PYTEST) tests/faults tests/test_pod_slice.py
 
 # In an environment of their own: these tools pin packages that the project uses too.
 build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt
