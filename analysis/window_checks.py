@@ -150,6 +150,10 @@ def _table_problems(table: Sequence[TableRow], counts: PartCounts) -> Iterator[s
     n_tokens = sum(row.n_tokens for row in table)
     if n_tokens != counts.n_tokens:
         yield f"its samples have {n_tokens} stored tokens, the record says {counts.n_tokens}"
+    listed = (table[0].sample_idx, table[-1].sample_idx) if table else (None, None)
+    recorded = (counts.first_sample_idx, counts.last_sample_idx)
+    if listed != recorded and table:
+        yield f"it lists samples {listed[0]} to {listed[1]}, the record says {recorded[0]} to {recorded[1]}"
     for row in table:
         n_stored = len(row.token_ids) if row.positions is None else len(row.positions)
         if n_stored != row.n_tokens:

@@ -86,8 +86,12 @@ class PartCounts:
 
 @dataclass(frozen=True)
 class StoredPart:
-    """One part of a window that is stored but not committed. n_dropped, n_empty: as in `CommitRecord`."""
+    """A part of a window that is stored but not committed.
 
+    number: of the part; None where a host had none to compute. n_dropped, n_empty: as in `CommitRecord`.
+    """
+
+    number: int | None
     counts: PartCounts
     n_dropped: dict[str, int]
     n_empty: int
@@ -228,6 +232,11 @@ def _check_parts(fields: dict[str, Any]) -> None:
     for count in ("n_samples", "n_tokens"):
         if sum(part[count] for part in fields["parts"]) != fields[count]:
             raise ValueError(f"the 'parts' do not add up to {count!r}")
+    sites = [None, *fields["sites"]]
+    for number, part in enumerate(fields["parts"]):
+        own = [file["site"] for file in fields["files"] if StoredFile(**file).part == number]
+        if sorted(own, key=str) != (sorted(sites, key=str) if part["n_samples"] else []):
+            raise ValueError(f"the files of part {number} are not one for each site and a sample table")
     if any(StoredFile(**file).part >= len(fields["parts"]) for file in fields["files"]):
         raise ValueError("a file is of none of the 'parts'")
 
@@ -328,11 +337,11 @@ class ActivationStorage:
         """Where the worker's folder is."""
         return f"{self._primary.url}/{self.folder}"
 
-    def open(self, agreed: Callable[[int], int] = lambda found: found) -> list[CommitRecord]:
+    def open(self, n_windows: int | None = None) -> list[CommitRecord]:
         """What is committed in the folder, in window order; nothing is written before the first `store`.
 
-        agreed: from how many windows this host finds committed, in how many of them all hosts of a slice believe.
-        Raises UsageError when the folder holds another plan or stream, or not what the other hosts find in it.
+        n_windows: how many another host has found there: the rest is left out.
+        Raises UsageError when the folder holds another plan or stream, RunError when it holds fewer windows.
         """
         for store in self._stores():
             for name, wanted in self._identities():
@@ -341,9 +350,8 @@ class ActivationStorage:
         for record in self._records:
             if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
                 raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written for another plan: verify it")
-        n_windows = agreed(len(self._records))
-        if len(self._records) < n_windows:
-            raise UsageError(
+        if n_windows is not None and len(self._records) < n_windows:
+            raise RunError(
                 f"{self.url} holds {len(self._records)} committed windows here, {n_windows} on host 0: "
                 "the hosts need one --output_dir, on a shared disk or gs://"
             )
@@ -417,6 +425,7 @@ class ActivationStorage:
         """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
         name = self._record_name(record.window)
         data = record.to_bytes()
+        CommitRecord.from_bytes(data)  # what could not be read must not be written: nothing would replace it
         fault_point("commit.before")
         if self._primary.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
             data = self._primary.read_bytes(name)
@@ -501,6 +510,9 @@ def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
     if not isinstance(stored, dict):
         raise RunError(f"{store.url}/{name} is not a JSON object: use another --output_dir")
     differences = differing_fields(stored, wanted)
+    if len(differences) == 1 and differences[0].startswith("parts:"):
+        # Jobs of different numbers of hosts began at once: whoever starts again takes over what stands.
+        raise RunError(f"{store.url}/{name}: another job has just begun this output ({differences[0]}): start again")
     if differences:
         more = f"; {len(differences) - _SHOWN_DIFFERENCES} more" * (len(differences) > _SHOWN_DIFFERENCES)
         other_worker = " another --worker_id," * name.endswith(STREAM_FILE)

@@ -143,23 +143,14 @@ def plan_steps(lengths: Sequence[int], shape: BatchShape) -> list[Step]:
     A full step has `rows_per_step` rows. What is left of a row length is halved down (4, 2, 1 × row_multiple) instead
     of being padded to a full step: few static shapes, little padding.
     """
-    return plan_steps_together([lengths], shape)[0]
-
-
-def plan_steps_together(lengths: Sequence[Sequence[int]], shape: BatchShape) -> list[list[Step]]:
-    """`plan_steps` for several hosts that take every step at once, each with rows of its own samples.
-
-    All have as many steps, of the same shapes: who has fewer rows of a length takes the step with empty ones.
-    """
-    rows = [plan_rows(own, shape) for own in lengths]
-    steps: list[list[Step]] = [[] for _ in lengths]
-    for length in sorted({row.length for own in rows for row in own}, reverse=True):
-        left = [[row for row in own if row.length == length] for own in rows]
-        while most := max(map(len, left)):
-            n_rows = _step_rows(most, shape)
-            for planned, own in zip(steps, left, strict=True):
-                planned.append(Step(length, n_rows, tuple(own[:n_rows])))
-            left = [own[n_rows:] for own in left]
+    rows = plan_rows(lengths, shape)
+    steps = []
+    for length in sorted({row.length for row in rows}, reverse=True):
+        same = [row for row in rows if row.length == length]
+        while same:
+            n_rows = _step_rows(len(same), shape)
+            steps.append(Step(length, n_rows, tuple(same[:n_rows])))
+            same = same[n_rows:]
     return steps
 
 

@@ -217,9 +217,9 @@ class Extraction:
             lengths = [len(flight.buffer.samples[sample].token_ids) for sample in fetch.samples]
             self.progress.computed(len(lengths), sum(lengths))
             if not flight.buffer.steps_left:
-                activations = flight.buffer.finished()
-                encoded.put((flight.buffer.part, pool.submit(self._encode_and_store, activations)), clock)
-                del activations
+                part, activations = flight.buffer.part, flight.buffer.finished()
+                encoded.put((part, pool.submit(self._encode_and_store, part, activations)), clock)
+                del part, activations
             del flight
         encoded.close()
 
@@ -232,7 +232,7 @@ class Extraction:
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
         self._device_free_at = ready
 
-    def _encode_and_store(self, activations: WindowActivations) -> StoredPart:
+    def _encode_and_store(self, part: PartOfWindow, activations: WindowActivations) -> StoredPart:
         started = time.monotonic()
         try:
             files = self.encoder.encode(activations)
@@ -248,30 +248,28 @@ class Extraction:
             for file in files:
                 file.path.unlink(missing_ok=True)
         self.pipeline.clock("store").add_busy(time.monotonic() - started)
-        return _stored_part(activations.window, stored)
+        return _stored_part(part.part, activations.window, stored)
 
     def _commit(self, encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]], clock: StageClock) -> None:
-        stored: list[StoredPart | None] = []
+        is_whole, stored = True, list[StoredPart]()
         for part, future in encoded.drain(clock):
-            stored += self._gathered(part, future.result())
+            told = self.session.gather(f"stored/{part.window.index}/{part.turn}", asdict(future.result()))
+            # Behind a window that is given up none counts.
+            is_whole &= told is not None
+            stored += [StoredPart.from_json(fields) for fields in told or ()]
             if part.is_last:
-                self._commit_window(part.window, stored)
+                self._commit_window(part.window, stored if is_whole else None)
                 stored = []
             del part, future
 
-    def _gathered(self, part: PartOfWindow, own: StoredPart) -> list[StoredPart | None]:
-        """The parts that the hosts stored at this turn, at the host that commits; [None] if not all of them did."""
-        key = f"stored/{part.window.index}/{part.turn}"
-        told = self.session.gather(key, asdict(own))
-        return [None] if told is None else [StoredPart.from_json(fields) for fields in told]
+    def _commit_window(self, window: Window, stored: list[StoredPart] | None) -> None:
+        """Commits a window on the host that has gathered its parts; the others wait for it, and believe it.
 
-    def _commit_window(self, window: Window, stored: list[StoredPart | None]) -> None:
-        """Commits a window on the host that has gathered its parts; the others wait for it, and believe it."""
-        parts = [part for part in stored[: self.job.plan.parts] if part is not None]
+        stored: None when a host has ended without its part.
+        """
         key = f"committed/{window.index}"
         if self.session.hosts.is_first:
-            is_whole = len(parts) == self.job.plan.parts
-            record = self.storage.commit(self._record(window, parts)) if is_whole else None
+            record = None if stored is None else self.storage.commit(self._record(window, stored))
             self.session.share(key, None if record is None else record.to_bytes().decode())
             self.session.forget(f"committed/{window.index - 1}")
         else:
@@ -281,7 +279,10 @@ class Extraction:
             self.progress.committed(record)
             self.on_commit(record)
 
-    def _record(self, window: Window, parts: list[StoredPart]) -> CommitRecord:
+    def _record(self, window: Window, stored: list[StoredPart]) -> CommitRecord:
+        parts = sorted((part for part in stored if part.number is not None), key=lambda part: part.number or 0)
+        counts = {part.number: part.counts for part in parts}
+        nothing = PartCounts(None, None, 0, 0)
         dropped: Counter[str] = Counter()
         for part in parts:
             dropped.update(part.n_dropped)
@@ -304,15 +305,16 @@ class Extraction:
             dtype=self.job.config.dtype,
             files=tuple(file for part in parts for file in part.files),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
-            parts=tuple(part.counts for part in parts) if len(parts) > 1 else (),
+            parts=tuple(counts.get(n, nothing) for n in range(self.job.plan.parts)) if self.job.plan.parts > 1 else (),
         )
 
 
-def _stored_part(window: Window, files: list[StoredFile]) -> StoredPart:
+def _stored_part(number: int | None, window: Window, files: list[StoredFile]) -> StoredPart:
     """window: with the part's samples alone, as they were stored."""
     samples = window.samples
     first, last = (samples[0].sample_idx, samples[-1].sample_idx) if samples else (None, None)
     return StoredPart(
+        number=number,
         counts=PartCounts(first, last, len(samples), window.n_kept),
         n_dropped=count_reasons(sample.reasons for sample in samples if sample.reasons is not None),
         n_empty=sum(sample.n_kept == 0 for sample in samples),

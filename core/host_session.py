@@ -3,6 +3,7 @@
 import math
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +68,15 @@ class HostSession:
         for host in range(1, self.hosts.count):
             self.hosts.forget(self._key(key, host))
         return None if None in values else values
+
+    def agree(self, key: str, value: Callable[[], Any]) -> Any:
+        """What the first host's `value()` gives, at every host. Raises RunError if the first host has ended."""
+        if self.hosts.is_first:
+            return self.share(key, value())
+        told = self.share(key, None)
+        if told is None:
+            raise RunError(f"host 0 has given up {key}")
+        return told
 
     def share(self, key: str, value: Any | None) -> Any | None:
         """What the first host gives for `key`, at every host; None if it gives None or has ended."""

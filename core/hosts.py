@@ -4,9 +4,12 @@ Activations and weights never go this way: only what hosts have to agree about, 
 Every host beats, and watches the others: when one falls silent, or ends with an error, the rest end too.
 """
 
+import atexit
 import faulthandler
 import json
+import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -58,7 +61,8 @@ class Hosts:
         self._left = threading.Event()
         self._failure: str | None = None
         self._stopping: frozenset[str] = frozenset()
-        self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
+        self._rounds = 0
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._watch_the_watch)]
 
     @property
     def is_first(self) -> bool:
@@ -66,24 +70,38 @@ class Hosts:
         return self.number == 0
 
     def __enter__(self) -> "Hosts":
-        if self._service is not None:
-            self._watcher.start()
+        for thread in self._threads if self._service is not None else ():
+            thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._service is None:
             return
+        with suppress(RuntimeError):  # of a service that is gone: the error that led here is the one to be shown
+            if self._all_leave(error):
+                self._left.set()
+                leave_hosts()
+            else:
+                # At the end of the process JAX would wait for the host that is stuck, and abort.
+                atexit.register(_exit_at_once, getattr(error, "exit_code", 1))
+        self._left.set()
+        if error is None:
+            self.check()
+
+    def _all_leave(self, error: BaseException | None) -> bool:
+        """Waits for all hosts to leave. One that does not, but lives, may have much left to store.
+
+        After an error they have little time, and False says that one is stuck: JAX would wait for it, and abort.
+        """
         if error is not None:
             self._say(f"failed/{self.number}", str(error) or type(error).__name__)
         self._say(f"left/{self.number}", "")
-        deadline = time.monotonic() + (self._timeout_s if error is None else _FAREWELL_S)
-        while len(self._said("left/")) < self.count and time.monotonic() < deadline:
+        deadline = math.inf if error is None else time.monotonic() + _FAREWELL_S / 2
+        while len(self._said("left/")) < self.count:
+            if time.monotonic() > deadline:
+                return False
             time.sleep(_BEAT_S / 10)
-        self._left.set()
-        self._watcher.join()
-        leave_hosts()
-        if error is None:
-            self.check()
+        return True
 
     def share(self, key: str, value: Callable[[], Any]) -> Any:
         """What the first host's `value()` gives, as JSON keeps it, on all hosts. Raises RunError if a host fails."""
@@ -140,7 +158,7 @@ class Hosts:
 
     def _say(self, key: str, value: str) -> None:
         assert self._service is not None
-        self._service.key_value_set(_key(key), value, allow_overwrite=True)
+        self._service.key_value_set(_key(key), value.encode(errors="replace").decode(), allow_overwrite=True)
 
     def _said(self, folder: str) -> dict[str, str]:
         assert self._service is not None
@@ -148,23 +166,39 @@ class Hosts:
 
     def _watch(self) -> None:
         """Beats, and looks for hosts that have fallen silent or failed."""
-        heard: dict[str, tuple[str, float]] = {}
-        beat = 0
+        heard = {str(host): ("", time.monotonic()) for host in range(self.count)}
         try:
             while not self._left.wait(_BEAT_S):
-                beat += 1
-                self._say(f"beat/{self.number}", str(beat))
+                self._say(f"beat/{self.number}", str(self._rounds))
                 self._look_for_failures()
                 self._stopping = frozenset(self._said("stopping/"))
-                now = time.monotonic()
-                for host, sign in self._said("beat/").items():
-                    if heard.get(host, ("", 0.0))[0] != sign:
-                        heard[host] = sign, now
-                silent = [host for host, (_, since) in heard.items() if now - since > self._timeout_s]
-                if silent:
-                    self._end(f"host {silent[0]} has given no sign of life for {self._timeout_s:.0f} s")
+                self._look_for_silence(heard)
+                self._rounds += 1
         except RuntimeError as error:
-            self._end_unless_left(f"host 0, the coordinator, is gone ({str(error).splitlines()[0]})")
+            self._end_unless_left(f"the hosts cannot reach each other ({str(error).splitlines()[0]})")
+
+    def _look_for_silence(self, heard: dict[str, tuple[str, float]]) -> None:
+        """heard: by host its last sign of life, and since when that has been the last."""
+        now = time.monotonic()
+        for host, sign in self._said("beat/").items():
+            if host not in heard or heard[host][0] != sign:
+                heard[host] = sign, now
+        silent = [host for host, (_, since) in heard.items() if now - since > self._timeout_s]
+        # Who has left beats no more, and waits for the rest.
+        for host in sorted(set(silent) - self._said("left/").keys()):
+            self._end_unless_left(f"host {host} has given no sign of life for {self._timeout_s:.0f} s")
+
+    def _watch_the_watch(self) -> None:
+        """A host 0 that hangs, and the service with it, answers no question: the watch hangs too.
+
+        Its rounds are counted in ticks of this thread: time in which this process itself stood still does not count.
+        """
+        rounds, ticks = self._rounds, 0
+        while not self._left.wait(_BEAT_S):
+            ticks = ticks + 1 if self._rounds == rounds else 0
+            rounds = self._rounds
+            if ticks * _BEAT_S > self._timeout_s:
+                self._end_unless_left(f"host 0 has given no answer for {self._timeout_s:.0f} s")
 
     def _look_for_failures(self) -> None:
         failures = {host: text for host, text in self._said("failed/").items() if host != str(self.number)}
@@ -185,10 +219,14 @@ class Hosts:
         last = threading.Thread(target=self.abandon, daemon=True)
         last.start()
         last.join(_ABANDON_S)
-        with suppress(OSError, ValueError):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(1)
+        _exit_at_once(1)
+
+
+def _exit_at_once(code: int) -> None:
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 ALONE = Hosts()
@@ -201,7 +239,8 @@ def _key(key: str) -> str:
 def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: int | None, timeout_s: float) -> Hosts:
     """Joins the hosts of a pod slice; what is None is found by JAX on a TPU VM.
 
-    Must come before anything touches a device. Raises UsageError when they do not find each other.
+    Must come before anything touches a device. Raises UsageError when JAX does not find them. When one does not come
+    within five minutes JAX ends the process itself.
     """
     import jax
     from jax._src import distributed  # the service's client has no public name
@@ -210,6 +249,8 @@ def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: 
     jax.config.update("jax_enable_preemption_service", False)
     # The service aborts a process whose coordinator is gone: the stacks of all threads would bury the reason.
     faulthandler.disable()
+    # JAX waits in a place where Python handles no signal.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -226,6 +267,8 @@ def join_hosts(coordinator_address: str | None, num_hosts: int | None, host_id: 
             f"--multihost: cannot join the other hosts ({reason}): "
             "give --coordinator_address, --num_hosts and --host_id"
         ) from error
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     state = distributed.global_state
     return Hosts(state.num_processes, state.process_id, state.client, timeout_s)
 

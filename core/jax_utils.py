@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
@@ -72,13 +71,8 @@ def _report_split(mesh: ModelMesh, share: int) -> None:
         logging.info("a copy of the model lies on %d devices, %.2f GB on each%s", n_devices, share / 1e9, alike)
 
 
-def _all_devices() -> list[jax.Device]:
-    """Those of all hosts that are joined, host by host, so that a model is split over devices of one host alone."""
-    return sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-
-
 class JaxBackend:
-    """The decoder of `qwen2_jax` on all devices, those of joined hosts too. Satisfies `core.backend.Backend`."""
+    """The decoder of `qwen2_jax` on all devices of this process. Satisfies `core.backend.Backend`."""
 
     name = "jax"
     can_pack = True
@@ -93,17 +87,17 @@ class JaxBackend:
         return jax.default_backend() == "cpu"
 
     def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
-        """A host's rows are split over so many devices, or groups of devices that hold the model together."""
-        return self._mesh(model, request).mesh.shape[DATA_AXIS] // jax.process_count()
+        """The batch is split over so many devices, or groups of devices that hold the model together."""
+        return self._mesh(model, request).mesh.shape[DATA_AXIS]
 
     def _mesh(self, model: ModelShape, request: StepRequest) -> ModelMesh:
         assert isinstance(model, DecoderConfig)
-        devices, n_local = _all_devices(), jax.local_device_count()
+        devices = jax.local_devices()
 
         def share(n: int) -> int:
             return device_share(model, request, ModelMesh.of(model, devices, n))
 
-        return ModelMesh.of(model, devices, model_parallelism(self._layout, n_local, share, device_bytes()))
+        return ModelMesh.of(model, devices, model_parallelism(self._layout, len(devices), share, device_bytes()))
 
     def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
         """The model's config. Raises ModelError for what is missing or not supported."""
@@ -256,16 +250,14 @@ class ExtractionStep:
     the program has no collectives. One compilation for each (rows, row length), and a small one for each number of
     tokens that are gathered from a row.
 
-    The mesh may span several hosts. They run one program over all their devices, step by step, and each hands in rows
-    of its own and gets what is computed of them.
+    The hosts of a slice run this one program, each over its own devices and rows. Nothing crosses hosts, so that none
+    waits for another, and one that stops or fails in the middle leaves no step half launched elsewhere.
     """
 
     def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
         self._program = program = step_program(model, request, mesh)
-        self._mesh = mesh.mesh
-        self._own_rows = NamedSharding(mesh.mesh.local_mesh, program.rows.spec)
         sites = program.out_specs[0]
-        gather = partial(jax.shard_map, mesh=mesh.mesh.local_mesh, check_vma=False)
+        gather = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
         self._gather = jax.jit(gather(_gather, in_specs=(sites, program.rows.spec), out_specs=sites))
         self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
 
@@ -278,28 +270,13 @@ class ExtractionStep:
         return JaxStepOutput(self, started)
 
     def _dispatch(self, arrays: StepArrays) -> Outputs:
-        inputs = (arrays.tokens, arrays.segment_ids, arrays.positions)
-        placed = [jax.make_array_from_process_local_data(self._program.rows, array) for array in inputs]
-        outputs = self._own_part(self._program.forward(self._program.state, *placed))
+        inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), self._program.rows)
+        outputs: Outputs = self._program.forward(self._program.state, *inputs)
         # The little that decides what is fetched is on its way before anybody asks.
         for array in (*outputs[1].values(), *outputs[2].values()):
             array.copy_to_host_async()
         return outputs
 
-    def _own_part(self, outputs: Outputs) -> Outputs:
-        """What this host's devices hold of the outputs, as arrays over these devices alone; nothing moves."""
-        activations, peaks, norms = outputs
-        sites, layers_rows, _ = self._program.out_specs
-
-        def own(array: Array, spec: PartitionSpec) -> Array:
-            return multihost_utils.global_array_to_host_local_array(array, self._mesh, spec)
-
-        return (
-            {site: own(array, sites[site]) for site, array in activations.items()},
-            {site: own(array, layers_rows) for site, array in peaks.items()},
-            {site: own(array, layers_rows) for site, array in norms.items()},
-        )
-
     def gather(self, activations: dict[str, Array], kept: Int32[np.ndarray, "B K"]) -> dict[str, Array]:
         """The tokens at `kept` of each row, (L, B, K, D) by site; on the devices that hold the rows."""
-        return self._gather(activations, jax.device_put(kept, self._own_rows))
+        return self._gather(activations, jax.device_put(kept, self._program.rows))

@@ -73,6 +73,11 @@ class Job:
         return site_bytes(self.capture, self.model, self.config.dtype)
 
     @property
+    def keeps_local_copy(self) -> bool:
+        """Whether everything that is stored also stays on this machine's disk."""
+        return self.config.local_copy_stays and (self.plan.parts == 1 or not self.config.uploads)
+
+    @property
     def step_request(self) -> StepRequest:
         """What the backend has to compute."""
         norm_sites = NORM_SITES if self.selection is not None and self.selection.needs_norms else ()
@@ -320,7 +325,9 @@ def _parts(hosts: Hosts, config: RunConfig) -> int:
 
     parts = hosts.share("parts", found)
     if parts != hosts.count:
-        logging.info("every window has %d parts, as %s says: %d hosts take turns at them", parts, RUN_FILE, hosts.count)
+        logging.info("parts of each window, as %s says: %d; hosts that share them: %d", RUN_FILE, parts, hosts.count)
+    if parts > 1 and config.uploads and config.local_copy_stays:
+        logging.info("the hosts of a slice keep no local copy: each would have its own parts alone")
     return parts
 
 

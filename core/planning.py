@@ -72,7 +72,7 @@ def stored_bytes(job: Job, tokens: int, stored_tokens: int, ratio: float | None 
 def disk_needed(job: Job, tokens: int, stored_tokens: int, ratio: float | None = None) -> int:
     """Local bytes a run needs: everything, or the few windows under way when the local files do not stay."""
     needed = stored_bytes(job, tokens, stored_tokens, ratio)
-    if job.config.local_copy_stays:
+    if job.keeps_local_copy:
         return needed
     sizes = job.bytes_per_token.values()
     return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))

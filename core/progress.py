@@ -84,7 +84,7 @@ class Progress:
       expected_samples: of the whole stream, an estimate; already committed ones included.
       log: takes one line for people.
       metrics_path: a JSON line is appended for each commit.
-      n_hosts: that share every window: what this one computes stands for as much on each of the others.
+      n_hosts: that have a part of every window: what this one computes stands for as much on each of the others.
     """
 
     def __init__(

@@ -101,6 +101,7 @@ class RunConfig:
         has_layout = self.mesh in ("auto", "1d", "2d") or EXPLICIT_MESH.fullmatch(self.mesh) is not None
         self._require(has_layout, "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
+        self._check_hosts()
         self._check_certificate()
         self._check_selection()
         self._check_dataset()
@@ -116,6 +117,19 @@ class RunConfig:
             raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
         if self.delete_local_after_upload and not self.uploads:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
+
+    def _check_hosts(self) -> None:
+        for name in ("coordinator_address", "num_hosts", "host_id"):
+            self._require(self.multihost or getattr(self, name) is None, name, "needs --multihost")
+        address = self.coordinator_address
+        self._require(
+            address is None or re.fullmatch(r".+:[0-9]{1,5}", address) is not None,
+            "coordinator_address",
+            "must be host:port, such as 10.0.0.1:8476",
+        )
+        hosts, host = self.num_hosts, self.host_id
+        self._require(hosts is None or hosts >= 1, "num_hosts", "must be at least 1")
+        self._require(host is None or 0 <= host < (hosts or math.inf), "host_id", "must lie in 0..num_hosts-1")
 
     def _check_certificate(self) -> None:
         self._require(self.certify >= 0, "certify", "must not be negative")

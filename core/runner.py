@@ -2,13 +2,14 @@
 
 import ctypes
 import itertools
+import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from absl import logging
 
-from core.backend import Backend
 from core.errors import UsageError
 from core.extraction import is_complete, resume_place
 from core.host_session import HostSession
@@ -23,6 +24,7 @@ from core.job import (
     prepare_shard_jobs,
     require_shared_output,
 )
+from core.plan import differing_fields
 from core.planning import PlanReport, plan_run
 from core.progress import Summary
 from core.run_config import RunConfig
@@ -33,6 +35,7 @@ from core.stream_run import load, prepare_stream, run_stream
 if TYPE_CHECKING:
     from core.tpu_estimate import StepEstimate
 
+_NOT_WITH_TORCH = "--multihost: JAX joins hosts, torch does not: use --machine_id and --total_machines"
 # malloc.h
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD = -3
@@ -51,18 +54,20 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
     _keep_heap_flat()
     if config.gcs_bucket is not None and not config.uploads:
         logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)
-    backend = backend_of(config)
-    if config.multihost and backend.name != "jax":
-        raise UsageError("--multihost: JAX joins hosts, torch does not: use --machine_id and --total_machines")
+    if config.multihost and config.backend == "torch":
+        raise UsageError(_NOT_WITH_TORCH)
+    # What fails behind this is told on all hosts.
     with _join_hosts(config) as hosts:
-        return _run(config, backend, hosts, before_extraction)
+        _require_same_flags(config, hosts)
+        return _run(config, hosts, before_extraction)
 
 
-def _run(
-    config: RunConfig, backend: Backend, hosts: Hosts, before_extraction: BeforeExtraction | None
-) -> Summary | PlanReport:
+def _run(config: RunConfig, hosts: Hosts, before_extraction: BeforeExtraction | None) -> Summary | PlanReport:
+    backend = backend_of(config)
     if backend.name == "jax":
         enable_compilation_cache(config.compilation_cache_dir)
+    elif config.multihost:
+        raise UsageError(_NOT_WITH_TORCH)
     if not config.plan:
         require_shared_output(config, hosts)
     compute_dtype = backend.compute_dtype(config.compute_dtype)
@@ -93,6 +98,32 @@ def _join_hosts(config: RunConfig) -> Hosts:
     hosts = join_hosts(config.coordinator_address, config.num_hosts, config.host_id, config.host_timeout_s)
     logging.info("host %d of %d", hosts.number, hosts.count)
     return hosts
+
+
+# What may differ from host to host.
+_OWN_FLAGS = (
+    *("host_id", "coordinator_address", "log_file", "verbose", "json"),
+    *("checkpoint_dir", "compilation_cache_dir", "weights_cache_dir"),
+)
+
+
+def _require_same_flags(config: RunConfig, hosts: Hosts) -> None:
+    """Raises UsageError on a host whose flags are not those of the first one: they would not make one output.
+
+    The first host goes on when all agree: what comes next, JAX's look for devices, waits for all hosts.
+    """
+    own = json.loads(json.dumps(asdict(config)))
+    first = hosts.share("flags", lambda: own)
+    for flags in (own, first):
+        for name in _OWN_FLAGS:
+            flags.pop(name, None)
+    differences = differing_fields(first, own)
+    if differences:
+        told = "; ".join(difference.replace(" there", " on host 0") for difference in differences)
+        raise UsageError(f"--multihost: the flags of host {hosts.number} differ ({told}): start all hosts alike")
+    hosts.tell(f"same_flags/{hosts.number}", True)
+    for host in range(1, hosts.count) if hosts.is_first else ():
+        hosts.wait_for(f"same_flags/{host}")
 
 
 def _plan(jobs: Sequence[Job]) -> PlanReport:

@@ -34,6 +34,8 @@ from core.stream_run import LoadedModel, load, prepare_stream, run_stream
 BeforeExtraction = Callable[[Job, Stores], None]
 # Shards that fail one after another point at this machine rather than at each of them.
 _FAILURES_IN_A_ROW = 3
+# Whichever host finds an error first.
+_HOST = re.compile(r"^host [0-9]+: ")
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 _SUMMED = ("samples", "tokens", "bytes", "shards", "truncated", "bad_records", "empty_samples")
 
@@ -95,7 +97,8 @@ def run_shards(
     stores.spool.remove_stale_temporaries()
     # Loading comes before the first claim: a process that is killed meanwhile holds up nobody.
     model = load(jobs[0]) if anything_left else None
-    jobs[0].hosts.abandon = run.abandon
+    if jobs[0].hosts.count > 1:
+        jobs[0].hosts.abandon = run.abandon
     with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon) as told_here:
         if model is not None:
             run.work(model, StopOfAny(jobs[0].hosts, "run", told_here))
@@ -199,8 +202,13 @@ class _ShardedRun:
 
     def _follow(self, model: LoadedModel, stop: threading.Event) -> None:
         """Extracts what the first host claims."""
-        # Asking it is what tells the other hosts that this one is to stop; then the first one announces the end.
-        while (shard := self._hosts.wait_for(self._next_session(), lambda: stop.is_set() or True)) is not None:
+
+        def wait_on() -> bool:
+            # Asking it is what tells the other hosts that this one is to stop; then the first one announces the end.
+            stop.is_set()
+            return True
+
+        while (shard := self._hosts.wait_for(self._next_session(), wait_on)) is not None:
             try:
                 with self._session(stop) as session:
                     self._summaries.append((shard, self._extract(shard, model, session)))
@@ -253,7 +261,7 @@ class _ShardedRun:
                 }
 
         return run_stream(
-            prepare_stream(job, open_storage(job, self._stores), session.name),
+            prepare_stream(job, open_storage(job, self._stores), session.agree),
             model,
             session,
             log=lambda line: logging.info("%s: %s", shard, line),
@@ -276,6 +284,7 @@ class _ShardedRun:
         """An error without what differs from worker to worker: where the dataset lies, and addresses of objects."""
         config = next(iter(self._jobs.values())).config
         root = (config.sharded_dataset_dir or "").rstrip("/") + "/"
+        text = _HOST.sub("", text)
         return redact(" ".join(_ADDRESS.sub("0x…", text.replace(root, "")).split()))
 
     def summary(self, model: LoadedModel | None) -> ShardedSummary:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from absl import logging
 
@@ -57,12 +58,14 @@ def load(job: Job) -> LoadedModel:
     return LoadedModel(step, time.monotonic() - started)
 
 
-def prepare_stream(job: Job, storage: ActivationStorage, session: str = "run") -> PreparedStream:
+def prepare_stream(
+    job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any] | None = None
+) -> PreparedStream:
     """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest.
 
-    session: its name among those of the hosts that share the stream.
+    agree: gives all hosts what the first one finds, see `Hosts.share` and `HostSession.agree`.
     """
-    records = storage.open(lambda found: job.hosts.share(f"{session}/found", lambda: found))
+    records = _open(job, storage, agree or job.hosts.share)
     storage.spool.remove_stale_temporaries(storage.folder)
     survey = survey_stream(job)
     if is_complete(records):
@@ -82,6 +85,15 @@ def prepare_stream(job: Job, storage: ActivationStorage, session: str = "run") -
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds)
+
+
+def _open(job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any]) -> list[CommitRecord]:
+    """What is committed. The first host looks first: what it finds the others find too, and perhaps more."""
+    if job.hosts.is_first:
+        records = storage.open()
+        agree("found", lambda: len(records))
+        return records
+    return storage.open(agree("found", lambda: None))
 
 
 def _require_writable(job: Job, storage: ActivationStorage) -> None:
@@ -120,7 +132,7 @@ def run_stream(
         committed_samples=storage.committed_samples,
         log=log,
         metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
-        n_hosts=job.hosts.count,
+        n_hosts=min(job.hosts.count, job.plan.parts),
     )
     if on_start is not None:
         on_start(progress)

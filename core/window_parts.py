@@ -11,18 +11,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from core.batching import BatchShape, Step, plan_steps_together
+from core.batching import BatchShape, Step, plan_steps
 from core.windows import Window
 
 
 @dataclass(frozen=True)
 class PartOfWindow:
-    """What a host computes of a window at one turn; several hosts run the same `steps` then, each with its samples.
+    """What a host computes of a window at one turn.
 
     Attributes:
       window: the whole window. turn: counts from 0.
       part: the number of the part; None if there is none left for this host at this turn.
-      own: the window with the part's samples alone.
+      own: the window with the part's samples alone; it may have none.
     """
 
     window: Window
@@ -47,14 +47,14 @@ def parts_of_window(
 ) -> Iterator[PartOfWindow]:
     """The turns of one of the hosts. `shape`: of the rows of one host."""
     ranges = part_ranges(window.lengths, n_parts)
-    n_turns = -(-n_parts // n_hosts)
-    for turn in range(n_turns):
-        at_once = [ranges[part] if part < n_parts else range(0) for part in range(turn * n_hosts, (turn + 1) * n_hosts)]
-        steps = plan_steps_together([[window.lengths[sample] for sample in samples] for samples in at_once], shape)
-        part = turn * n_hosts + host
-        samples = at_once[host]
+    turns = [range(first, min(first + n_hosts, n_parts)) for first in range(0, n_parts, n_hosts)]
+    # A turn without a sample is none: all hosts leave it out alike.
+    turns = [parts for parts in turns if any(ranges[part] for part in parts)]
+    for turn, parts in enumerate(turns):
+        part = parts[host] if host < len(parts) else None
+        samples = range(0) if part is None else ranges[part]
         is_whole = len(samples) == len(window.samples)
         own = window if is_whole else replace(window, samples=window.samples[samples.start : samples.stop])
-        yield PartOfWindow(
-            window, turn, part if part < n_parts else None, own, tuple(steps[host]), is_last=turn == n_turns - 1
-        )
+        # One step of padding takes a part without samples the way that all parts go.
+        steps = tuple(plan_steps(own.lengths, shape)) or (Step(shape.row_lengths[0], shape.row_multiple, ()),)
+        yield PartOfWindow(window, turn, part, own, steps, is_last=turn == len(turns) - 1)

@@ -10,11 +10,16 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny_run import cache_dir, command, committed_files, environment, run, token_lines, write_jsonl, write_model
+
+from analysis.verification import verify
+from core.run_config import RunConfig
+from core.runner import run as run_job
 
 FLAGS = ("--max_seq_length", 128, "--shard_size_gb", 0.0001, "--layers_to_extract", 0, 2, "--host_timeout_s", 10)
 DEATHS = [(1, "store.after@3=kill")]
@@ -38,6 +43,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("slice")
     write_model(folder / "model")
     write_jsonl(folder / "s.jsonl", token_lines(120, longest=128))
+    write_jsonl(folder / "long.jsonl", token_lines(20_000, longest=128))
     return folder
 
 
@@ -48,14 +54,27 @@ def calm(folder) -> Path:
     return folder / "calm"
 
 
-def start_slice(folder: Path, out: str, n_hosts: int, *flags: object, **env: str) -> list[subprocess.Popen[str]]:
-    """Starts the hosts; `host_0="…"` among `env` arms that host with a fault. out: may hold {host}."""
+def start_slice(
+    folder: Path,
+    out: str,
+    n_hosts: int,
+    *flags: object,
+    stream: str = "s.jsonl",
+    disks: list[Path] | None = None,
+    **env: str,
+) -> list[subprocess.Popen[str]]:
+    """Starts the hosts; `host_0="…"` among `env` arms that host with a fault.
+
+    out, flags: may hold {host}. disks: where each host runs.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    for disk in disks or ():
+        disk.mkdir()
     faults = {host: env.pop(f"host_{host}", "") for host in range(n_hosts)}
     shared = ("--model_path", folder / "model", *FLAGS, "--compilation_cache_dir", cache_dir(), "--output_dir")
-    source = () if "--use_sharded_dataset" in flags else ("--dataset_path", folder / "s.jsonl")
+    source = () if "--use_sharded_dataset" in flags else ("--dataset_path", folder / stream)
     slice_flags = ("--multihost", "--num_hosts", n_hosts, "--coordinator_address", f"127.0.0.1:{port}")
     hosts = [
         subprocess.Popen(
@@ -69,7 +88,7 @@ def start_slice(folder: Path, out: str, n_hosts: int, *flags: object, **env: str
                 host,
                 *flags,
             ),
-            cwd=folder,
+            cwd=(disks or [folder] * n_hosts)[host],
             env=environment(**env, **({"ACTIVATIONS_FAULT": fault} if fault else {})),
             stderr=subprocess.PIPE,
             text=True,
@@ -145,15 +164,18 @@ def test_the_death_of_one_host_ends_the_others_and_the_same_command_goes_on(fold
 
 def test_sigterm_to_one_host_stops_all_in_good_order(folder, calm):
     out = folder / "stopped"
-    hosts = start_slice(folder, out.name, 2, "--batch_size", 1)
+    hosts = start_slice(folder, out.name, 2, stream="long.jsonl")
     deadline = time.monotonic() + 100
     while not (out / "tpu_0/shard_0001.json").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     hosts[1].send_signal(signal.SIGTERM)
     ends = finish(hosts)
-    assert [code for code, _ in ends] in ([143, 143], [0, 0]), ends
-    assert [code for code, _ in finish(start_slice(folder, out.name, 2))] == [0, 0]
-    assert activations(out).keys() == activations(calm).keys()
+    assert [code for code, _ in ends] == [143, 143], ends
+    committed = len(list(out.glob("tpu_0/shard_*.json")))
+    assert committed >= 1
+    verified = run("analyze_activations.py", "verify", out, "--allow_unfinished", cwd=folder)
+    assert verified.returncode == 0, verified.stdout
+    assert "shard_0001_part_0.pkl.gz" in bytes_of(out / "tpu_0")
 
 
 def test_an_error_of_one_host_is_told_on_all(folder):
@@ -164,18 +186,35 @@ def test_an_error_of_one_host_is_told_on_all(folder):
 
 
 def test_hosts_that_do_not_share_the_output_folder_are_refused(folder):
-    ends = finish(start_slice(folder, "disk_{host}", 2))
+    disks = [folder / "disk_0", folder / "disk_1"]
+    ends = finish(start_slice(folder, "out", 2, disks=disks))
     assert [code for code, _ in ends] == [1, 2]
     assert "host 1 does not see there what host 0 writes" in ends[1][1]
     assert "host 1 does not see there" in ends[0][1]
-    assert not [path for path in folder.glob("disk_*/*") if not path.name.startswith(".")]
+    assert not [path for disk in disks for path in disk.glob("out/*")]
+
+
+def test_hosts_that_were_started_with_other_flags_are_refused(folder):
+    ends = finish(start_slice(folder, "flags_{host}", 2, "--checkpoint_dir", "{host}"))
+    assert [code for code, _ in ends] == [1, 2]
+    assert 'output_dir: "flags_0" on host 0, "flags_1" here' in ends[1][1]
+    assert "checkpoint_dir" not in ends[1][1]
+    assert not list(folder.glob("flags_*"))
+
+
+def test_a_frozen_coordinator_is_noticed(folder):
+    """It runs the service that the others ask."""
+    hosts = start_slice(folder, "frozen", 2, host_0="store.before@2=stop")
+    _, said = hosts[1].communicate(timeout=100)
+    assert hosts[1].returncode == 1
+    assert "host 0 has given no answer for 10 s" in said
 
 
 def test_a_slice_claims_shards_as_one_worker_and_sets_a_bad_one_aside(folder):
     lines = token_lines(60, longest=128)
     lines[33]["input_ids"] = [1] * 300
-    write_jsonl(folder / "long.jsonl", lines)
-    dataset = ("--dataset_name", "long.jsonl", "--sharded", "--num_shards", 3, "--output_dir", "dataset")
+    write_jsonl(folder / "overlong.jsonl", lines)
+    dataset = ("--dataset_name", "overlong.jsonl", "--sharded", "--num_shards", 3, "--output_dir", "dataset")
     assert run("create_dataset_streams.py", *dataset, cwd=folder).returncode == 0
     flags = ("--use_sharded_dataset", "--sharded_dataset_dir", "dataset", "--overlong", "refuse")
     ends = finish(start_slice(folder, "claimed", 2, *flags))
@@ -185,3 +224,23 @@ def test_a_slice_claims_shards_as_one_worker_and_sets_a_bad_one_aside(folder):
     assert finished >= {"shard_000", "shard_002"}
     assert len(list((folder / "claimed/claims").glob("shard_000/*.json"))) == 1  # of one claimant
     assert run("analyze_activations.py", "verify", "claimed", "--allow_unfinished", cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize("lengths", [[100] * 4, [36, 36, 36, 108, 36, 36, 36], [10, 100, 36, 36, 36, 36, 36]])
+def test_parts_without_a_sample_lose_nothing(folder, tmp_path, monkeypatch, lengths):
+    stream = write_jsonl(tmp_path / "s.jsonl", [{"input_ids": list(range(n))} for n in lengths])
+    config = RunConfig(
+        model_path=str(folder / "model"),
+        dataset_path=str(stream),
+        output_dir=str(tmp_path / "parts"),
+        layers_to_extract=(1,),
+        max_seq_length=128,
+        shard_size_gb=2_200 / 2**30,
+        enable_checkpointing=False,
+    )
+    assert run_job(replace(config, output_dir=str(tmp_path / "whole"))).samples == len(lengths)
+    monkeypatch.setattr("core.job._parts", lambda hosts, config: 3)
+    assert run_job(replace(config, plan=True)).samples == len(lengths)
+    assert run_job(config).samples == len(lengths)
+    assert verify(config.output_dir).ok, verify(config.output_dir).lines()
+    assert activations(tmp_path / "parts").keys() == activations(tmp_path / "whole").keys()

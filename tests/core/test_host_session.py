@@ -145,6 +145,28 @@ def test_a_host_that_fails_outside_of_a_session_ends_those_that_wait_for_it():
     assert str(second) == "host 0: no such model"
 
 
+def test_what_the_first_host_does_not_come_to_agree_on_keeps_nobody_waiting():
+    def work(hosts: Hosts) -> object:
+        try:
+            with HostSession(hosts, "1", threading.Event()) as session:
+                if hosts.is_first:
+                    raise RunError("no such shard")
+                return session.agree("found", lambda: None)
+        except RunError as error:
+            return str(error)
+
+    assert together(2, work) == ["no such shard", "host 0 has given up found"]
+
+
+def test_a_host_that_is_done_waits_as_long_as_the_others_live():
+    def work(hosts: Hosts) -> object:
+        if hosts.is_first:
+            time.sleep(1.0)
+        return hosts.number
+
+    assert together(2, work, timeout_s=0.4) == [0, 1]
+
+
 def test_a_host_that_falls_silent_ends_the_process_of_the_others(monkeypatch):
     ended: list[str] = []
     monkeypatch.setattr(Hosts, "_end", lambda self, reason: ended.append(f"{self.number}: {reason}"))
