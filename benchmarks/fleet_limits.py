@@ -33,11 +33,11 @@ class Job:
         return self.tokens_per_second * self.layers * self.d_model * self.item_bytes
 
 
-# The compiler's own estimate for v5e with plain attention: 8,192 tokens a chip in 60.5 ms.
-_COMPILER = "TPU compiler's estimate, v5e, 512-token rows"
+_LABORATORY = "the TPU compiler's estimate for v5e, rows of 2,048 tokens (benchmarks/README.md, tpu_estimate)"
 JOBS = (
-    Job("Qwen2.5-0.5B, all 24 layers", 135_000, 24, 896, _COMPILER),
-    Job("Qwen2.5-0.5B, one layer of 24", 270_000, 1, 896, "the same, half of the layers computed"),
+    Job("Qwen2.5-0.5B, all 24 layers", 155_629, 24, 896, _LABORATORY),
+    Job("Gemma-2-2b, one layer", 69_633, 1, 2304, _LABORATORY),
+    Job("Qwen2.5-7B, one layer", 24_667, 1, 3584, _LABORATORY),
 )
 
 

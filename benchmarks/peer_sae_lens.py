@@ -46,7 +46,7 @@ class SaeLensSide:
 
 
 def side(request: Request) -> SaeLensSide:
-    """Loads the model, of which it computes every layer; a buffer is a batch, so that none is filled twice."""
+    """Loads the model, which stops behind the hook; a buffer is a batch, so that none is filled twice."""
     (layer,) = request.layers
     context, batch = longest(request.samples), math.gcd(request.batch_size, len(request.samples))
     tokens = np.zeros((len(request.samples), context), np.int64)
