@@ -22,7 +22,8 @@ def tally(record_property) -> Tally:
 def pytest_terminal_summary(terminalreporter) -> None:
     """How often each fault was tried; what falls short of the whole suite, where the whole suite was asked for."""
     config = terminalreporter.config
-    is_whole = is_full() and not config.option.keyword and not any(".py" in argument for argument in config.args)
+    has_folder = any(Path(argument).resolve() == Path(__file__).parent for argument in config.args)
+    is_whole = is_full() and has_folder and not config.option.keyword
     terminalreporter.section("faults that were tried, with the expected result")
     for line in table(tried_in(terminalreporter.getreports("passed")), is_whole):
         terminalreporter.write_line(line)

@@ -21,6 +21,7 @@ SCALING = "workers 1, 8, 3, 1 in one run"
 DAMAGE = "byte flipped, file cut or gone"
 REFUSED = "another run in the same folder"
 PREEMPTION = "SIGTERM, and hung workers"
+HOSTS = "slice of hosts: death, SIGTERM or error of one"
 STEPS = "state machine: sequences of up to 50 steps"
 MUTATIONS = "safeguard taken out, which the suite must miss"
 WANTED: dict[str, int | None] = {
@@ -39,11 +40,12 @@ WANTED: dict[str, int | None] = {
     DAMAGE: None,
     REFUSED: None,
     PREEMPTION: None,
+    HOSTS: None,
     STEPS: 1000,
     MUTATIONS: None,
 }
 # Files each test of which tries one fault of the row.
-BY_FILE = {"test_preemption.py": PREEMPTION, "test_mutations.py": MUTATIONS}
+BY_FILE = {"test_preemption.py": PREEMPTION, "test_mutations.py": MUTATIONS, "test_pod_slice.py": HOSTS}
 PROPERTY = "tried"
 
 

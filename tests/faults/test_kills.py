@@ -113,7 +113,12 @@ def test_a_kill_while_an_error_is_noted_loses_only_that_note(point, seed, nurser
     last = nursery.start(Worker(flags(data, place / "out")))
     assert last.wait() == 1
     assert "SET ASIDE shard_002" in last.errors
-    assert sample_indices(place / "out") == [i for i in range(N_LINES) if not 20 <= i < 30]
+    # Windows before the broken line may be committed by the time that it is met.
+    found = sample_indices(place / "out")
+    before = [index for index in found if 20 <= index < 30]
+    assert before == list(range(20, 20 + len(before)))
+    assert len(before) <= 5
+    assert [index for index in found if index not in before] == [i for i in range(N_LINES) if not 20 <= i < 30]
     tally(KILLS_AT_POINTS)
 
 
