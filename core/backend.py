@@ -5,7 +5,7 @@ fetched, D width of the site.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
@@ -43,6 +43,18 @@ class StepOutput(Protocol):
 
     def fetch(self) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
         """What `start_copy` began to bring, in the stored dtype; waits for it."""
+        ...
+
+    @property
+    def is_dispatched(self) -> bool:
+        """Whether `on_device` returns at once."""
+        ...
+
+    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Any]:
+        """In the place of `start_copy` and `fetch`: the same tokens in the stored dtype, where they were computed.
+
+        (L, B, K, D) arrays of JAX, or of numpy on the host. What was not asked for is let go.
+        """
         ...
 
 

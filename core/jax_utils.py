@@ -169,10 +169,20 @@ class JaxStepOutput:
         if self._outputs.done():
             self._begin()
 
-    def _begin(self) -> dict[str, Array]:
+    @property
+    def is_dispatched(self) -> bool:
+        """See the protocol."""
+        return self._outputs.done()
+
+    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Shaped[Array, "L B K D"]]:
+        """See the protocol."""
         activations, _, _ = self._outputs.result()
-        fetched = dict(activations) if self._kept is None else self._step.gather(activations, self._kept)
+        wanted = dict(activations) if kept is None else self._step.gather(activations, kept)
         activations.clear()  # what is not wanted is let go
+        return wanted
+
+    def _begin(self) -> dict[str, Array]:
+        fetched = self.on_device(self._kept)
         for array in fetched.values():
             array.copy_to_host_async()
         self._fetched = fetched

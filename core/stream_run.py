@@ -13,13 +13,14 @@ from core.activation_storage import ActivationStorage, CommitRecord
 from core.backend import Step
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.extraction import Extraction, is_complete, resume_place
-from core.formats import FORMATS
+from core.formats import DTYPES, FORMATS
 from core.host_session import HostSession
 from core.job import Job
 from core.object_store import LocalStore, disk_errors
 from core.pipeline import Pipeline
 from core.planning import Survey, refuse_full_disk, survey_stream
 from core.progress import Progress, Summary
+from core.reduced_step import ReducedStep
 from core.shard_encoding import ShardEncoder
 from core.windows import Window
 
@@ -31,7 +32,7 @@ _INDEX_EVERY_S = 30.0
 class LoadedModel:
     """The model on the device, and how long it took to get there."""
 
-    step: Step
+    step: Step | ReducedStep
     seconds: float
 
 
@@ -54,6 +55,8 @@ def load(job: Job) -> LoadedModel:
     """Loads as much of the job's model as it captures, on all devices of this process."""
     started = time.monotonic()
     step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
+    if job.reduction is not None:
+        return LoadedModel(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
     return LoadedModel(step, time.monotonic() - started)
 
 
