@@ -93,7 +93,9 @@ def _add_capture_flags(group: argparse._ArgumentGroup) -> None:
     )
     add("--topk", type=int, metavar="K", help="of each token, or pool, the K largest magnitudes and their places")
     add("--quantize", choices=tuple(QUANTIZATIONS), help="store codes and scales")
-    add("--quantize_block", type=int, metavar="N", help="values that share a scale; 0: all of a token (default 32)")
+    add(
+        "--quantize_block", type=int, metavar="N", help="values that share a scale; 0: a whole row (default 32, fp8: 0)"
+    )
     add("--exclude_tokens", nargs="+", choices=TOKEN_KINDS, help="kinds of tokens that are not stored")
     add("--positions", nargs="+", metavar="START:STOP", help="store these tokens of a sample alone, as Python slices")
     add("--exclude_norm_outliers", type=float, metavar="K", help="leave out tokens of over K times the median norm")

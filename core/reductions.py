@@ -22,7 +22,8 @@ POOL_KINDS = ("mean", "first", "last", "max", "exp")
 QUANTIZATIONS = {"int8": CODE_DTYPES["int8"], "fp8": CODE_DTYPES["float8_e4m3fn"]}
 LARGEST_CODE = {"int8": 127.0, "fp8": 448.0}
 """The code that the largest magnitude of a block gets."""
-DEFAULT_BLOCK = 32
+DEFAULT_BLOCK = {"int8": 32, "fp8": 0}
+"""benchmarks/README.md says what each loses: fp8 gains little from more scales."""
 VALUES, INDICES, SCALE = "activation", "indices", "scale"
 """The arrays of a row: its values or codes, the places of the values (topk), the scales of its blocks (quantize)."""
 
@@ -85,7 +86,7 @@ class Quantization:
     """kind: a key of QUANTIZATIONS. block: how many neighbouring values of a row share a scale; 0: all of them."""
 
     kind: str
-    block: int = DEFAULT_BLOCK
+    block: int
 
     def n_scales(self, width: int) -> int:
         """Scales of a row of `width` values; the last block may be shorter."""

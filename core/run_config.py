@@ -11,7 +11,7 @@ from arc24.encoders import DEFAULT_GRID_ENCODER
 from arc24.prompting import DEFAULT_PROMPT_VERSION
 from core.errors import UsageError
 from core.formats import DTYPES, FORMATS
-from core.reductions import QUANTIZATIONS, Quantization, parse_pool
+from core.reductions import DEFAULT_BLOCK, QUANTIZATIONS, Quantization, parse_pool
 from core.selection import TOKEN_CHOICES, TOKEN_KINDS, Selection, parse_positions
 
 # --mesh: rows of devices that hold a copy of the model each, and the devices in a row.
@@ -205,11 +205,8 @@ class RunConfig:
         """How values are coded; None: stored in --dtype."""
         if self.quantize is None:
             return None
-        return (
-            Quantization(self.quantize)
-            if self.quantize_block is None
-            else Quantization(self.quantize, self.quantize_block)
-        )
+        block = DEFAULT_BLOCK[self.quantize] if self.quantize_block is None else self.quantize_block
+        return Quantization(self.quantize, block)
 
     @property
     def shard_bytes(self) -> int:
