@@ -74,12 +74,14 @@ class StepRequest:
       stored_dtype: a key of `core.formats.DTYPES`.
       compute_dtype: "float32" or "bfloat16".
       norm_sites: sites of `capture` whose norms will be asked for.
+      first_shape: (rows, length) of the step that comes first, to be compiled while the weights are read; a hint.
     """
 
     capture: Capture
     stored_dtype: str
     compute_dtype: str
     norm_sites: tuple[str, ...] = ()
+    first_shape: tuple[int, int] | None = None
 
 
 class Backend(Protocol):

@@ -7,7 +7,7 @@ site.
 import hashlib
 import platform
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
 from qwen2_jax.errors import ModelError, UnsupportedError
 from qwen2_jax.loading import model_digest
 from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
+from qwen2_jax.weights import cut_config
 
 # Steps that a CPU computes at once: one fills the cores while another waits for its slowest thread.
 _CPU_LANES = 2
@@ -126,18 +127,24 @@ class JaxBackend:
         config = load_config(path, revision)
         mesh = self._mesh(config, request)
         _report_split(mesh, device_share(config, request, mesh))
+        dtype = COMPUTE_DTYPES[request.compute_dtype]
+        # The embedding alone needs no block; stacks of none would be a case of their own for every loader.
+        n_layers = max(1, capture.layers_run(config.n_layers))
+        parts = {"with_final_norm": capture.needs_final_norm, "with_head": capture.logits}
+        step = ExtractionStep(Decoder.abstract(cut_config(config, n_layers), dtype, mesh=mesh, **parts), request, mesh)
+        if request.first_shape is not None:
+            step.compile_ahead(*request.first_shape)
         model = load_model(
             path,
-            dtype=COMPUTE_DTYPES[request.compute_dtype],
+            dtype=dtype,
             revision=revision,
             mesh=mesh,
-            # The embedding alone needs no block; stacks of none would be a case of their own for every loader.
-            n_layers=max(1, capture.layers_run(config.n_layers)),
-            with_final_norm=capture.needs_final_norm,
-            with_head=capture.logits,
+            n_layers=n_layers,
             weights_cache_dir=self._weights_cache_dir,
+            **parts,
         )
-        return ExtractionStep(model, request, mesh)
+        step.take_weights(model)
+        return step
 
 
 class JaxStepOutput:
@@ -266,6 +273,9 @@ class ExtractionStep:
     the program has no collectives. One compilation for each (rows, row length), and a small one for each number of
     tokens that are gathered from a row.
 
+    It may be made of a model that has shapes for arrays (`Decoder.abstract`), so that it is compiled while the weights
+    are read; `take_weights` comes before the first call then.
+
     The mesh may span several hosts. They run one program over all their devices, step by step, and each hands in rows
     of its own and gets what is computed of them.
     """
@@ -278,6 +288,24 @@ class ExtractionStep:
         gather = partial(jax.shard_map, mesh=mesh.mesh.local_mesh, check_vma=False)
         self._gather = jax.jit(gather(_gather, in_specs=(sites, program.rows.spec), out_specs=sites))
         self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
+        self._ahead: dict[tuple[int, ...], Future[jax.stages.Compiled]] = {}
+
+    def compile_ahead(self, rows: int, length: int) -> None:
+        """Begins to compile for steps of this shape, and returns.
+
+        What holds Python's lock, tracing and lowering, is done here: in a thread it would slow down the reading of
+        weights, whose many small array operations would wait for the lock one by one.
+        """
+        program = self._program
+        tokens = jax.ShapeDtypeStruct((rows * jax.process_count(), length), jnp.int32, sharding=program.rows)
+        lowered = program.forward.lower(program.state, tokens, tokens, tokens)
+        thread = ThreadPoolExecutor(1, "compile")
+        self._ahead[rows, length] = thread.submit(lowered.compile)
+        thread.shutdown(wait=False)
+
+    def take_weights(self, model: Decoder) -> None:
+        """The arrays of `model`, in the place of their shapes."""
+        self._program = replace(self._program, state=nnx.state(model))
 
     def __call__(self, arrays: StepArrays) -> JaxStepOutput:
         """Starts one step; returns at once with arrays that fill when the device is done."""
@@ -289,8 +317,11 @@ class ExtractionStep:
 
     def _dispatch(self, arrays: StepArrays) -> Outputs:
         inputs = (arrays.tokens, arrays.segment_ids, arrays.positions)
-        placed = [jax.make_array_from_process_local_data(self._program.rows, array) for array in inputs]
-        outputs = self._own_part(self._program.forward(self._program.state, *placed))
+        program = self._program
+        placed = [jax.make_array_from_process_local_data(program.rows, array) for array in inputs]
+        ahead = self._ahead.get(arrays.tokens.shape)
+        forward = program.forward if ahead is None else ahead.result()
+        outputs = self._own_part(forward(program.state, *placed))
         # The little that decides what is fetched is on its way before anybody asks.
         for array in (*outputs[1].values(), *outputs[2].values()):
             array.copy_to_host_async()
