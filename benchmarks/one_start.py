@@ -29,7 +29,7 @@ def main() -> None:
     over["job"] = time.time()
     prepared = prepare_stream(job, open_storage(job, open_stores(config)))
     over["first window"] = time.time()
-    model = load(job, prepared.first)
+    model = load(job, prepared.first_shape)
     over["load"] = time.time()
     run_stream(prepared, model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
     over["first shard"] = time.time()

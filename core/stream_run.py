@@ -38,9 +38,10 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class PreparedStream:
-    """A stream whose folder has been opened and whose `first` window has been read, in `read_seconds`.
+    """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
 
     No windows: it is complete, or has no sample for this folder and still `must_say_so`.
+    first_shape: of its first step.
     """
 
     job: Job
@@ -48,29 +49,22 @@ class PreparedStream:
     survey: Survey
     windows: Iterator[Window] | None
     read_seconds: float = 0.0
-    first: Window | None = None
+    first_shape: tuple[int, int] | None = None
     must_say_so: bool = False
 
 
-def load(job: Job, first: Window | None = None) -> LoadedModel:
+def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
     """Loads as much of the job's model as it captures, on all devices of this process.
 
-    first: the window that comes first. Its first step, or a full one where it is not known, is compiled meanwhile.
+    first_shape: (rows, length) of the step that comes first, which is compiled meanwhile; None: a full one.
     """
     started = time.monotonic()
-    request = replace(job.step_request, first_shape=_first_shape(job, first))
+    full = job.batch_shape.rows_per_step, job.batch_shape.row_lengths[-1]
+    request = replace(job.step_request, first_shape=first_shape or full)
     step = job.backend.load(job.config.model_path, job.config.revision, request)
     if job.reduction is not None:
         return LoadedModel(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
     return LoadedModel(step, time.monotonic() - started)
-
-
-def _first_shape(job: Job, first: Window | None) -> tuple[int, int]:
-    if first is None:
-        shape = job.batch_shape
-        return shape.rows_per_step, shape.row_lengths[-1]
-    step = next(job.parts_of(first)).steps[0]
-    return step.n_rows, step.length
 
 
 def prepare_stream(job: Job, storage: ActivationStorage, session: str = "run") -> PreparedStream:
@@ -97,7 +91,9 @@ def prepare_stream(job: Job, storage: ActivationStorage, session: str = "run") -
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
-    return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first)
+    step = next(job.parts_of(first)).steps[0]
+    shape = step.n_rows, step.length
+    return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 
 
 def _require_writable(job: Job, storage: ActivationStorage) -> None:

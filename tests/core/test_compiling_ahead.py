@@ -66,10 +66,11 @@ def values(step, job, window) -> dict[str, np.ndarray]:
 
 def test_the_program_of_the_first_window_is_compiled_meanwhile_and_traced_once(config, monkeypatch):
     job = prepare_job(config, "float32")
-    first = prepare_stream(job, open_storage(job)).first
+    prepared = prepare_stream(job, open_storage(job))
+    first = next(prepared.windows)
     plain = values(job.backend.load(config.model_path, None, job.step_request), job, first)
     watched = Watched(monkeypatch)
-    model = load(job, first)
+    model = load(job, prepared.first_shape)
     assert watched.events == ["traced", "reading"]
     ahead = values(model.step, job, first)
     assert watched.events == ["traced", "reading"], "the step is compiled a second time"
@@ -79,7 +80,7 @@ def test_the_program_of_the_first_window_is_compiled_meanwhile_and_traced_once(c
 
 def test_steps_of_other_shapes_are_compiled_when_they_come(config, monkeypatch):
     job = prepare_job(replace(config, batch_size=2), "float32")
-    first = prepare_stream(job, open_storage(job)).first
+    first = next(prepare_stream(job, open_storage(job)).windows)
     watched = Watched(monkeypatch)
     request = replace(job.step_request, first_shape=(1, 128))
     step = job.backend.load(config.model_path, None, request)
