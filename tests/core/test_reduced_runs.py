@@ -20,7 +20,9 @@ from tiny_run import D_MODEL, cache_dir, committed_files, environment, extract, 
 from analysis.verification import verify
 from core.activation_storage import CommitRecord
 from core.backend import Step
+from core.batching import step_arrays
 from core.errors import RunError, UsageError
+from core.fetching import plan_fetch
 from core.formats import DTYPES
 from core.host_session import HostSession
 from core.hosts import ALONE
@@ -136,6 +138,22 @@ def test_pools_are_those_of_each_sample_alone(full, step, exact, tmp_path):
         close(item["activation"], np.stack([pooled(exact[key], pool) for pool in POOLS]))
     assert sum(record["n_tokens"] for record in records(out)) == sum(len(line["input_ids"]) for line in LINES)
     assert all(record["pools"] == list(POOLS) for record in records(out))
+
+
+def test_what_is_brought_to_the_host_is_a_row_for_each_pool_of_a_sample(full, step):
+    job = prepare_job(replace(full, pool=("mean", "max")), "float32")
+    part = next(job.parts_of(next(job.windows())))
+    planned = part.steps[0]
+    output = ReducedStep(step, job.reduction, DTYPES["float32"])(
+        step_arrays(planned, [sample.token_ids for sample in part.own.samples])
+    )
+    output.start_copy(plan_fetch(planned, part.own.samples, part.own.lengths, job.pools))
+    most = max(len(row.samples) for row in planned.rows)
+    for site, array in output.fetch().items():
+        layers, rows, units, width = array.shape
+        assert (layers, rows, width) == (len(LAYERS), planned.n_rows, WIDTHS[site])
+        assert 2 * most <= units < 2 * 2 * most  # room for a power of two of samples
+    assert all(peaks.shape == (layers, rows, units) for peaks in output.peaks().values())
 
 
 def test_pools_are_of_the_tokens_that_norms_leave(full, step, tmp_path):
