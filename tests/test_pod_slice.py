@@ -1,6 +1,7 @@
 """Hosts of a slice: real processes under `jax.distributed`, each with its part of every window."""
 
 import gzip
+import json
 import os
 import pickle
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_run import cache_dir, command, committed_files, environment, run, token_lines, write_jsonl, write_model
+
+from analysis.verification import verify
 
 FLAGS = ("--max_seq_length", 128, "--shard_size_gb", 0.0001, "--layers_to_extract", 0, 2, "--host_timeout_s", 10)
 DEATHS = [(1, "store.after@3=kill")]
@@ -185,3 +188,17 @@ def test_a_slice_claims_shards_as_one_worker_and_sets_a_bad_one_aside(folder):
     assert finished >= {"shard_000", "shard_002"}
     assert len(list((folder / "claimed/claims").glob("shard_000/*.json"))) == 1  # of one claimant
     assert run("analyze_activations.py", "verify", "claimed", "--allow_unfinished", cwd=folder).returncode == 0
+
+
+def test_hosts_reduce_their_own_rows_and_the_losses_are_those_of_all_parts(folder):
+    reduction = ("--pool", "mean", "last", "--quantize", "int8", "--shard_size_gb", 1)
+    assert [code for code, _ in finish(start_slice(folder, "reduced", 2, *reduction))] == [0, 0]
+    arguments = ("--model_path", "model", "--dataset_path", "s.jsonl", *FLAGS, *reduction, "--output_dir", "one")
+    assert run("extract_activations.py", *arguments, "--compilation_cache_dir", cache_dir(), cwd=folder).returncode == 0
+    shared, alone = activations(folder / "reduced"), activations(folder / "one")
+    assert shared.keys() == alone.keys()
+    assert all(np.abs(shared[key].astype(int) - codes).max() <= 1 for key, codes in alone.items())
+    found, wanted = (json.loads((folder / out / "tpu_0/metadata.json").read_text()) for out in ("reduced", "one"))
+    for layer, losses in wanted["losses"]["residual"].items():
+        assert found["losses"]["residual"][layer] == pytest.approx(losses, rel=1e-2)
+    assert verify(str(folder / "reduced")).ok
