@@ -50,12 +50,12 @@ class Loss:
 def loss(layer: int, scale: str, x: np.ndarray, restored: np.ndarray, codes: np.ndarray, n_scales: int) -> Loss:
     """x, restored: (N, D). The figures in float64."""
     exact, found = x.astype(np.float64), restored.astype(np.float64)
-    raw = codes.tobytes()[:_SAMPLE_BYTES]
+    raw = memoryview(codes.tobytes())[:_SAMPLE_BYTES]
     return Loss(
         layer=layer,
         scale=scale,
         bytes_per_value=round(1 + 4 * n_scales / x.size, 4),
-        gzip_ratio=round(len(deflate_block(raw)) / len(raw), 3),
+        gzip_ratio=round(len(deflate_block([raw])) / len(raw), 3),
         relative_l2=round(float(np.mean(_lengths(found - exact) / _lengths(exact))), 5),
         worst_cosine=round(float(np.min((found * exact).sum(1) / (_lengths(found) * _lengths(exact)))), 5),
     )

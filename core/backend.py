@@ -45,6 +45,10 @@ class StepOutput(Protocol):
         """What `start_copy` began to bring, in the stored dtype; waits for it."""
         ...
 
+
+class DeviceOutput(StepOutput, Protocol):
+    """What a backend's step gives: it may also be worked on where it is."""
+
     @property
     def is_dispatched(self) -> bool:
         """Whether `on_device` returns at once."""
@@ -63,6 +67,14 @@ class Step(Protocol):
 
     def __call__(self, arrays: StepArrays) -> StepOutput:
         """Starts one step. Tokens of different segments do not see each other; segment 0 is padding."""
+        ...
+
+
+class DeviceStep(Protocol):
+    """A step of a backend."""
+
+    def __call__(self, arrays: StepArrays) -> DeviceOutput:
+        """As of `Step`."""
         ...
 
 
@@ -118,6 +130,6 @@ class Backend(Protocol):
         """A key of `core.jax_utils.COMPUTE_DTYPES`; "auto" is what suits the device."""
         ...
 
-    def load(self, path: str, revision: str | None, request: StepRequest) -> Step:
+    def load(self, path: str, revision: str | None, request: StepRequest) -> DeviceStep:
         """Loads as much of the model as `request` needs. Raises ModelError in one line."""
         ...

@@ -123,7 +123,7 @@ def _plan_pooled(
     gathered = _gathered(wanted, size)
     is_repeat = np.arange(size) >= wanted.sum(axis=1, keepdims=True)
     pooling = Pooling(
-        np.where(is_repeat, np.float32(0), np.take_along_axis(weights, gathered[None], axis=2)),
+        np.take_along_axis(weights, gathered[None], axis=2),
         np.where(is_repeat, np.int32(n_slots), np.take_along_axis(slots, gathered, axis=1)),
         n_slots,
     )

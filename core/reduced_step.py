@@ -30,7 +30,7 @@ _STEP_ROWS: Any = (_LAYERS_ROWS, _ROWS, _ROWS)
 class ReducedStep:
     """A step, and what is done to its activations. dtype: of values that are not quantized."""
 
-    def __init__(self, step: backend.Step, reduction: Reduction, dtype: np.dtype) -> None:
+    def __init__(self, step: backend.DeviceStep, reduction: Reduction, dtype: np.dtype) -> None:
         self._step = step
         self._reduction, self._dtype = reduction, dtype
         self._programs: dict[frozenset[tuple[str, NamedSharding]], _Program] = {}
@@ -42,7 +42,7 @@ class ReducedStep:
         with self._order:
             return ReducedOutput(self, self._step(arrays))
 
-    def reduce(self, output: backend.StepOutput, fetch: Fetch) -> dict[str, ReducedSite]:
+    def reduce(self, output: backend.DeviceOutput, fetch: Fetch) -> dict[str, ReducedSite]:
         """Starts to reduce what is fetched of a step, by site, and to copy the outcome."""
         activations, shardings = {}, {}
         for site, x in output.on_device(fetch.gathered).items():
@@ -97,7 +97,7 @@ class _Program:
 class ReducedOutput:
     """What one step gives, reduced. As `core.backend.StepOutput`, but for what is said here."""
 
-    def __init__(self, step: ReducedStep, output: backend.StepOutput) -> None:
+    def __init__(self, step: ReducedStep, output: backend.DeviceOutput) -> None:
         self._step, self._output = step, output
         self._fetch: Fetch | None = None
         self._reduced: dict[str, ReducedSite] | None = None

@@ -30,6 +30,14 @@ def test_other_numbers_are_another_digest(tmp_path):
     assert len(digests) == 4  # a matrix for all layers is one that has a leading axis of 1
 
 
+def test_the_same_numbers_in_another_shape_are_another_digest(tmp_path):
+    digests = set()
+    for matrix, mean in ((MATRIX, MEAN), (MATRIX.reshape(2, 3, 4), MEAN.reshape(2, 3))):
+        np.savez(tmp_path / "p.npz", matrix=matrix, mean=mean)
+        digests.add(read_projection(str(tmp_path / "p.npz")).to_json()["digest"])
+    assert len(digests) == 2
+
+
 def test_each_layer_may_have_its_own(tmp_path):
     matrix = np.stack([MATRIX, 2 * MATRIX])
     np.savez(tmp_path / "p.npz", matrix=matrix, mean=MEAN)

@@ -63,10 +63,11 @@ def test_codes_are_the_nearest_ones(kind):
         assert (wanted != codes).mean() < 0.01
 
 
-def test_a_block_of_zeros_is_restored_as_zeros():
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_block_of_zeros_is_restored_as_zeros(kind):
     x = tokens(1, 8)
     x[:, 4:] = 0
-    codes, scale, restored = map(np.asarray, quantize(jnp.asarray(x), Quantization("int8", 4)))
+    codes, scale, restored = map(np.asarray, quantize(jnp.asarray(x), Quantization(kind, 4)))
     assert scale[0, 1] == 0
     assert (codes[:, 4:] == 0).all()
     assert (restored[:, 4:] == 0).all()
