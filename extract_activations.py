@@ -11,6 +11,7 @@ from absl import logging
 from core.backends import BACKENDS
 from core.command_line import CommandParser, log_to_file, run_command
 from core.formats import DTYPES, FORMATS
+from core.reductions import QUANTIZATIONS
 from core.selection import TOKEN_CHOICES, TOKEN_KINDS
 from qwen2_jax.taps import SITES
 
@@ -83,6 +84,18 @@ def _add_capture_flags(group: argparse._ArgumentGroup) -> None:
         help=f"one or several of {', '.join(SITES)}, or TransformerLens' or Hugging Face's names (default residual)",
     )
     add("--dtype", choices=tuple(DTYPES), help="stored dtype (default float16)")
+    add("--project", metavar="FILE", help="(x - mean) @ matrix of a .npy, .npz or .safetensors, local or gs://")
+    add(
+        "--pool",
+        nargs="+",
+        metavar="POOL",
+        help="of each sample, vectors in place of its tokens: mean, first, last, max, exp:HALF_LIFE_SHARE",
+    )
+    add("--topk", type=int, metavar="K", help="of each token, or pool, the K largest magnitudes and their places")
+    add("--quantize", choices=tuple(QUANTIZATIONS), help="store codes and scales")
+    add(
+        "--quantize_block", type=int, metavar="N", help="values that share a scale; 0: a whole row (default 32, fp8: 0)"
+    )
     add("--exclude_tokens", nargs="+", choices=TOKEN_KINDS, help="kinds of tokens that are not stored")
     add("--positions", nargs="+", metavar="START:STOP", help="store these tokens of a sample alone, as Python slices")
     add("--exclude_norm_outliers", type=float, metavar="K", help="leave out tokens of over K times the median norm")

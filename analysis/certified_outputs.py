@@ -51,6 +51,11 @@ def certify_output(url: str, source: ModelSource, n_samples: int) -> FidelityRep
     if not folders:
         raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
     plan = _plan(root)
+    if plan.get("reduction") is not None:
+        raise UsageError(
+            f"{url}: its activations are reduced, and transformers gives whole ones: extract some with --certify N, "
+            "which compares them before they are reduced"
+        )
     places = _choose(root, folders, n_samples)
     stored = places[0].record.sites
     layers = {site: stored[site].layers for site in SITES if site in stored}

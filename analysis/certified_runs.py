@@ -17,7 +17,6 @@ from core.batching import plan_steps, sample_spans, step_arrays
 from core.errors import RunError
 from core.job import Job, Stores
 from core.plan import canonical_json, content_hash
-from core.stream_run import load
 from core.windows import TokenizedSample, Window
 from qwen2_jax.taps import Capture
 
@@ -75,7 +74,7 @@ def _subject(job: Job) -> Subject:
         capture=job.capture,
         layers=job.layers,
         compute_dtype=job.compute_dtype,
-        stored_dtype=job.config.dtype,
+        stored_dtype=job.step_request.stored_dtype,
         digest=job.plan.model["digest"],
         about={
             "computed_by": f"the step of the run, {'packed' if job.batch_shape.pack else 'one sample a row'}",
@@ -93,7 +92,7 @@ def _samples(job: Job, windows: Sequence[tuple[Window, list[int]]]) -> list[Cert
 
     What the next token follows from takes a pass of its own where the run does not capture it.
     """
-    step = load(job).step
+    step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
     computed = [found for window, chosen in windows for found in _window_values(job, step, window, chosen)]
     del step
     site = final_site(job.layers, job.model.n_layers)

@@ -11,11 +11,12 @@ import numpy as np
 from isal import igzip
 from jaxtyping import Int32, UInt8
 
-from core.activation_storage import CommitRecord, PartCounts, StoredFile, shard_stem
+from core.activation_storage import CommitRecord, PartCounts, StoredFile, StoredSite, shard_stem
 from core.errors import RunError
-from core.formats import DTYPES, StoredShard, read_shard
+from core.formats import ARRAY_DTYPES, StoredShard, read_shard
 from core.json_types import Kinds, require_all, require_types
 from core.object_store import LocalStore, ObjectStore
+from core.reductions import INDICES, SCALE, VALUES
 from core.selection import count_reasons, reasons_of
 from core.sinks import DigestWriter, FileDigest, digest_stream
 
@@ -185,17 +186,47 @@ def _shard_problems(shard: StoredShard, site: str, table: Sequence[TableRow], re
     if list(shard.sample_idx) != [row.sample_idx for row in table]:
         yield "its samples are not those of the sample table"
         return
-    yield from _token_problems(shard, table)
-    dtype = DTYPES[record.dtype]
-    for layer, arrays in shard.layers.items():
-        for row, array in zip(table, arrays, strict=True):
-            where = f"layer {layer}, sample {row.sample_idx}"
-            if array.shape != (row.n_tokens, width):
-                yield f"{where}: shape {array.shape} instead of {(row.n_tokens, width)}"
-            elif array.dtype != dtype:
-                yield f"{where}: dtype {array.dtype} instead of {dtype}"
-            elif not np.isfinite(array).all():
-                yield f"{where}: it holds NaN or infinity"
+    if not record.pools:
+        yield from _token_problems(shard, table)
+    wanted = _wanted_arrays(record, record.sites[site])
+    stored = {VALUES: shard.layers} | shard.more
+    if stored.keys() != wanted.keys():
+        yield f"it holds {', '.join(stored)} of each sample, the record says {', '.join(wanted)}"
+        return
+    for name, (columns, dtype) in wanted.items():
+        for layer, arrays in stored[name].items():
+            for row, array in zip(table, arrays, strict=True):
+                wrong = _array_problem(name, array, (_n_rows(record, row), columns), dtype, width)
+                if wrong is not None:
+                    yield f"layer {layer}, sample {row.sample_idx}{'' if name == VALUES else ', ' + name}: {wrong}"
+
+
+def _wanted_arrays(record: CommitRecord, site: StoredSite) -> dict[str, tuple[int, np.dtype]]:
+    """By name, entries a row and dtype."""
+    if not site.arrays:
+        return {VALUES: (site.width, ARRAY_DTYPES[record.dtype])}
+    return {name: (array["width"], ARRAY_DTYPES[array["dtype"]]) for name, array in site.arrays.items()}
+
+
+def _n_rows(record: CommitRecord, row: TableRow) -> int:
+    return min(1, row.n_tokens) * len(record.pools) if record.pools else row.n_tokens
+
+
+def _array_problem(name: str, array: np.ndarray, shape: tuple[int, int], dtype: np.dtype, width: int) -> str | None:
+    """width: of the rows that `indices` point into."""
+    if array.shape != shape:
+        return f"shape {array.shape} instead of {shape}"
+    if array.dtype != dtype:
+        return f"dtype {array.dtype} instead of {dtype}"
+    if not np.isfinite(array).all():
+        return "it holds NaN or infinity"
+    if name == SCALE and (array < 0).any():
+        return "a scale is negative"
+    if name == INDICES:
+        ordered = np.sort(array.astype(np.int64), axis=1)
+        if ordered.size and (ordered.min() < 0 or ordered.max() >= width or (np.diff(ordered, axis=1) == 0).any()):
+            return f"its places are not {shape[1]} different ones of {width}"
+    return None
 
 
 def _token_problems(shard: StoredShard, table: Sequence[TableRow]) -> Iterator[str]:

@@ -30,8 +30,9 @@ from absl import logging
 
 from core.errors import RunError, UsageError
 from core.fault_points import fault_point
-from core.formats import DTYPES
+from core.formats import ARRAY_DTYPES, CODE_DTYPES, DTYPES
 from core.json_types import NONE, Kinds, require_all, require_types
+from core.losses import Losses, is_losses, total_losses
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
 from core.plan import (
     RunPlan,
@@ -95,7 +96,9 @@ class StoredPart:
     counts: PartCounts
     n_dropped: dict[str, int]
     n_empty: int
+    n_rows: int
     files: tuple[StoredFile, ...]
+    losses: Losses
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "StoredPart":
@@ -106,10 +109,17 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class StoredSite:
-    """What the arrays of a site are: `layers` in their order, each of (tokens, width)."""
+    """What the arrays of a site are: `layers` in their order, each of (rows, width).
+
+    Attributes:
+      arrays: where less than a row is stored, the arrays of the site by name, each with its width and dtype.
+      block: how many of its values share a scale there; 0: all of them.
+    """
 
     layers: tuple[int, ...]
     width: int
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    block: int | None = None
 
 
 _FILE: Kinds = {"name": (str,), "site": (str, NONE), "bytes": (int,), "crc32c": (str,), "sha256": (str,)}
@@ -119,7 +129,10 @@ _PART: Kinds = {
     **dict.fromkeys(("first_sample_idx", "last_sample_idx"), (int, NONE)),
     **dict.fromkeys(("n_samples", "n_tokens"), (int,)),
 }
+_ARRAYS: Kinds = {"arrays": (dict,), "block": (int, NONE)}
 _COUNTS = ("n_samples", "n_tokens", "n_truncated", "n_empty")
+# Left out of the records of runs that have none.
+_OF_SOME = {"parts", "pools", "losses", "arrays", "block"}
 _RECORD: Kinds = {
     **dict.fromkeys(("window", "first_sample_idx", "last_sample_idx", "samples_per_record", *_COUNTS), (int,)),
     **dict.fromkeys(("plan_hash", "stream_hash", "dtype"), (str,)),
@@ -139,6 +152,8 @@ class CommitRecord:
       next_place: where the next window begins; None when the stream ends with this one.
       n_tokens: stored; n_dropped: by reason, those that the model saw besides (`core.selection`).
       n_empty: samples of which no token is stored.
+      pools: what is stored of a sample in the place of its tokens; empty: a row for each token.
+      losses: what is lost where less than a row is stored, see `core.losses.Losses`.
       samples_per_record: each record of the stream makes so many samples, `sample_idx` = position ×
         samples_per_record + prediction.
       parts: what each part of the window holds; empty, and not stored, where the window is one part.
@@ -160,6 +175,14 @@ class CommitRecord:
     dtype: str
     files: tuple[StoredFile, ...]
     bad_records: tuple[dict[str, Any], ...] = field(default=())
+    pools: tuple[str, ...] = ()
+    losses: Losses = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Of each stored array."""
+        return (self.n_samples - self.n_empty) * len(self.pools) if self.pools else self.n_tokens
+
     parts: tuple[PartCounts, ...] = field(default=())
 
     def files_of_parts(self) -> Iterator[tuple[PartCounts, list[StoredFile]]]:
@@ -175,10 +198,12 @@ class CommitRecord:
         return self.n_tokens + sum(self.n_dropped.values())
 
     def to_bytes(self) -> bytes:
-        """The record as stored, with its own checksum."""
+        """The record as stored, with its own checksum; what only some runs have is left out of others."""
         fields = asdict(self)
-        if not self.parts:
-            del fields["parts"]
+        for holder in (fields, *fields["sites"].values()):
+            for name in _OF_SOME & holder.keys():
+                if holder[name] in ((), {}, None):
+                    del holder[name]
         return sealed_json(fields)
 
     @classmethod
@@ -195,6 +220,7 @@ class CommitRecord:
             }
             fields["bad_records"] = tuple(fields["bad_records"])
             fields["parts"] = tuple(PartCounts(**part) for part in fields.get("parts", ()))
+            fields["pools"] = tuple(fields.get("pools", ()))
             return cls(**fields)
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a commit record: {error}") from error
@@ -214,9 +240,15 @@ def _check_record(fields: Any) -> None:
     for name, site in fields["sites"].items():
         require_types(site, _SITE, f"sites.{name}.")
         require_all(site["layers"], int, f"sites.{name}.layers")
+        _check_arrays(site, name)
+    require_all(fields.get("pools", []), str, "pools")
+    if not is_losses(fields.get("losses", {})):
+        raise ValueError("'losses' are not figures by site and layer")
     require_types(fields["n_dropped"], dict.fromkeys(fields["n_dropped"], (int,)), "n_dropped.")
+    is_coded = any(site.get("arrays") for site in fields["sites"].values())
+    dtypes = DTYPES | CODE_DTYPES if is_coded or not fields["sites"] else DTYPES
     negative = [name for name in _COUNTS if fields[name] < 0]
-    if negative or fields["samples_per_record"] < 1 or fields["dtype"] not in DTYPES:
+    if negative or fields["samples_per_record"] < 1 or fields["dtype"] not in dtypes:
         name = [*negative, "samples_per_record" if fields["samples_per_record"] < 1 else "dtype"][0]
         raise ValueError(f"{name!r} is {fields[name]!r}, which cannot be")
     if {file["site"] for file in fields["files"]} - {None} != fields["sites"].keys():
@@ -239,6 +271,15 @@ def _check_parts(fields: dict[str, Any]) -> None:
             raise ValueError(f"the files of part {number} are not one for each site and a sample table")
     if any(StoredFile(**file).part >= len(fields["parts"]) for file in fields["files"]):
         raise ValueError("a file is of none of the 'parts'")
+
+
+def _check_arrays(site: dict[str, Any], name: str) -> None:
+    arrays = site.get("arrays", {})
+    require_types(site | {"arrays": arrays, "block": site.get("block")}, _ARRAYS, f"sites.{name}.")
+    for array, described in arrays.items():
+        require_types(described, {"width": (int,), "dtype": (str,)}, f"sites.{name}.arrays.{array}.")
+        if described["dtype"] not in ARRAY_DTYPES:
+            raise ValueError(f"'sites.{name}.arrays.{array}.dtype' is {described['dtype']!r}, which cannot be")
 
 
 @dataclass(frozen=True)
@@ -611,7 +652,8 @@ def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     for record in records:
         dropped.update(record.n_dropped)
-    return {
+    losses = total_losses((record.n_rows, record.losses) for record in records)
+    return ({"losses": losses} if losses else {}) | {
         "total_shards": len(records),
         "total_activations": sum(r.n_samples * len(site.layers) for r in records for site in r.sites.values()),
         "total_unique_samples": sum(record.n_samples for record in records),

@@ -5,7 +5,7 @@ fetched, D width of the site.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
@@ -46,11 +46,35 @@ class StepOutput(Protocol):
         ...
 
 
+class DeviceOutput(StepOutput, Protocol):
+    """What a backend's step gives: it may also be worked on where it is."""
+
+    @property
+    def is_dispatched(self) -> bool:
+        """Whether `on_device` returns at once."""
+        ...
+
+    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Any]:
+        """In the place of `start_copy` and `fetch`: the same tokens in the stored dtype, where they were computed.
+
+        (L, B, K, D) arrays of JAX, or of numpy on the host. What was not asked for is let go.
+        """
+        ...
+
+
 class Step(Protocol):
     """A loaded model, ready for one batch after another."""
 
     def __call__(self, arrays: StepArrays) -> StepOutput:
         """Starts one step. Tokens of different segments do not see each other; segment 0 is padding."""
+        ...
+
+
+class DeviceStep(Protocol):
+    """A step of a backend."""
+
+    def __call__(self, arrays: StepArrays) -> DeviceOutput:
+        """As of `Step`."""
         ...
 
 
@@ -62,12 +86,14 @@ class StepRequest:
       stored_dtype: a key of `core.formats.DTYPES`.
       compute_dtype: "float32" or "bfloat16".
       norm_sites: sites of `capture` whose norms will be asked for.
+      first_shape: (rows, length) of the step that comes first, to be compiled while the weights are read; a hint.
     """
 
     capture: Capture
     stored_dtype: str
     compute_dtype: str
     norm_sites: tuple[str, ...] = ()
+    first_shape: tuple[int, int] | None = None
 
 
 class Backend(Protocol):
@@ -104,6 +130,6 @@ class Backend(Protocol):
         """A key of `core.jax_utils.COMPUTE_DTYPES`; "auto" is what suits the device."""
         ...
 
-    def load(self, path: str, revision: str | None, request: StepRequest) -> Step:
+    def load(self, path: str, revision: str | None, request: StepRequest) -> DeviceStep:
         """Loads as much of the model as `request` needs. Raises ModelError in one line."""
         ...

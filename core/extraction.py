@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
@@ -26,8 +27,11 @@ from core.fetching import Fetch, plan_fetch
 from core.formats import DTYPES
 from core.host_session import HostSession
 from core.job import Job
+from core.losses import Losses, LossSum, total_losses
 from core.pipeline import Channel, Pipeline, StageClock
 from core.progress import Progress
+from core.reduced_step import ReducedOutput, ReducedStep, StepOutput, start_copy
+from core.reductions import Reduction, array_name
 from core.selection import Selection, count_reasons
 from core.shard_encoding import ShardEncoder, WindowActivations
 from core.window_parts import PartOfWindow
@@ -45,21 +49,24 @@ _STEPS_IN_FLIGHT = 1
 class WindowBuffer:
     """A window, or a part of it, whose activations arrive step by step, scattered to where each sample belongs.
 
-    `samples` are those of the part, replaced where norms decide what is stored of them.
+    `samples` are those of the part, replaced where norms decide what is stored of them. `losses` are those of rows of
+    which less is stored.
     """
 
     part: PartOfWindow
     activations: WindowActivations
     samples: list[TokenizedSample]
     steps_left: int
+    losses: LossSum = field(default_factory=LossSum)
 
     @classmethod
     def allocate(cls, job: Job, part: PartOfWindow) -> "WindowBuffer":
-        """Room for every site: (L, N, D) in the stored dtype, N the tokens that are stored at most."""
-        shapes = {
-            site: (len(layers), part.own.n_kept, job.model.site_widths[site]) for site, layers in job.layers.items()
+        """Room for every stored array: (L, N, width), N the rows that are stored at most."""
+        arrays = {
+            array_name(site, name): np.empty((len(job.layers[site]), part.own.n_rows, array.width), array.dtype)
+            for site, stored in job.stored.items()
+            for name, array in stored.items()
         }
-        arrays = {site: np.empty(shape, DTYPES[job.config.dtype]) for site, shape in shapes.items()}
         number = part.part if job.plan.parts > 1 else None
         activations = WindowActivations(part.own, job.layers, arrays, number)
         return cls(part, activations, list(part.own.samples), len(part.steps))
@@ -67,9 +74,9 @@ class WindowBuffer:
     def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
         """Copies the samples of one step to their places."""
         offsets = self.activations.window.offsets
-        for site, buffer in self.activations.by_site.items():
+        for name, buffer in self.activations.by_site.items():
             for sample, (row, places) in fetch.samples.items():
-                values = fetched[site][:, row, places]
+                values = fetched[name][:, row, places]
                 buffer[:, offsets[sample] : offsets[sample] + values.shape[1]] = values
         self.steps_left -= 1
 
@@ -95,7 +102,7 @@ class StepInFlight:
 
     buffer: WindowBuffer
     step: Step
-    output: backend.StepOutput
+    output: StepOutput
     started: float
     fetch: Fetch | None
 
@@ -112,7 +119,7 @@ class Extraction:
 
     job: Job
     storage: ActivationStorage
-    step: backend.Step
+    step: backend.Step | ReducedStep
     encoder: ShardEncoder
     progress: Progress
     pipeline: Pipeline
@@ -168,9 +175,13 @@ class Extraction:
             output = self.step(step_arrays(step, token_ids))
             fetch = None
             if not self._norms_decide:
-                fetch = plan_fetch(step, part.own.samples, part.own.lengths)
-                output.start_copy(fetch.gathered)
+                fetch = self._start_copy(output, step, buffer)
             steps.put(StepInFlight(buffer, step, output, started, fetch), clock)
+
+    def _start_copy(self, output: StepOutput, step: Step, buffer: WindowBuffer) -> Fetch:
+        fetch = plan_fetch(step, buffer.samples, buffer.part.own.lengths, self.job.pools)
+        start_copy(output, fetch)
+        return fetch
 
     def _acquire_buffer(self) -> None:
         while not self._buffers.acquire(timeout=0.1):
@@ -194,8 +205,7 @@ class Extraction:
         for flight in steps.drain(clock):
             self._wait_for_device(flight, clock)
             flight.buffer.select(flight.step, flight.output.norms(), selection)
-            fetch = plan_fetch(flight.step, flight.buffer.samples, flight.buffer.activations.window.lengths)
-            flight.output.start_copy(fetch.gathered)
+            fetch = self._start_copy(flight.output, flight.step, flight.buffer)
             selected.put(replace(flight, fetch=fetch), clock)
             del flight
         selected.close()
@@ -214,11 +224,14 @@ class Extraction:
                 self._wait_for_device(flight, clock)
             check_peaks(flight, fetch, self.job)
             flight.buffer.scatter(fetch, flight.output.fetch())
+            if isinstance(flight.output, ReducedOutput) and self._codes_rows:
+                flight.buffer.losses.add(flight.output.losses())
             lengths = [len(flight.buffer.samples[sample].token_ids) for sample in fetch.samples]
             self.progress.computed(len(lengths), sum(lengths))
             if not flight.buffer.steps_left:
                 part, activations = flight.buffer.part, flight.buffer.finished()
-                encoded.put((part, pool.submit(self._encode_and_store, part, activations)), clock)
+                stored = pool.submit(self._encode_and_store, part, activations, flight.buffer.losses)
+                encoded.put((part, stored), clock)
                 del part, activations
             del flight
         encoded.close()
@@ -232,7 +245,7 @@ class Extraction:
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
         self._device_free_at = ready
 
-    def _encode_and_store(self, part: PartOfWindow, activations: WindowActivations) -> StoredPart:
+    def _encode_and_store(self, part: PartOfWindow, activations: WindowActivations, losses: LossSum) -> StoredPart:
         started = time.monotonic()
         try:
             files = self.encoder.encode(activations)
@@ -248,7 +261,8 @@ class Extraction:
             for file in files:
                 file.path.unlink(missing_ok=True)
         self.pipeline.clock("store").add_busy(time.monotonic() - started)
-        return _stored_part(part.part, activations.window, stored)
+        lost = losses.of_rows(activations.window.n_rows, activations.layers)
+        return _stored_part(part.part, activations.window, stored, lost)
 
     def _commit(self, encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]], clock: StageClock) -> None:
         is_whole, stored = True, list[StoredPart]()
@@ -299,17 +313,38 @@ class Extraction:
             n_dropped=dict(dropped),
             n_empty=sum(part.n_empty for part in parts),
             samples_per_record=window.samples_per_record,
-            sites={
-                site: StoredSite(layers, self.job.model.site_widths[site]) for site, layers in self.job.layers.items()
-            },
-            dtype=self.job.config.dtype,
+            sites=self._stored_sites(),
+            dtype=self.job.stored_dtype,
             files=tuple(file for part in parts for file in part.files),
+            pools=tuple(map(str, self.job.pools)),
+            losses=total_losses((part.n_rows, part.losses) for part in parts),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
             parts=tuple(counts.get(n, nothing) for n in range(self.job.plan.parts)) if self.job.plan.parts > 1 else (),
         )
 
+    @property
+    def _codes_rows(self) -> bool:
+        return self.job.reduction is not None and self.job.reduction.codes_rows
 
-def _stored_part(number: int | None, window: Window, files: list[StoredFile]) -> StoredPart:
+    def _stored_sites(self) -> dict[str, StoredSite]:
+        reduction, widths = self.job.reduction or Reduction(), self.job.model.site_widths
+        block = reduction.quantization.block if reduction.quantization is not None else None
+        return {
+            site: StoredSite(
+                layers,
+                reduction.width(widths[site]),
+                {
+                    name: {"width": array.width, "dtype": array.dtype.name}
+                    for name, array in self.job.stored[site].items()
+                    if self._codes_rows
+                },
+                block,
+            )
+            for site, layers in self.job.layers.items()
+        }
+
+
+def _stored_part(number: int | None, window: Window, files: list[StoredFile], losses: Losses) -> StoredPart:
     """window: with the part's samples alone, as they were stored."""
     samples = window.samples
     first, last = (samples[0].sample_idx, samples[-1].sample_idx) if samples else (None, None)
@@ -318,32 +353,48 @@ def _stored_part(number: int | None, window: Window, files: list[StoredFile]) ->
         counts=PartCounts(first, last, len(samples), window.n_kept),
         n_dropped=count_reasons(sample.reasons for sample in samples if sample.reasons is not None),
         n_empty=sum(sample.n_kept == 0 for sample in samples),
+        n_rows=window.n_rows,
         files=tuple(files),
+        losses=losses,
     )
 
 
 def check_peaks(flight: StepInFlight, fetch: Fetch, job: Job) -> None:
     """Raises RunError when a stored value is NaN, infinite or too large for the stored dtype, naming where it is."""
-    limit = float(np.finfo(DTYPES[job.config.dtype]).max) if job.config.dtype != "bfloat16" else 3.38e38
+    stored = DTYPES.get(job.stored_dtype)
+    # Codes have scales in float32, which fit whatever the model computes.
+    limit = float(ml_dtypes.finfo(np.float32 if stored is None else stored).max)
+    is_stored = fetch.stored if job.reduction is None else fetch.units()
     for site, peaks in flight.output.peaks().items():
-        for slot, row, token in np.argwhere(~(peaks <= limit) & fetch.stored):
+        for slot, row, unit in np.argwhere(~(peaks <= limit) & is_stored):
             after = f" after layer {job.layers[site][slot]}" if SITES[site].per_layer else ""
-            sample, place = _sample_at(flight, row, token)
+            sample, place = _place_of(flight, fetch, job, row, unit)
             where = f"{job.stream_path}, sample_idx {sample.sample_idx}, {site}{after}"
-            if np.isfinite(peaks[slot, row, token]):
+            if np.isfinite(peaks[slot, row, unit]):
                 raise RunError(
-                    f"{where}: magnitude {peaks[slot, row, token]:.0f} at token {place} does not fit "
+                    f"{where}: magnitude {peaks[slot, row, unit]:.0f} {place} does not fit "
                     f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
                     "leave such tokens out, see --exclude_norm_outliers"
                 )
-            raise RunError(f"{where}: the model computes NaN or infinity at token {place}: try --compute_dtype float32")
+            raise RunError(f"{where}: the model computes NaN or infinity {place}: try --compute_dtype float32")
 
 
-def _sample_at(flight: StepInFlight, row: int, token: int) -> tuple[TokenizedSample, int]:
+def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int) -> tuple[TokenizedSample, str]:
+    """The sample that a row of what is fetched belongs to, and where it stands there, for people."""
+    samples = flight.buffer.samples
+    if job.reduction is None:
+        index, token = _sample_at(flight, row, unit)
+        return samples[index], f"at token {token}"
+    index, number = fetch.unit_at(row, unit)
+    place = f"in the pool {job.pools[number]} of its tokens" if job.pools else f"at token {samples[index].kept[number]}"
+    return samples[index], place
+
+
+def _sample_at(flight: StepInFlight, row: int, token: int) -> tuple[int, int]:
     """The sample that a token of a step belongs to, and its place there."""
     for in_row, index, start, stop in sample_spans(flight.step, flight.buffer.activations.window.lengths):
         if in_row == row and start <= token < stop:
-            return flight.buffer.samples[index], token - start
+            return index, token - start
     raise AssertionError("a stored token belongs to a sample")
 
 

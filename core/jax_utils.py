@@ -7,7 +7,7 @@ site.
 import hashlib
 import platform
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
 from qwen2_jax.errors import ModelError, UnsupportedError
 from qwen2_jax.loading import model_digest
 from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
+from qwen2_jax.weights import cut_config
 
 # Steps that a CPU computes at once: one fills the cores while another waits for its slowest thread.
 _CPU_LANES = 2
@@ -120,18 +121,24 @@ class JaxBackend:
         config = load_config(path, revision)
         mesh = self._mesh(config, request)
         _report_split(mesh, device_share(config, request, mesh))
+        dtype = COMPUTE_DTYPES[request.compute_dtype]
+        # The embedding alone needs no block; stacks of none would be a case of their own for every loader.
+        n_layers = max(1, capture.layers_run(config.n_layers))
+        parts = {"with_final_norm": capture.needs_final_norm, "with_head": capture.logits}
+        step = ExtractionStep(Decoder.abstract(cut_config(config, n_layers), dtype, mesh=mesh, **parts), request, mesh)
+        if request.first_shape is not None:
+            step.compile_ahead(*request.first_shape)
         model = load_model(
             path,
-            dtype=COMPUTE_DTYPES[request.compute_dtype],
+            dtype=dtype,
             revision=revision,
             mesh=mesh,
-            # The embedding alone needs no block; stacks of none would be a case of their own for every loader.
-            n_layers=max(1, capture.layers_run(config.n_layers)),
-            with_final_norm=capture.needs_final_norm,
-            with_head=capture.logits,
+            n_layers=n_layers,
             weights_cache_dir=self._weights_cache_dir,
+            **parts,
         )
-        return ExtractionStep(model, request, mesh)
+        step.take_weights(model)
+        return step
 
 
 class JaxStepOutput:
@@ -163,10 +170,20 @@ class JaxStepOutput:
         if self._outputs.done():
             self._begin()
 
-    def _begin(self) -> dict[str, Array]:
+    @property
+    def is_dispatched(self) -> bool:
+        """See the protocol."""
+        return self._outputs.done()
+
+    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Shaped[Array, "L B K D"]]:
+        """See the protocol."""
         activations, _, _ = self._outputs.result()
-        fetched = dict(activations) if self._kept is None else self._step.gather(activations, self._kept)
+        wanted = dict(activations) if kept is None else self._step.gather(activations, kept)
         activations.clear()  # what is not wanted is let go
+        return wanted
+
+    def _begin(self) -> dict[str, Array]:
+        fetched = self.on_device(self._kept)
         for array in fetched.values():
             array.copy_to_host_async()
         self._fetched = fetched
@@ -250,6 +267,9 @@ class ExtractionStep:
     the program has no collectives. One compilation for each (rows, row length), and a small one for each number of
     tokens that are gathered from a row.
 
+    It may be made of a model that has shapes for arrays (`Decoder.abstract`), so that it is compiled while the weights
+    are read; `take_weights` comes before the first call then.
+
     The hosts of a slice run this one program, each over its own devices and rows. Nothing crosses hosts, so that none
     waits for another, and one that stops or fails in the middle leaves no step half launched elsewhere.
     """
@@ -260,6 +280,24 @@ class ExtractionStep:
         gather = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
         self._gather = jax.jit(gather(_gather, in_specs=(sites, program.rows.spec), out_specs=sites))
         self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
+        self._ahead: dict[tuple[int, ...], Future[jax.stages.Compiled]] = {}
+
+    def compile_ahead(self, rows: int, length: int) -> None:
+        """Begins to compile for steps of this shape, and returns.
+
+        What holds Python's lock, tracing and lowering, is done here: in a thread it would slow down the reading of
+        weights, whose many small array operations would wait for the lock one by one.
+        """
+        program = self._program
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=program.rows)
+        lowered = program.forward.lower(program.state, tokens, tokens, tokens)
+        thread = ThreadPoolExecutor(1, "compile")
+        self._ahead[rows, length] = thread.submit(lowered.compile)
+        thread.shutdown(wait=False)
+
+    def take_weights(self, model: Decoder) -> None:
+        """The arrays of `model`, in the place of their shapes."""
+        self._program = replace(self._program, state=nnx.state(model))
 
     def __call__(self, arrays: StepArrays) -> JaxStepOutput:
         """Starts one step; returns at once with arrays that fill when the device is done."""
@@ -270,8 +308,11 @@ class ExtractionStep:
         return JaxStepOutput(self, started)
 
     def _dispatch(self, arrays: StepArrays) -> Outputs:
-        inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), self._program.rows)
-        outputs: Outputs = self._program.forward(self._program.state, *inputs)
+        program = self._program
+        inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), program.rows)
+        ahead = self._ahead.get(arrays.tokens.shape)
+        forward = program.forward if ahead is None else ahead.result()
+        outputs: Outputs = forward(program.state, *inputs)
         # The little that decides what is fetched is on its way before anybody asks.
         for array in (*outputs[1].values(), *outputs[2].values()):
             array.copy_to_host_async()

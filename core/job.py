@@ -23,11 +23,14 @@ from core.dataset_utils import (
     stream_identity,
 )
 from core.errors import RunError, UsageError
+from core.formats import DTYPES
 from core.hosts import ALONE, Hosts
 from core.model_shape import ModelShape, check_sample_length
 from core.object_store import LocalStore, ObjectStore, disk_errors, open_store
 from core.plan import RunPlan, StreamPlan
+from core.projection import read_projection
 from core.prompts import PromptOptions, Tokenizer
+from core.reductions import QUANTIZATIONS, VALUES, Pool, Reduction, StoredArray, parse_pool
 from core.run_config import RunConfig
 from core.selection import NORM_SITES, Selection, TokenFacts
 from core.sharded_dataset import ShardEntry, find_shard, read_dataset
@@ -45,6 +48,7 @@ class Job:
       folder: where its activations go in the output: the worker's folder, or that of the dataset shard.
       compute_dtype: resolved for this machine.
       facts: what the tokenizer says of token ids, where the selection asks for it.
+      reduction: what is done to the selected tokens; None: they are stored as they are.
       hosts: those that share the windows.
     """
 
@@ -60,6 +64,7 @@ class Job:
     tokenizer: Tokenizer
     selection: Selection | None = None
     facts: TokenFacts | None = None
+    reduction: Reduction | None = None
     hosts: Hosts = ALONE
 
     @property
@@ -68,8 +73,24 @@ class Job:
         return {site: self.capture.layers_of(site, self.model.n_layers) for site in self.capture.sites}
 
     @property
+    def stored(self) -> dict[str, dict[str, StoredArray]]:
+        """By site and name, the arrays that are stored."""
+        reduction, dtype = self.reduction or Reduction(), DTYPES[self.config.dtype]
+        return {site: reduction.arrays(self.model.site_widths[site], dtype) for site in self.capture.sites}
+
+    @property
+    def stored_dtype(self) -> str:
+        """Of what is stored as activations: values, or codes."""
+        return next(iter(self.stored.values()))[VALUES].dtype.name
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The vectors that are stored of a sample; empty: one a token."""
+        return () if self.reduction is None else self.reduction.pools
+
+    @property
     def bytes_per_token(self) -> dict[str, int]:
-        """By site, the stored bytes of one token: every layer, before compression."""
+        """By site, the bytes of one token in the stored dtype before it is reduced: every layer, uncompressed."""
         return site_bytes(self.capture, self.model, self.config.dtype)
 
     @property
@@ -78,12 +99,21 @@ class Job:
         return self.config.local_copy_stays and (self.plan.parts == 1 or not self.config.uploads)
 
     @property
+    def bytes_per_row(self) -> dict[str, int]:
+        """By site, the stored bytes of one token, or of one pool of a sample: every layer, before compression."""
+        return {
+            site: len(self.layers[site]) * sum(array.row_bytes for array in arrays.values())
+            for site, arrays in self.stored.items()
+        }
+
+    @property
     def step_request(self) -> StepRequest:
         """What the backend has to compute."""
         norm_sites = NORM_SITES if self.selection is not None and self.selection.needs_norms else ()
         return StepRequest(
             self.capture,
-            self.config.dtype,
+            # What is reduced is not rounded before.
+            self.config.dtype if self.reduction is None else self.compute_dtype,
             self.compute_dtype,
             tuple(site for site in self.capture.sites if site in norm_sites),
         )
@@ -108,11 +138,14 @@ class Job:
             start_position=start.position if start else 0,
         )
         items = self.tokenizer.samples(records, start.sample_idx if start else 0)
-        return items if self.selection is None else map(self.select, items)
+        return items if self.selection is None and not self.pools else map(self.select, items)
 
     def select(self, item: TokenizedSample | BadRecord) -> TokenizedSample | BadRecord:
-        """A sample with what the selection says of it before the forward pass; a bad record as it is."""
-        if self.selection is None or isinstance(item, BadRecord):
+        """A sample with what is known before the forward pass of what will be stored of it; a bad record as it is."""
+        if isinstance(item, BadRecord):
+            return item
+        item = replace(item, n_pools=len(self.pools))
+        if self.selection is None:
             return item
         reasons = self.selection.before(item.token_ids, item.sample_idx, self.facts)
         most_kept = self.selection.most_kept(reasons) if self.selection.needs_norms else None
@@ -124,7 +157,7 @@ class Job:
         """The windows of the stream from `start` on; raises RunError at one bad record too many."""
         return cut_windows(
             self._admit(self.items(start), bad_before),
-            bytes_per_token=max(self.bytes_per_token.values()),
+            bytes_per_row=max(self.bytes_per_row.values()),
             # Every part has files of its own, which are to reach the size that was asked for.
             shard_bytes=self.config.shard_bytes * self.plan.parts,
             first_index=first_index,
@@ -226,6 +259,7 @@ def _prepare(
     capture = resolve_capture(config.activation_type, config.layers_to_extract, model, config.model_path)
     check_sample_length(config.max_seq_length, model, config.model_path)
     selection = _checked_selection(config, capture)
+    reduction = _checked_reduction(config, capture, model)
     tokenizer_path = config.tokenizer_path or config.model_path
     revision = None if config.tokenizer_path else config.revision
     tokenizer = Tokenizer(options, partial(load_tokenizer, tokenizer_path, revision), model.vocab_size)
@@ -239,11 +273,12 @@ def _prepare(
         model=model,
         capture=capture,
         compute_dtype=compute_dtype,
-        plan=_run_plan(config, backend, model, capture, compute_dtype, digest, _parts(hosts, config)),
+        plan=_run_plan(config, backend, model, capture, compute_dtype, digest, reduction, _parts(hosts, config)),
         stream=stream,
         tokenizer=tokenizer,
         selection=selection,
         facts=facts,
+        reduction=reduction,
         hosts=hosts,
     )
 
@@ -256,6 +291,20 @@ def _checked_selection(config: RunConfig, capture: Capture) -> Selection | None:
             f"{', '.join(NORM_SITES)} too"
         )
     return selection
+
+
+def _checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) -> Reduction | None:
+    reduction = Reduction(
+        projection=None if config.project is None else read_projection(config.project),
+        pools=tuple(parse_pool(text) for text in config.pool),
+        topk=config.topk,
+        quantization=config.quantization,
+    )
+    if reduction == Reduction():
+        return None
+    layers = {site: len(capture.layers_of(site, model.n_layers)) for site in capture.sites}
+    reduction.check({site: model.site_widths[site] for site in capture.sites}, layers)
+    return reduction
 
 
 def _token_facts(config: RunConfig, tokenizer: Tokenizer) -> TokenFacts | None:
@@ -281,6 +330,7 @@ def _run_plan(
     capture: Capture,
     compute_dtype: str,
     tokenizer: str | None,
+    reduction: Reduction | None,
     parts: int,
 ) -> RunPlan:
     return RunPlan(
@@ -295,7 +345,7 @@ def _run_plan(
         },
         sites=capture.sites,
         layers=capture.layers,
-        dtype=config.dtype,
+        dtype=config.dtype if config.quantize is None else QUANTIZATIONS[config.quantize].name,
         compute_dtype=compute_dtype,
         format=config.format,
         compress=config.compress_shards,
@@ -304,6 +354,7 @@ def _run_plan(
         overlong=config.overlong,
         selection=None if config.selection is None else config.selection.to_json(),
         backend=backend.name,
+        reduction=None if reduction is None else reduction.to_json(),
         parts=parts,
     )
 

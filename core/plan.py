@@ -28,6 +28,7 @@ class RunPlan:
       shard_bytes: a window ends where the stored bytes of its largest file reach this.
       overlong: what happens to samples longer than max_seq_length.
       selection: which tokens are stored; None: all.
+      reduction: what is done to them before they are; None: nothing.
       parts: of each window, with files of their own; as many hosts as that can share a window.
     """
 
@@ -45,13 +46,16 @@ class RunPlan:
     overlong: str
     selection: dict[str, Any] | None = None
     backend: str = "jax"
+    reduction: dict[str, Any] | None = None
     parts: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as it is stored and hashed; the backend where it is not JAX, the parts where there are several."""
+        """The plan as it is stored and hashed; the backend where it is not JAX, reduction and parts where there are."""
         fields = asdict(self)
         if self.backend == "jax":
             del fields["backend"]
+        if self.reduction is None:
+            del fields["reduction"]
         if self.parts == 1:
             del fields["parts"]
         return json.loads(canonical_json(fields))

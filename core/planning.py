@@ -21,6 +21,8 @@ from core.fetching import plan_fetch
 from core.formats import FORMATS
 from core.job import Job
 from core.progress import format_bytes, format_reasons
+from core.reduced_step import ReducedStep, start_copy
+from core.run_config import RunConfig
 from core.selection import count_reasons
 from core.sinks import deflate_block
 from core.window_parts import PartOfWindow
@@ -28,7 +30,7 @@ from core.windows import TokenizedSample, Window
 
 _SURVEYED_RECORDS = 32
 # Stored over raw bytes of gzipped activations, measured on real models: what a survey assumes before any is computed.
-_GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93}
+_GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93, "int8": 0.9, "float8_e4m3fn": 0.85}
 # What `--plan` compresses to learn the same of the run at hand.
 _MEASURED_BYTES = 16 << 20
 # A token in the sample table: its id and its share of preview and labels, compressed.
@@ -37,11 +39,14 @@ _TABLE_BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Survey:
-    """An estimate of a stream from a few records spread evenly over it: what the model sees, and what is stored."""
+    """An estimate of a stream from a few records spread evenly over it: what the model sees, and what is stored.
+
+    rows: of the stored arrays, each a token or a pool of a sample.
+    """
 
     samples: int
     tokens: int
-    stored_tokens: int
+    rows: int
 
 
 def survey_stream(job: Job) -> Survey:
@@ -54,33 +59,37 @@ def survey_stream(job: Job) -> Survey:
     return Survey(
         round(len(samples) * scale),
         round(sum(len(sample.token_ids) for sample in samples) * scale),
-        round(sum(sample.n_kept for sample in samples) * scale),
+        round(sum(sample.n_rows for sample in samples) * scale),
     )
 
 
-def stored_bytes(job: Job, tokens: int, stored_tokens: int, ratio: float | None = None) -> int:
-    """Bytes on disk when the model sees `tokens` and `stored_tokens` of them are stored.
+def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
+    """Bytes on disk when the model sees `tokens` and stored arrays have `rows`.
 
     ratio: of stored over raw bytes, where it was measured.
     """
     config = job.config
     if ratio is None:
-        ratio = (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[config.dtype]
-    return int(stored_tokens * sum(job.bytes_per_token.values()) * ratio + tokens * _TABLE_BYTES_PER_TOKEN)
+        ratio = _usual_share(config, job.stored_dtype)
+    return int(rows * sum(job.bytes_per_row.values()) * ratio + tokens * _TABLE_BYTES_PER_TOKEN)
 
 
-def disk_needed(job: Job, tokens: int, stored_tokens: int, ratio: float | None = None) -> int:
+def _usual_share(config: RunConfig, dtype: str) -> float:
+    return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[dtype]
+
+
+def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
     """Local bytes a run needs: everything, or the few windows under way when the local files do not stay."""
-    needed = stored_bytes(job, tokens, stored_tokens, ratio)
+    needed = stored_bytes(job, tokens, rows, ratio)
     if job.keeps_local_copy:
         return needed
-    sizes = job.bytes_per_token.values()
+    sizes = job.bytes_per_row.values()
     return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))
 
 
 def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
     """Raises RunError when the run cannot fit on the disk."""
-    needed = disk_needed(job, survey.tokens, survey.stored_tokens) - already_stored
+    needed = disk_needed(job, survey.tokens, survey.rows) - already_stored
     if free is not None and needed > free:
         raise RunError(
             f"the run needs about {format_bytes(needed)} below {job.config.output_dir}, where {format_bytes(free)} "
@@ -95,7 +104,10 @@ class PlanReport:
     Attributes:
       padding_waste: share of computed tokens that belong to no sample.
       dropped_tokens: by reason, the tokens that are computed and not stored; without norm outliers, which only the
-        run will know. bytes_saved: what storing them would take.
+        run will know.
+      reduction: what is done to the tokens that are stored; None: nothing.
+      bytes_copied: from the devices to the host; bytes_copied_whole: without selection and reduction.
+      bytes_saved: what these take off the disk.
     """
 
     committed_samples: int
@@ -111,6 +123,9 @@ class PlanReport:
     shards: int = 0
     bytes_on_disk: int = 0
     bytes_saved: int = 0
+    reduction: str | None = None
+    bytes_copied: int = 0
+    bytes_copied_whole: int = 0
     free_disk_bytes: int | None = None
     fits_on_disk: bool = True
     seconds_per_step: float = 0.0
@@ -139,9 +154,14 @@ class PlanReport:
         ]
         if self.dropped_tokens:
             lines.append(
-                f"stored tokens    {self.stored_tokens} (left out: {format_reasons(self.dropped_tokens)}), "
-                f"which saves {format_bytes(self.bytes_saved)}"
+                f"stored tokens    {self.stored_tokens} (left out: {format_reasons(self.dropped_tokens)})"
+                + ("" if self.reduction else f", which saves {format_bytes(self.bytes_saved)}")
             )
+        if self.reduction:
+            lines += [
+                f"reduction        {self.reduction}, which saves {format_bytes(self.bytes_saved)} on disk",
+                f"device to host   {format_bytes(self.bytes_copied)}, not {format_bytes(self.bytes_copied_whole)}",
+            ]
         return [
             *lines,
             f"padding waste    {self.padding_waste:.1%} of {self.steps} steps",
@@ -165,7 +185,7 @@ def format_duration(seconds: float) -> str:
 def plan_run(
     job: Job,
     windows: Iterator[Window],
-    load: Callable[[], backend.Step],
+    load: Callable[[], backend.Step | ReducedStep],
     *,
     committed: Sequence[CommitRecord],
     free: int | None,
@@ -187,8 +207,9 @@ def plan_run(
     for window in itertools.chain([first], windows):
         totals.add(window, job.parts_of(window))
     rate = job.hosts.count * timed.n_rows * timed.length / seconds
-    needed = disk_needed(job, totals.tokens, totals.stored, ratio)
-    on_disk = stored_bytes(job, totals.tokens, totals.stored, ratio)
+    needed = disk_needed(job, totals.tokens, totals.rows, ratio)
+    on_disk = stored_bytes(job, totals.tokens, totals.rows, ratio)
+    whole = totals.tokens * sum(job.bytes_per_token.values())
     return PlanReport(
         committed_samples=samples_done,
         committed_shards=len(committed),
@@ -202,13 +223,21 @@ def plan_run(
         steps=totals.steps,
         shards=totals.windows,
         bytes_on_disk=on_disk,
-        bytes_saved=stored_bytes(job, totals.tokens, totals.tokens, ratio) - on_disk,
+        bytes_saved=int(whole * _plain_ratio(job, ratio)) + totals.tokens * _TABLE_BYTES_PER_TOKEN - on_disk,
+        reduction=None if job.reduction is None else str(job.reduction),
+        bytes_copied=totals.rows * sum(job.bytes_per_row.values()),
+        bytes_copied_whole=whole,
         free_disk_bytes=free,
         fits_on_disk=free is None or needed <= free,
         seconds_per_step=round(seconds, 4),
         tokens_per_second=round(totals.tokens / (totals.computed / rate), 1),
         estimated_seconds=round(totals.computed / rate, 2),
     )
+
+
+def _plain_ratio(job: Job, ratio: float | None) -> float:
+    """Of stored over raw bytes without the reduction; `ratio` is what was measured with it."""
+    return _usual_share(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
 
 
 @dataclass
@@ -220,6 +249,7 @@ class _Totals:
     samples: int = 0
     tokens: int = 0
     stored: int = 0
+    rows: int = 0
     truncated: int = 0
     bad_records: int = 0
     steps: int = 0
@@ -232,6 +262,7 @@ class _Totals:
         self.samples += len(window.samples)
         self.tokens += window.n_tokens
         self.stored += window.n_kept
+        self.rows += window.n_rows
         self.dropped.update(count_reasons(s.reasons for s in window.samples if s.reasons is not None))
         self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)
         self.bad_records += len(window.bad_records)
@@ -239,14 +270,14 @@ class _Totals:
         self.computed += self.n_hosts * sum(step.n_rows * step.length for step in steps)
 
 
-def time_step(job: Job, step: backend.Step, window: Window, planned: Step) -> tuple[float, float | None]:
+def time_step(job: Job, step: backend.Step | ReducedStep, window: Window, planned: Step) -> tuple[float, float | None]:
     """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
     arrays = step_arrays(planned, [sample.token_ids for sample in window.samples])
-    fetch = plan_fetch(planned, window.samples, window.lengths)
+    fetch = plan_fetch(planned, window.samples, window.lengths, job.pools)
 
     def fetched() -> dict[str, np.ndarray]:
         output = step(arrays)
-        output.start_copy(fetch.gathered)
+        start_copy(output, fetch)
         return output.fetch()
 
     fetched()

@@ -11,6 +11,7 @@ from arc24.encoders import DEFAULT_GRID_ENCODER
 from arc24.prompting import DEFAULT_PROMPT_VERSION
 from core.errors import UsageError
 from core.formats import DTYPES, FORMATS
+from core.reductions import DEFAULT_BLOCK, QUANTIZATIONS, Quantization, parse_pool
 from core.selection import TOKEN_CHOICES, TOKEN_KINDS, Selection, parse_positions
 
 # --mesh: rows of devices that hold a copy of the model each, and the devices in a row.
@@ -60,6 +61,11 @@ class RunConfig:
     max_tokens_per_sample: int | None = None
     token_choice: str = "first"
     dtype: str = "float16"
+    project: str | None = None
+    pool: tuple[str, ...] = ()
+    topk: int | None = None
+    quantize: str | None = None
+    quantize_block: int | None = None
     compute_dtype: str = "auto"
     batch_size: int = 4
     pack: bool = True
@@ -104,6 +110,7 @@ class RunConfig:
         self._check_hosts()
         self._check_certificate()
         self._check_selection()
+        self._check_reduction()
         self._check_dataset()
         scheme = self.output_dir.partition("://")[0] if self.output_is_remote else "gs"
         self._require(scheme in ("gs", "gcs"), "output_dir", "must be a local folder or a gs:// URL")
@@ -151,6 +158,21 @@ class RunConfig:
         for text in self.positions:
             parse_positions(text)
 
+    def _check_reduction(self) -> None:
+        pools = [parse_pool(text) for text in self.pool]
+        twice = [pool for place, pool in enumerate(pools) if pool in pools[:place]]
+        if twice:
+            raise UsageError(f"--pool {twice[0]}: it is there twice")
+        self._require(self.topk is None or self.topk >= 1, "topk", "must be at least 1")
+        kinds, block = (None, *QUANTIZATIONS), self.quantize_block
+        self._require(self.quantize in kinds, "quantize", f"must be one of {', '.join(QUANTIZATIONS)}")
+        self._require(block is None or block >= 0, "quantize_block", "must not be negative")
+        self._require(block is None or self.quantize is not None, "quantize_block", "needs --quantize")
+        if self.quantize is not None and self.dtype != RunConfig.dtype:
+            raise UsageError(
+                f"--dtype {self.dtype}: --quantize {self.quantize} stores {self.quantize}: leave --dtype out"
+            )
+
     def _check_dataset(self) -> None:
         if self.tpu_topology is not None:
             self._require(self.plan, "tpu_topology", "needs --plan: it estimates a step, and runs none")
@@ -191,6 +213,14 @@ class RunConfig:
             seed=self.random_seed,
         )
         return None if rules == Selection(seed=self.random_seed) else rules
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How values are coded; None: stored in --dtype."""
+        if self.quantize is None:
+            return None
+        block = DEFAULT_BLOCK[self.quantize] if self.quantize_block is None else self.quantize_block
+        return Quantization(self.quantize, block)
 
     @property
     def shard_bytes(self) -> int:

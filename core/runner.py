@@ -148,7 +148,7 @@ def _extract(job: Job, before_extraction: BeforeExtraction | None) -> Summary:
     prepared = prepare_stream(job, storage)
     if before_extraction is not None and prepared.windows is not None:
         before_extraction(job, stores)
-    model = load(job) if prepared.windows is not None else None
+    model = load(job, prepared.first_shape) if prepared.windows is not None else None
     with (
         stop_on_signals(job.config.stop_grace_s) as stop,
         HostSession(job.hosts, "run", stop) as session,

@@ -15,6 +15,7 @@ from core.activation_storage import SpooledFile, site_file_name, table_name
 from core.fault_points import fault_point
 from core.formats import Outline, ShardContent, ShardFormat, read_shard
 from core.object_store import LocalStore, disk_errors
+from core.reductions import VALUES, site_and_array
 from core.selection import dropped_ranges
 from core.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 from core.windows import TokenizedSample, Window
@@ -22,18 +23,30 @@ from core.windows import TokenizedSample, Window
 
 @dataclass(frozen=True)
 class WindowActivations:
-    """A window with its activations in the stored dtype; sample s owns tokens window.offsets[s:s+2] of each array.
+    """A window with its activations in the stored dtype; sample s owns rows window.offsets[s:s+2] of each array.
 
     Attributes:
       layers: by site, the layer numbers under which its arrays are stored.
-      by_site: the arrays, N the window's stored tokens.
+      by_site: the arrays, N the window's stored rows; those that a reduced site has besides as `core.reductions` calls
+        them.
       part: the number of the part of the window that this is, where it has several.
     """
 
     window: Window
     layers: dict[str, tuple[int, ...]]
-    by_site: dict[str, Shaped[np.ndarray, "L N D"]]
+    by_site: dict[str, Shaped[np.ndarray, "L N W"]]
     part: int | None = None
+
+    def content(self, site: str) -> ShardContent:
+        """What is written of a site."""
+        more = {
+            array: values
+            for name, values in self.by_site.items()
+            for of_site, array in [site_and_array(name)]
+            if of_site == site and array != VALUES
+        }
+        samples, offsets = self.window.samples, self.window.offsets
+        return ShardContent(site, self.layers[site], self.by_site[site], offsets, samples, more)
 
     def narrowed_to(self, samples: tuple[TokenizedSample, ...]) -> "WindowActivations":
         """The same with the final `samples`, once norms have decided that fewer tokens are stored; moved in place.
@@ -84,10 +97,9 @@ class ShardEncoder:
         if not window.samples:
             return files
         try:
-            offsets = window.offsets
-            for site, array in activations.by_site.items():
-                content = ShardContent(site, activations.layers[site], array, offsets, window.samples)
-                name = site_file_name(window.index, site, tuple(activations.by_site), self.suffix, activations.part)
+            for site in activations.layers:
+                content = activations.content(site)
+                name = site_file_name(window.index, site, tuple(activations.layers), self.suffix, activations.part)
                 fill = partial(self.shard_format.write, content, executor=self.executor)
                 path, digest = self._write(name, self.gzipped, fill)
                 is_equivalent = partial(_holds, content.outline(), self.shard_format.name, self.gzipped)

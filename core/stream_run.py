@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from absl import logging
@@ -14,13 +14,14 @@ from core.activation_storage import ActivationStorage, CommitRecord
 from core.backend import Step
 from core.checkpoint import Checkpoint, save_checkpoint
 from core.extraction import Extraction, is_complete, resume_place
-from core.formats import FORMATS
+from core.formats import DTYPES, FORMATS
 from core.host_session import HostSession
 from core.job import Job
 from core.object_store import LocalStore, disk_errors
 from core.pipeline import Pipeline
 from core.planning import Survey, refuse_full_disk, survey_stream
 from core.progress import Progress, Summary
+from core.reduced_step import ReducedStep
 from core.shard_encoding import ShardEncoder
 from core.windows import Window
 
@@ -32,7 +33,7 @@ _INDEX_EVERY_S = 30.0
 class LoadedModel:
     """The model on the device, and how long it took to get there."""
 
-    step: Step
+    step: Step | ReducedStep
     seconds: float
 
 
@@ -41,6 +42,7 @@ class PreparedStream:
     """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
 
     No windows: it is complete, or has no sample for this folder and still `must_say_so`.
+    first_shape: of its first step.
     """
 
     job: Job
@@ -48,13 +50,21 @@ class PreparedStream:
     survey: Survey
     windows: Iterator[Window] | None
     read_seconds: float = 0.0
+    first_shape: tuple[int, int] | None = None
     must_say_so: bool = False
 
 
-def load(job: Job) -> LoadedModel:
-    """Loads as much of the job's model as it captures, on all devices of this process."""
+def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
+    """Loads as much of the job's model as it captures, on all devices of this process.
+
+    first_shape: (rows, length) of the step that comes first, which is compiled meanwhile; None: a full one.
+    """
     started = time.monotonic()
-    step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
+    full = job.batch_shape.rows_per_step, job.batch_shape.row_lengths[-1]
+    request = replace(job.step_request, first_shape=first_shape or full)
+    step = job.backend.load(job.config.model_path, job.config.revision, request)
+    if job.reduction is not None:
+        return LoadedModel(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
     return LoadedModel(step, time.monotonic() - started)
 
 
@@ -84,7 +94,9 @@ def prepare_stream(
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
-    return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds)
+    step = next(job.parts_of(first)).steps[0]
+    shape = step.n_rows, step.length
+    return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 
 
 def _open(job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any]) -> list[CommitRecord]:

@@ -33,6 +33,7 @@ class TokenizedSample:
       labels: the record's other keys, as they were in the stream.
       reasons: (T,) why each token is not stored, 0 for one that is (`core.selection`); None: all are stored.
       most_kept: how many of those without a reason are stored at most, while norms still decide; None: all.
+      n_pools: how many vectors are stored in the place of its tokens; 0: the tokens themselves.
     """
 
     sample_idx: int
@@ -44,6 +45,7 @@ class TokenizedSample:
     labels: dict[str, Any] = field(default_factory=dict)
     reasons: UInt8[np.ndarray, "T"] | None = None
     most_kept: int | None = None
+    n_pools: int = 0
 
     @property
     def n_kept(self) -> int:
@@ -51,6 +53,11 @@ class TokenizedSample:
         if self.reasons is None:
             return len(self.token_ids)
         return len(self.kept) if self.most_kept is None else self.most_kept
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows its stored arrays have: one a token, or one a pool if it has a token."""
+        return min(1, self.n_kept) * self.n_pools if self.n_pools else self.n_kept
 
     @property
     def kept(self) -> Int64[np.ndarray, "K"]:
@@ -93,16 +100,21 @@ class Window:
     @property
     def n_kept(self) -> int:
         """Tokens of all samples that are stored; at most so many while norms still decide."""
+        return sum(sample.n_kept for sample in self.samples)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the stored arrays; at most so many while norms still decide."""
         return int(self.offsets[-1])
 
     @cached_property
     def offsets(self) -> Int64[np.ndarray, "S+1"]:
-        """Where the stored tokens of each sample begin in those of the window, and the end."""
-        return np.concatenate([[0], np.cumsum([sample.n_kept for sample in self.samples], dtype=np.int64)])
+        """Where the stored rows of each sample begin in those of the window, and the end."""
+        return np.concatenate([[0], np.cumsum([sample.n_rows for sample in self.samples], dtype=np.int64)])
 
 
 def cut_windows(
-    items: Iterable[TokenizedSample | BadRecord], *, bytes_per_token: int, shard_bytes: int, first_index: int = 1
+    items: Iterable[TokenizedSample | BadRecord], *, bytes_per_row: int, shard_bytes: int, first_index: int = 1
 ) -> Iterator[Window]:
     """Yields the windows of a stream in order.
 
@@ -112,7 +124,7 @@ def cut_windows(
     sample yields none.
 
     Args:
-      bytes_per_token: that a stored token adds to the largest file of a window.
+      bytes_per_row: that a stored row, which is a token or a pool, adds to the largest file of a window.
     """
     samples: list[TokenizedSample] = []
     bad_records: list[BadRecord] = []
@@ -127,7 +139,7 @@ def cut_windows(
             samples, bad_records, stored, ids = [], [], 0, 0
             index += 1
         samples.append(item)
-        stored += item.n_kept * bytes_per_token
+        stored += item.n_rows * bytes_per_row
         ids += len(item.token_ids) * TOKEN_ID_BYTES
     if samples:
         yield Window(index, tuple(samples), tuple(bad_records), None)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import time
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
-from benchmarks import codecs, generation, peers, storage, utilisation
+from benchmarks import codecs, generation, peers, quantization, start, storage, utilisation
 from benchmarks.agreement import read_shards, worst_disagreement
 from benchmarks.measuring import Ratio, Timings, alternate
 from benchmarks.peer_sides import Request
@@ -227,3 +228,43 @@ def test_sides_take_turns_and_the_ratio_is_of_medians():
     assert all(len(side.wall) == len(side.cpu) == 3 for side in timings.values())
     ratio = Ratio.of(Timings([4.0, 9.0, 5.0], [1.0, 1.0, 1.0]), Timings([1.0, 3.0, 2.0], [2.0, 2.0, 2.0]))
     assert (ratio.median, ratio.lowest, ratio.highest, ratio.cpu) == (2.5, 2.5, 4.0, 0.5)
+
+
+def test_every_way_to_share_scales_is_measured_and_finer_scales_lose_less(source, capsys):
+    found = result_of(quantization, source, capsys, "--layers", "0", "2")["losses"]
+    assert len(found) == 2 * (2 * len(quantization.BLOCKS) + 2)
+    for layer in (0, 2):
+        by_scale = {one["scale"]: one for one in found if one["layer"] == layer}
+        assert by_scale["int8, 16"]["relative_l2"] < by_scale["int8, token"]["relative_l2"] < 0.02
+        assert by_scale["fp8, token"]["worst_cosine"] > 0.99
+        assert by_scale["int8, 16"]["bytes_per_value"] == 1.25
+
+
+def test_a_start_is_timed_stage_by_stage(source, tmp_path):
+    model, _ = source
+    stream = write_jsonl(tmp_path / "s.jsonl", [{"input_ids": [1, 2, 3]}])
+    began = time.time()
+    seconds = start.one(model, stream, tmp_path, tmp_path / "programs", tmp_path / "none")
+    assert list(seconds) == list(start.STAGES)
+    assert min(seconds.values()) > 0
+    assert sum(seconds.values()) < time.time() - began
+    assert (tmp_path / "out/tpu_0/metadata.json").exists()
+    with pytest.raises(RunError, match=r"one_start.py failed: .*stream"):
+        start.one(model, tmp_path / "no_stream", tmp_path, tmp_path / "programs", tmp_path / "none")
+
+
+def test_starts_with_and_without_what_earlier_ones_left_take_turns(tmp_path, monkeypatch):
+    calls = []
+
+    def one(model, stream, folder, programs, weights):
+        calls.append((programs == tmp_path / "programs", weights == tmp_path / "weights"))
+        return dict.fromkeys(start.STAGES, float(len(calls)))
+
+    monkeypatch.setattr(start, "one", one)
+    monkeypatch.setattr(start, "_run", lambda *args: "")
+    found = start.measure("model", tmp_path / "s.jsonl", tmp_path, 3)
+    cases = [(False, False), (False, True), (True, False), (True, True)]
+    assert calls == [(True, False), *cases * 3]
+    assert [(case.programs, case.weights) for case in found] == cases
+    assert [case.total for case in found] == [len(start.STAGES) * (6 + number) for number in range(4)]
+    assert "compiled" in start.report(found)

@@ -1,6 +1,7 @@
 """Hosts of a slice: real processes under `jax.distributed`, each with its part of every window."""
 
 import gzip
+import json
 import os
 import pickle
 import re
@@ -244,3 +245,17 @@ def test_parts_without_a_sample_lose_nothing(folder, tmp_path, monkeypatch, leng
     assert run_job(config).samples == len(lengths)
     assert verify(config.output_dir).ok, verify(config.output_dir).lines()
     assert activations(tmp_path / "parts").keys() == activations(tmp_path / "whole").keys()
+
+
+def test_hosts_reduce_their_own_rows_and_the_losses_are_those_of_all_parts(folder):
+    reduction = ("--pool", "mean", "last", "--quantize", "int8", "--shard_size_gb", 1)
+    assert [code for code, _ in finish(start_slice(folder, "reduced", 2, *reduction))] == [0, 0]
+    arguments = ("--model_path", "model", "--dataset_path", "s.jsonl", *FLAGS, *reduction, "--output_dir", "one")
+    assert run("extract_activations.py", *arguments, "--compilation_cache_dir", cache_dir(), cwd=folder).returncode == 0
+    shared, alone = activations(folder / "reduced"), activations(folder / "one")
+    assert shared.keys() == alone.keys()
+    assert all(np.abs(shared[key].astype(int) - codes).max() <= 1 for key, codes in alone.items())
+    found, wanted = (json.loads((folder / out / "tpu_0/metadata.json").read_text()) for out in ("reduced", "one"))
+    for layer, losses in wanted["losses"]["residual"].items():
+        assert found["losses"]["residual"][layer] == pytest.approx(losses, rel=1e-2)
+    assert verify(str(folder / "reduced")).ok

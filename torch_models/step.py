@@ -79,6 +79,16 @@ class TorchStepOutput:
         self.wait()
         return {site: _as_numpy(copy) for site, copy in self._copies.items()}
 
+    @property
+    def is_dispatched(self) -> bool:
+        """No: what a step gives is brought to the host first."""
+        return False
+
+    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
+        """What `start_copy` and `fetch` give, for whoever goes on with it where it is."""
+        self.start_copy(kept)
+        return self.fetch()
+
 
 def _event(values: Mapping[str, Tensor]) -> Any:
     """A mark behind all work that is queued on the device; None on the CPU, which queues none."""

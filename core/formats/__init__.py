@@ -5,14 +5,24 @@ from typing import BinaryIO
 
 from isal import igzip, igzip_lib
 
-from core.formats.base import DTYPES, Outline, ShardContent, ShardFormat, StoredShard
+from core.formats.base import ARRAY_DTYPES, CODE_DTYPES, DTYPES, Outline, ShardContent, ShardFormat, StoredShard
 from core.formats.pickle_shard import PickleFormat
 from core.formats.planes_shard import PlanesFormat
 from core.formats.safetensors_shard import SafetensorsFormat
 
 FORMATS: dict[str, ShardFormat] = {fmt.name: fmt for fmt in (PickleFormat(), SafetensorsFormat(), PlanesFormat())}
 
-__all__ = ["DTYPES", "FORMATS", "Outline", "ShardContent", "ShardFormat", "StoredShard", "read_shard"]
+__all__ = [
+    "ARRAY_DTYPES",
+    "CODE_DTYPES",
+    "DTYPES",
+    "FORMATS",
+    "Outline",
+    "ShardContent",
+    "ShardFormat",
+    "StoredShard",
+    "read_shard",
+]
 
 
 def read_shard(stream: BinaryIO, format_name: str, *, gzipped: bool) -> StoredShard:

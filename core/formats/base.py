@@ -1,12 +1,12 @@
 """What a shard holds and what a format must offer. One file a format; `core.formats.FORMATS` is the registry.
 
-Axis letters: L layers, S samples, N stored tokens of all samples in a row, K stored tokens of one sample, D width of
-the site.
+Axis letters: L layers, S samples, N stored rows of all samples behind each other, K stored rows of one sample, D values
+of a row. A row is a token, or one of the vectors that its tokens were pooled to.
 """
 
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
@@ -22,9 +22,14 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
+"""What activations are stored in as they are."""
+CODE_DTYPES = {"int8": np.dtype(np.int8), "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn)}
+"""What they are stored in when they are quantized."""
+ARRAY_DTYPES = DTYPES | CODE_DTYPES | {name: np.dtype(name) for name in ("uint16", "int32")}
+"""Of every array of a row: values or codes, scales, and the places of values."""
 
 
-UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES, 1.0))
+UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES | CODE_DTYPES, 1.0))
 """`ShardFormat.usual_share` of a format that keeps values as they are."""
 
 
@@ -33,21 +38,28 @@ class Outline:
     """What two runs of one window agree on, whatever their rounding: which samples, which of their tokens, how wide.
 
     Attributes:
-      shapes: by layer, the shape and dtype of each sample's activation.
+      shapes: by layer, the shape and dtype of each sample's activation; `more`: of its further arrays, by their name.
       positions: the places of each sample's stored tokens, where some are left out.
     """
 
     sample_idx: tuple[int, ...]
-    shapes: dict[int, list[tuple[tuple[int, ...], np.dtype]]]
+    shapes: "Shapes"
+    more: dict[str, "Shapes"]
     positions: list[list[int]] | None
+
+
+Shapes = dict[int, list[tuple[tuple[int, ...], np.dtype]]]
 
 
 @dataclass(frozen=True)
 class ShardContent:
     """The activations of one site for the samples of one window, ready to be written.
 
-    Sample s owns tokens `offsets[s]` to `offsets[s + 1]` of every layer: those of its own that are stored, never
-    padding. N may be 0.
+    Sample s owns rows `offsets[s]` to `offsets[s + 1]` of every layer: its own stored tokens, no padding, or its pools.
+    N may be 0.
+
+    Attributes:
+      more: further arrays of the same rows by name, such as the scales of quantized ones.
     """
 
     site: str
@@ -55,28 +67,44 @@ class ShardContent:
     activations: Shaped[np.ndarray, "L N D"]
     offsets: Int64[np.ndarray, "S+1"]
     samples: tuple[TokenizedSample, ...]
+    more: Mapping[str, Shaped[np.ndarray, "L N W"]] = field(default_factory=dict)
 
     def activation(self, layer_slot: int, sample: int) -> Shaped[np.ndarray, "K D"]:
         """A view of one sample's activations at the `layer_slot`-th stored layer."""
-        return self.activations[layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
+        return self.of_sample(self.activations, layer_slot, sample)
+
+    def of_sample(self, array: Shaped[np.ndarray, "L N W"], layer_slot: int, sample: int) -> Shaped[np.ndarray, "K W"]:
+        """The same of any array of these rows."""
+        return array[layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
 
     @property
-    def token_ids(self) -> list[Int32[np.ndarray, "K"]]:
-        """The ids of each sample's stored tokens."""
+    def is_pooled(self) -> bool:
+        """Whether rows are no tokens."""
+        return any(sample.n_pools for sample in self.samples)
+
+    @property
+    def token_ids(self) -> list[Int32[np.ndarray, "K"]] | None:
+        """The ids of each sample's stored tokens; None where rows are no tokens."""
+        if self.is_pooled:
+            return None
         return [s.token_ids if s.reasons is None else s.token_ids[s.kept] for s in self.samples]
 
     @property
     def positions(self) -> list[Int32[np.ndarray, "K"]] | None:
-        """The places of each sample's stored tokens; None where all tokens are stored."""
-        if any(sample.reasons is None for sample in self.samples):
+        """The places of each sample's stored tokens; None where all tokens are stored, or rows are no tokens."""
+        if self.is_pooled or any(sample.reasons is None for sample in self.samples):
             return None
         return [sample.kept.astype(np.int32) for sample in self.samples]
 
     def outline(self) -> Outline:
         """What a file of another run of this window has to hold too."""
-        shapes = [(self.activation(0, sample).shape, self.activations.dtype) for sample in range(len(self.samples))]
         indices = tuple(sample.sample_idx for sample in self.samples)
-        return Outline(indices, dict.fromkeys(self.layers, shapes), _plain(self.positions))
+        more = {name: self._shapes(array) for name, array in self.more.items()}
+        return Outline(indices, self._shapes(self.activations), more, _plain(self.positions))
+
+    def _shapes(self, array: Shaped[np.ndarray, "L N W"]) -> Shapes:
+        shapes = [(self.of_sample(array, 0, sample).shape, array.dtype) for sample in range(len(self.samples))]
+        return dict.fromkeys(self.layers, shapes)
 
 
 @dataclass(frozen=True)
@@ -84,7 +112,7 @@ class StoredShard:
     """A shard as read back; every list is in the order of `sample_idx`.
 
     Attributes:
-      layers: per layer the activations.
+      layers: per layer the activations; more: per name and layer the further arrays of their rows.
       positions: the places of the stored tokens in their sample; None where all tokens are stored.
       token_ids: of the stored tokens, where the format keeps them.
     """
@@ -93,11 +121,16 @@ class StoredShard:
     layers: dict[int, list[Shaped[np.ndarray, "K D"]]]
     positions: list[Int32[np.ndarray, "K"]] | None = None
     token_ids: list[Int32[np.ndarray, "K"]] | None = None
+    more: dict[str, dict[int, list[Shaped[np.ndarray, "K W"]]]] = field(default_factory=dict)
 
     def outline(self) -> Outline:
         """What this file holds, whatever its rounding."""
-        shapes = {layer: [(array.shape, array.dtype) for array in arrays] for layer, arrays in self.layers.items()}
-        return Outline(self.sample_idx, shapes, _plain(self.positions))
+        more = {name: _shapes(layers) for name, layers in self.more.items()}
+        return Outline(self.sample_idx, _shapes(self.layers), more, _plain(self.positions))
+
+
+def _shapes(layers: Mapping[int, list[np.ndarray]]) -> Shapes:
+    return {layer: [(array.shape, array.dtype) for array in arrays] for layer, arrays in layers.items()}
 
 
 def _plain(positions: list[Int32[np.ndarray, "K"]] | None) -> list[list[int]] | None:
@@ -139,7 +172,10 @@ class ShardFormat(Protocol):
 
 
 def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[str, Any]:
-    """The dict of one sample as the default format stores it; `token_positions` is there where tokens are left out."""
+    """The dict of one sample as the default format stores it.
+
+    `token_positions` is there where tokens are left out, further arrays of its rows under their names.
+    """
     activation = content.activation(layer_slot, sample)
     described = content.samples[sample]
     fields = {
@@ -148,4 +184,7 @@ def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[s
         "shape": activation.shape,
         "text_preview": described.text_preview,
     }
-    return fields if described.reasons is None else fields | {"token_positions": described.kept.astype(np.int32)}
+    fields |= {name: content.of_sample(array, layer_slot, sample) for name, array in content.more.items()}
+    if content.is_pooled or described.reasons is None:
+        return fields
+    return fields | {"token_positions": described.kept.astype(np.int32)}

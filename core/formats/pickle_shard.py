@@ -1,7 +1,8 @@
 """The default format: a pickle of {layer: [{sample_idx, activation, shape, text_preview}, …]}.
 
-Where tokens are left out, `token_positions` (int32) says which places of the sample the others had.
-Readable with `pickle` and numpy alone (bfloat16 needs ml_dtypes too). Our own reader admits arrays and plain
+Where tokens are left out, `token_positions` (int32) says which places of the sample the others had. Reduced activations
+have further arrays, `indices` and `scale`.
+Readable with `pickle` and numpy alone (bfloat16 and fp8 need ml_dtypes too). Our own reader admits arrays and plain
 containers only: a pickle from elsewhere cannot run code here.
 """
 
@@ -26,7 +27,9 @@ _ALLOWED = {
     ("numpy._core.numeric", "_frombuffer"),
     ("numpy.core.numeric", "_frombuffer"),
     ("ml_dtypes", "bfloat16"),
+    ("ml_dtypes", "float8_e4m3fn"),
 }
+_MORE = ("indices", "scale")
 # Protocol 5 pickles of numpy 2 name a module that numpy 1.26 does not have; 4 is read by both.
 PROTOCOL = 4
 
@@ -77,13 +80,25 @@ class PickleFormat:
             orders = {tuple(item["sample_idx"] for item in items) for items in shard.values()}
             shapes_agree = all(item["shape"] == item["activation"].shape for items in shard.values() for item in items)
             positions = [_positions(items) for items in shard.values()]
+            more = {
+                name: {layer: [item[name] for item in items] for layer, items in shard.items()}
+                for name in _MORE
+                if any(name in item for items in shard.values() for item in items)
+            }
+            for arrays in (layers, *more.values()):
+                _require_arrays(arrays)
         except (pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"not a readable pickle shard: {error}") from error
         if len(orders) != 1 or not shapes_agree:
             raise ValueError("its layers hold different samples, or a shape that is not its array's")
         if any(not _equal(positions[0], other) for other in positions):
             raise ValueError("its layers hold different tokens")
-        return StoredShard(orders.pop(), layers, positions[0])
+        return StoredShard(orders.pop(), layers, positions[0], more=more)
+
+
+def _require_arrays(layers: dict[int, list[Any]]) -> None:
+    if not all(isinstance(array, np.ndarray) for arrays in layers.values() for array in arrays):
+        raise TypeError("something else stands where an array belongs")
 
 
 def _positions(items: list[dict[str, Any]]) -> list[np.ndarray] | None:

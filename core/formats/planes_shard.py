@@ -5,8 +5,10 @@ mantissa are noise. So the first bytes of all values of a block stand together, 
 
 Members, none compressed by zip itself: `shard.json` (`Header`); `sample_idx.npy` (S,) int64, `sample_offsets.npy`
 (S+1,) int64, `token_ids.npy` (N,) int32, and where tokens are left out `positions.npy` (N,) int32; then
-`layer_{i}/{block:06d}.zst`, tokens block × block_tokens to (block + 1) × block_tokens of a layer. A zip has its table
-of contents at the end, so it is written in one go, and `numpy.load` opens it and reads a block without the rest.
+`layer_{i}/{block:06d}.zst`, tokens block × block_tokens to (block + 1) × block_tokens of a layer. Reduced activations
+have `layer_{i}/indices.npy` and `layer_{i}/scale.npy` besides; where rows are pools there are no token ids. A zip has
+its table of contents at the end, so it is written in one go, and `numpy.load` opens it and reads a block without the
+rest.
 Formats: PKWARE's APPNOTE.TXT, RFC 8878, `numpy.lib.format`.
 """
 
@@ -27,7 +29,7 @@ import numpy as np
 import zstandard
 from jaxtyping import Shaped, UInt8
 
-from core.formats.base import DTYPES, ShardContent, StoredShard
+from core.formats.base import CODE_DTYPES, DTYPES, ShardContent, StoredShard
 from core.json_types import Kinds, require_all, require_types
 from core.sinks import Sink
 
@@ -79,6 +81,7 @@ class Header:
     tokens: int
     width: int
     block_tokens: int
+    more: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, content: ShardContent) -> "Header":
@@ -86,8 +89,21 @@ class Header:
         _, tokens, width = content.activations.shape
         dtype = content.activations.dtype
         return cls(
-            content.site, content.layers, dtype.name, tokens, width, max(1, BLOCK_BYTES // (width * dtype.itemsize))
+            site=content.site,
+            layers=content.layers,
+            dtype=dtype.name,
+            tokens=tokens,
+            width=width,
+            block_tokens=max(1, BLOCK_BYTES // (width * dtype.itemsize)),
+            more=tuple(content.more),
         )
+
+    def to_json(self) -> bytes:
+        """`more` where there is any."""
+        fields = asdict(self)
+        if not self.more:
+            del fields["more"]
+        return json.dumps(fields, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> "Header":
@@ -95,8 +111,9 @@ class Header:
         fields = json.loads(data)
         require_types(fields, _HEADER)
         require_all(fields["layers"], int, "layers")
-        header = cls(**fields | {"layers": tuple(fields["layers"])})
-        if header.dtype not in DTYPES or header.tokens < 0 or header.width < 1 or header.block_tokens < 1:
+        require_all(fields.get("more", []), str, "more")
+        header = cls(**fields | {"layers": tuple(fields["layers"]), "more": tuple(fields.get("more", ()))})
+        if header.dtype not in DTYPES | CODE_DTYPES or header.tokens < 0 or header.width < 1 or header.block_tokens < 1:
             raise ValueError(f"{_HEADER_FILE} describes what cannot be: {header}")
         return header
 
@@ -112,7 +129,9 @@ class PlanesFormat:
     name = "planes"
     compressible = False
     # Of prompts that have nothing in common.
-    usual_share: Mapping[str, float] = MappingProxyType({"float16": 0.87, "bfloat16": 0.69, "float32": 0.85})
+    usual_share: Mapping[str, float] = MappingProxyType(
+        {"float16": 0.87, "bfloat16": 0.69, "float32": 0.85, "int8": 0.9, "float8_e4m3fn": 0.85}
+    )
 
     def suffix(self) -> str:
         """The file name's ending."""
@@ -122,13 +141,16 @@ class PlanesFormat:
         """Streams the members; blocks are compressed by `executor`, at most a few at a time."""
         header = Header.of(content)
         with zipfile.ZipFile(_Unseekable(sink), "w") as archive:
-            _add(archive, _HEADER_FILE, json.dumps(asdict(header), sort_keys=True).encode())
+            _add(archive, _HEADER_FILE, header.to_json())
             for name, array in _index_of(content).items():
                 _add(archive, f"{name}.npy", _npy(array))
             names = (_block_name(layer, block) for layer in header.layers for block in range(len(header.blocks())))
             blocks = (layer[start:stop] for layer in content.activations for start, stop in header.blocks())
             for name, frame in zip(names, _in_order(encode_block, blocks, executor), strict=True):
                 _add(archive, name, frame)
+            for array_name, array in content.more.items():
+                for layer, values in zip(header.layers, array, strict=True):
+                    _add(archive, f"{_more_name(layer, array_name)}.npy", _npy(values))
 
     def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
         """What these values of one layer take in a file."""
@@ -197,8 +219,9 @@ def _index_of(content: ShardContent) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {
         "sample_idx": np.array([sample.sample_idx for sample in content.samples], np.int64),
         "sample_offsets": content.offsets.astype(np.int64),
-        "token_ids": np.concatenate(content.token_ids).astype(np.int32),
     }
+    if content.token_ids is not None:
+        arrays["token_ids"] = np.concatenate(content.token_ids).astype(np.int32)
     return arrays if content.positions is None else arrays | {"positions": np.concatenate(content.positions)}
 
 
@@ -210,6 +233,10 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _block_name(layer: int, block: int) -> str:
     return f"layer_{layer}/{block:06d}.zst"
+
+
+def _more_name(layer: int, array: str) -> str:
+    return f"layer_{layer}/{array}"
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
@@ -236,7 +263,7 @@ def _in_order(make: Callable[[Item], Made], items: Iterable[Item], executor: Exe
 def _read_archive(archive: zipfile.ZipFile) -> StoredShard:
     header = Header.from_json(_member(archive, _HEADER_FILE))
     arrays = {name: _array(archive, name) for name in _ARRAYS if f"{name}.npy" in archive.namelist()}
-    if len(arrays["token_ids"]) != header.tokens:
+    if "token_ids" in arrays and len(arrays["token_ids"]) != header.tokens:
         raise ValueError(f"it has {len(arrays['token_ids'])} token ids for {header.tokens} tokens")
     _check_members(archive, header, arrays)
     offsets = arrays["sample_offsets"]
@@ -246,18 +273,32 @@ def _read_archive(archive: zipfile.ZipFile) -> StoredShard:
     sample_idx = tuple(arrays["sample_idx"].tolist())
     if len(sample_idx) != len(offsets) - 1:
         raise ValueError(f"it has {len(sample_idx)} sample numbers and {len(offsets) - 1} samples")
-    return StoredShard(sample_idx, layers, positions, by_sample(arrays["token_ids"]))
+    token_ids = by_sample(arrays["token_ids"]) if "token_ids" in arrays else None
+    more = {
+        name: {layer: by_sample(_read_more(archive, header, layer, name)) for layer in header.layers}
+        for name in header.more
+    }
+    return StoredShard(sample_idx, layers, positions, token_ids, more)
+
+
+def _read_more(archive: zipfile.ZipFile, header: Header, layer: int, name: str) -> Shaped[np.ndarray, "N W"]:
+    member = f"{_more_name(layer, name)}.npy"
+    array = np.lib.format.read_array(io.BytesIO(_member(archive, member)), allow_pickle=False)
+    if array.ndim != 2 or len(array) != header.tokens:
+        raise ValueError(f"{member} has shape {array.shape} for {header.tokens} rows")
+    return array
 
 
 def _check_members(archive: zipfile.ZipFile, header: Header, arrays: dict[str, np.ndarray]) -> None:
     expected = [_HEADER_FILE, *(f"{name}.npy" for name in arrays)]
     expected += [_block_name(layer, block) for layer in header.layers for block in range(len(header.blocks()))]
+    expected += [f"{_more_name(layer, name)}.npy" for layer in header.layers for name in header.more]
     if sorted(expected) != sorted(archive.namelist()):
         raise ValueError(f"its members are not those that {_HEADER_FILE} describes")
 
 
 def _read_layer(archive: zipfile.ZipFile, header: Header, layer: int) -> Shaped[np.ndarray, "N D"]:
-    dtype = DTYPES[header.dtype]
+    dtype = (DTYPES | CODE_DTYPES)[header.dtype]
     blocks = [
         decode_block(_member(archive, _block_name(layer, block)), stop - start, header.width, dtype)
         for block, (start, stop) in enumerate(header.blocks())

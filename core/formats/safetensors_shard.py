@@ -2,8 +2,9 @@
 
 Tensors: `layer_{i}` (N, D) in the stored dtype (bfloat16 exact), `token_ids` (N,) int32, `sample_idx` (S,) int64 and
 `sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Where tokens are left out, `positions`
-(N,) int32 holds the places that the others had in their sample. Previews and labels stand in the sample table alone:
-the package opens no file whose header is above 100 MB.
+(N,) int32 holds the places that the others had in their sample. Reduced activations have further tensors of the same
+rows, `layer_{i}.indices` and `layer_{i}.scale`; where rows are pools there are neither `token_ids` nor `positions`.
+Previews and labels stand in the sample table alone: the package opens no file whose header is above 100 MB.
 The header is written here rather than by the safetensors package, whose writers copy every tensor first.
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, header, tensors back to back).
 """
@@ -16,13 +17,17 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Shaped
 
-from core.formats.base import DTYPES, UNCOMPRESSED, ShardContent, StoredShard
+from core.formats.base import CODE_DTYPES, DTYPES, UNCOMPRESSED, ShardContent, StoredShard
 from core.sinks import Sink
 
 _NAMES = {
     DTYPES["float16"]: "F16",
     DTYPES["bfloat16"]: "BF16",
     DTYPES["float32"]: "F32",
+    CODE_DTYPES["float8_e4m3fn"]: "F8_E4M3",
+    np.dtype(np.int8): "I8",
+    np.dtype(np.uint16): "U16",
+    np.dtype(np.float64): "F64",
     np.dtype(np.int32): "I32",
     np.dtype(np.int64): "I64",
 }
@@ -46,12 +51,16 @@ class SafetensorsFormat:
         tensors: dict[str, np.ndarray] = {
             "sample_idx": np.array([sample.sample_idx for sample in content.samples], np.int64),
             "sample_offsets": content.offsets.astype(np.int64),
-            "token_ids": np.concatenate(content.token_ids).astype(np.int32),
         }
+        if content.token_ids is not None:
+            tensors["token_ids"] = np.concatenate(content.token_ids).astype(np.int32)
         if content.positions is not None:
             tensors["positions"] = np.concatenate(content.positions)
         for slot, layer in enumerate(content.layers):
             tensors[f"layer_{layer}"] = content.activations[slot]
+            tensors |= {f"layer_{layer}.{name}": array[slot] for name, array in content.more.items()}
+        # Wider dtypes first, so that every tensor is aligned to its own.
+        tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
         sink.write(_header(tensors, _metadata(content)))
         for tensor in tensors.values():
             sink.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
@@ -63,7 +72,7 @@ class SafetensorsFormat:
     def read(self, stream: BinaryIO) -> StoredShard:
         """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
         try:
-            tensors = _read_tensors(stream.read())
+            tensors = read_tensors(stream.read())
             offsets = tensors["sample_offsets"]
             sample_idx = tuple(int(index) for index in tensors["sample_idx"])
             by_sample = {
@@ -71,11 +80,15 @@ class SafetensorsFormat:
                 for name, tensor in tensors.items()
                 if name.startswith("layer_") or name in ("positions", "token_ids")
             }
-            token_ids, positions = by_sample.pop("token_ids"), by_sample.pop("positions", None)
-            layers = {int(name.removeprefix("layer_")): arrays for name, arrays in by_sample.items()}
+            token_ids, positions = by_sample.pop("token_ids", None), by_sample.pop("positions", None)
+            named: dict[str, dict[int, list[np.ndarray]]] = {"": {}}
+            for tensor, arrays in by_sample.items():
+                layer, _, name = tensor.removeprefix("layer_").partition(".")
+                named.setdefault(name, {})[int(layer)] = arrays
         except (KeyError, TypeError, IndexError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a readable safetensors shard: {error!r}") from error
-        return StoredShard(sample_idx, dict(sorted(layers.items())), positions, token_ids)
+        more = {name: dict(sorted(layers.items())) for name, layers in sorted(named.items())}
+        return StoredShard(sample_idx, more.pop(""), positions, token_ids, more)
 
 
 def _metadata(content: ShardContent) -> dict[str, str]:
@@ -97,7 +110,8 @@ def _header(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_tensors(data: bytes) -> dict[str, np.ndarray]:
+def read_tensors(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, by name. Raises ValueError or KeyError for what is none."""
     header_end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:header_end])
     dtypes = {name: dtype for dtype, name in _NAMES.items()}

@@ -473,3 +473,13 @@ def test_values_beyond_the_stored_dtype_become_its_largest():
 
 def test_agreement_counts_places():
     assert agreement([np.array([1, 2]), np.array([3])], [np.array([1, 5]), np.array([3])]) == (2 / 3, 3)
+
+
+def test_a_reduced_run_is_certified_before_it_is_reduced_and_not_afterwards(qwen2, tmp_path):
+    run(config(tmp_path, qwen2, pool=("mean",), quantize="int8"), certify_run)
+    report = certificate(tmp_path / "out/tpu_0")
+    assert report["verdict"] == "pass"
+    # Nothing is rounded to a stored dtype before it is reduced.
+    assert all(entry["yardstick"]["token_error"] == 0 for entry in report["sites"])
+    with pytest.raises(UsageError, match=r"its activations are reduced, .*extract some with --certify N"):
+        certify_output(str(tmp_path / "out"), ModelSource(str(qwen2)), 4)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from core.formats import DTYPES, FORMATS, ShardContent
+from core.formats import CODE_DTYPES, DTYPES, FORMATS, ShardContent
 from core.formats.pickle_shard import RestrictedUnpickler
 from core.windows import TokenizedSample
 
@@ -77,6 +77,46 @@ def test_selected_tokens_are_read_back_with_their_places_and_ids(fmt, lengths):
     assert stored.outline() == shard.outline()
     others = replace(shard, samples=content(lengths).samples, offsets=content(lengths).offsets)
     assert stored.outline() != others.outline()
+
+
+def reduced_content(pools: int) -> ShardContent:
+    """Codes with their scales and places: of tokens, or of so many pools a sample."""
+    rng, lengths = np.random.default_rng(3), [3, 4]
+    plain = content(lengths)
+    rows = pools * len(lengths) if pools else sum(lengths)
+    offsets = np.arange(len(lengths) + 1) * pools if pools else plain.offsets
+    return replace(
+        plain,
+        activations=rng.integers(-127, 128, (2, rows, 5)).astype(np.int8),
+        offsets=offsets.astype(np.int64),
+        samples=tuple(replace(sample, n_pools=pools) for sample in plain.samples),
+        more={
+            "indices": rng.integers(0, 99, (2, rows, 5)).astype(np.uint16),
+            "scale": rng.random((2, rows, 1)).astype(np.float32),
+        },
+    )
+
+
+@pytest.mark.parametrize("pools", [0, 2])
+@pytest.mark.parametrize("fmt", list(FORMATS))
+@pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
+def test_every_format_holds_codes_scales_and_places(fmt, pools, codes):
+    shard = reduced_content(pools)
+    shard = replace(shard, activations=shard.activations.astype(CODE_DTYPES[codes]))
+    stored = FORMATS[fmt].read(io.BytesIO(written(fmt, shard)))
+    assert stored.outline() == shard.outline()
+    assert set(stored.more) == {"indices", "scale"}
+    assert stored.positions is None
+    if pools:
+        assert stored.token_ids is None
+    for slot, layer in enumerate(shard.layers):
+        for sample in range(2):
+            assert stored.layers[layer][sample].dtype == CODE_DTYPES[codes]
+            np.testing.assert_array_equal(stored.layers[layer][sample], shard.activation(slot, sample))
+            for name, array in shard.more.items():
+                np.testing.assert_array_equal(stored.more[name][layer][sample], shard.of_sample(array, slot, sample))
+    other = replace(shard, more={"scale": shard.more["scale"]})
+    assert stored.outline() != other.outline()
 
 
 def test_pickled_layers_that_name_different_tokens_are_refused():

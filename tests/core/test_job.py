@@ -78,8 +78,8 @@ def test_samples_carry_the_reasons_that_are_known_before_and_bad_records_pass(co
 def test_a_survey_counts_what_is_seen_and_what_is_stored(config):
     lengths = [len(line["input_ids"]) for line in token_lines(50)]
     everything, selected = survey_stream(job_of(config)), survey_stream(job_of(config, positions=(":5",)))
-    assert (everything.samples, everything.tokens, everything.stored_tokens) == (50, sum(lengths), sum(lengths))
-    assert (selected.tokens, selected.stored_tokens) == (sum(lengths), sum(min(5, length) for length in lengths))
+    assert (everything.samples, everything.tokens, everything.rows) == (50, sum(lengths), sum(lengths))
+    assert (selected.tokens, selected.rows) == (sum(lengths), sum(min(5, length) for length in lengths))
 
 
 def test_bytes_on_disk_are_those_of_stored_tokens_and_of_all_token_ids(config):

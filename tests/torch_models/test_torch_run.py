@@ -19,6 +19,7 @@ from without_torch import hide_torch
 from analysis.verification import verify
 from core.backends import choose_backend
 from core.errors import UsageError
+from core.reductions import restore
 from core.run_config import RunConfig
 from core.runner import run
 from qwen2_jax.errors import ModelError
@@ -220,3 +221,25 @@ def test_a_plan_is_priced_with_torch_too(opt_run, tmp_path):
 def test_rows_longer_than_the_models_positions_are_refused(opt_run, tmp_path):
     with pytest.raises(UsageError, match="knows 64 positions"):
         run(replace(opt_run, max_seq_length=65, output_dir=str(tmp_path / "new")))
+
+
+def test_reductions_mean_the_same_of_what_torch_computes(opt_run, tmp_path):
+    """One implementation for both backends: here of the activations that the run of all tokens stored."""
+    whole = stored(opt_run.output_dir)
+    base = replace(opt_run, shard_size_gb=1.0)
+    run(replace(base, output_dir=str(tmp_path / "pooled"), pool=("mean", "last"), positions=("1:",)))
+    for key, pooled in stored(str(tmp_path / "pooled")).items():
+        kept = whole[key].astype(np.float64)[1:]
+        wanted = np.stack([kept.mean(axis=0), kept[-1]]) if len(kept) else np.zeros((0, kept.shape[1]))
+        np.testing.assert_allclose(pooled, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max(initial=1))
+    run(replace(base, output_dir=str(tmp_path / "codes"), topk=9, quantize="int8", dtype="float16"))
+    for path in (tmp_path / "codes/tpu_0/mlp_act").glob("*.pkl.gz"):
+        for layer, items in pickle.loads(gzip.decompress(path.read_bytes())).items():
+            for item in items:
+                found = restore({name: item[name] for name in ("activation", "indices", "scale")}, 52, 32)
+                exact = whole["mlp_act", layer, item["sample_idx"]]
+                largest = np.abs(exact) >= np.sort(np.abs(exact), axis=1)[:, -9:-8]
+                bound = 0.501 * np.abs(exact).max(axis=1, keepdims=True) / 127 + 1e-6
+                assert (np.abs(found - np.where(largest, exact, 0)) <= bound).all()
+    assert verify(str(tmp_path / "pooled")).ok
+    assert verify(str(tmp_path / "codes")).ok

@@ -1,0 +1,40 @@
+"""One start of the engine, for benchmarks.start: what `core.runner` does, with the clock read between its stages.
+
+argv: the fields of a RunConfig as JSON. Prints when each stage was over, in seconds since 1970, as JSON. At its top it
+imports nothing that the stages would have to import.
+"""
+
+import json
+import sys
+import time
+
+
+def main() -> None:
+    """Goes from nothing to the end of the stream."""
+    over = {"interpreter": time.time()}
+    import threading
+
+    from core.host_session import HostSession
+    from core.hosts import ALONE
+    from core.job import backend_of, open_storage, open_stores, prepare_job
+    from core.run_config import RunConfig
+    from core.runner import enable_compilation_cache
+    from core.stream_run import load, prepare_stream, run_stream
+
+    over["imports"] = time.time()
+    config = RunConfig(**json.loads(sys.argv[1]))
+    backend = backend_of(config)
+    enable_compilation_cache(config.compilation_cache_dir)
+    job = prepare_job(config, backend.compute_dtype(config.compute_dtype))
+    over["job"] = time.time()
+    prepared = prepare_stream(job, open_storage(job, open_stores(config)))
+    over["first window"] = time.time()
+    model = load(job, prepared.first_shape)
+    over["load"] = time.time()
+    run_stream(prepared, model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
+    over["first shard"] = time.time()
+    print(json.dumps(over))
+
+
+if __name__ == "__main__":
+    main()
