@@ -114,8 +114,10 @@ def _require_same_flags(config: RunConfig, hosts: Hosts) -> None:
     """
     own = json.loads(json.dumps(asdict(config)))
     first = hosts.share("flags", lambda: own)
+    # Where files wait for their upload is a host's own affair too.
+    may_differ = {*_OWN_FLAGS, "output_dir"} if config.uploads else set(_OWN_FLAGS)
     for flags in (own, first):
-        for name in _OWN_FLAGS:
+        for name in may_differ:
             flags.pop(name, None)
     differences = differing_fields(first, own)
     if differences:

