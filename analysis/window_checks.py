@@ -61,7 +61,8 @@ def check_window(store: ObjectStore, folder: str, record: CommitRecord, format_n
     tables = [table for table, _ in parts if table is not None]
     for (counts, files), (table, _) in zip(record.files_of_parts(), parts, strict=True):
         if table is not None:
-            problems += [f"{files[0].name}: {problem}" for problem in _table_problems(table, counts)]
+            name = files[0].name if files else f"{shard_stem(record.window)}.json"
+            problems += [f"{name}: {problem}" for problem in _table_problems(table, counts)]
     rows = [row for table in tables for row in table]
     if len(tables) == len(parts):
         problems += _count_problems(rows, record)

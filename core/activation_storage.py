@@ -395,7 +395,7 @@ class ActivationStorage:
             raise RunError(
                 f"{self.url} holds {len(self._records)} committed windows here, {n_windows} on host 0: "
                 "the hosts need one --output_dir, on a shared disk or gs://"
-            )
+            ) from OSError("the hosts see different folders")
         self._records = self._records[:n_windows]
         return list(self._records)
 
@@ -551,7 +551,7 @@ def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
     if not isinstance(stored, dict):
         raise RunError(f"{store.url}/{name} is not a JSON object: use another --output_dir")
     differences = differing_fields(stored, wanted)
-    if len(differences) == 1 and differences[0].startswith("parts:"):
+    if len(differences) == 1 and differences[0].startswith("parts:") and type(stored.get("parts", 1)) is int:
         # Jobs of different numbers of hosts began at once: whoever starts again takes over what stands.
         raise RunError(f"{store.url}/{name}: another job has just begun this output ({differences[0]}): start again")
     if differences:

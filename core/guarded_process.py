@@ -24,8 +24,13 @@ def fork_under_guard() -> int | None:
         # Ctrl-C reaches the guard alone, which passes it on: twice would mean to stop at once.
         os.setpgid(0, 0)
         return None
+
+    def pass_on(number: int, _: object) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: os.kill(child, number))
+        signal.signal(number, pass_on)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT:
         logging.error(

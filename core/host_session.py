@@ -50,9 +50,12 @@ class HostSession:
             self._tell_end(Ending(str(error) or type(error).__name__, is_fault_of_the_machine(error)))
         elif error is None:
             self._tell_end(Ending())
-            # What the first host says of the end holds for all.
-            for host in range(1, self.hosts.count) if self.hosts.is_first else ():
-                self.hosts.wait_for(self._key("ended", host))
+            # What the first host says of the end holds for all: an error of another one is its own, even if this
+            # host stopped because of it before it missed a part.
+            others = range(1, self.hosts.count) if self.hosts.is_first else (0,)
+            endings = [(host, Ending(**self.hosts.wait_for(self._key("ended", host)))) for host in others]
+            for host, ending in endings:
+                _raise_error_of(host, ending)
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
         """What every host gives for `key`, in their order, at the first host; an empty list at the others.
@@ -97,10 +100,8 @@ class HostSession:
     def _from(self, host: int, key: str) -> Any | None:
         value = self.hosts.wait_for(key, lambda: host not in self._endings())
         ending = self._endings().get(host)
-        if value is None and ending is not None and ending.error is not None:
-            # What an error comes from tells a bad shard from a bad machine.
-            cause = OSError(ending.error) if ending.of_machine else None
-            raise RunError(f"host {host}: {ending.error}") from cause
+        if value is None and ending is not None:
+            _raise_error_of(host, ending)
         return value
 
     def _endings(self) -> dict[int, Ending]:
@@ -108,6 +109,12 @@ class HostSession:
 
     def _key(self, *parts: object) -> str:
         return "/".join(map(str, (self.name, *parts)))
+
+
+def _raise_error_of(host: int, ending: Ending) -> None:
+    if ending.error is not None:
+        # What an error comes from tells a bad shard from a bad machine.
+        raise RunError(f"host {host}: {ending.error}") from (OSError(ending.error) if ending.of_machine else None)
 
 
 class StopOfAny(threading.Event):

@@ -79,6 +79,8 @@ class Hosts:
             return
         with suppress(RuntimeError):  # of a service that is gone: the error that led here is the one to be shown
             if self._all_leave(error):
+                # The watch may not have come by since a host failed in the last second.
+                self._look_for_failures()
                 self._left.set()
                 leave_hosts()
             else:

@@ -359,6 +359,10 @@ def _run_plan(
     )
 
 
+# A file says so that somebody else may have written.
+_MOST_PARTS = 1 << 16
+
+
 def _parts(hosts: Hosts, config: RunConfig) -> int:
     """Into how many parts windows are cut: as the output has it already, else one for each host.
 
@@ -372,10 +376,14 @@ def _parts(hosts: Hosts, config: RunConfig) -> int:
             return hosts.count
         except (ValueError, AttributeError):
             return hosts.count  # what is wrong with it is said where the plans are compared
-        return parts if type(parts) is int and parts >= 1 else hosts.count
+        return parts if type(parts) is int and 1 <= parts <= _MOST_PARTS else hosts.count
 
     parts = hosts.share("parts", found)
-    if parts != hosts.count:
+    if parts < hosts.count:
+        logging.warning(
+            "%s says that a window has %d parts: of %d hosts the rest is idle", RUN_FILE, parts, hosts.count
+        )
+    elif parts > hosts.count:
         logging.info("parts of each window, as %s says: %d; hosts that share them: %d", RUN_FILE, parts, hosts.count)
     if parts > 1 and config.uploads and config.local_copy_stays:
         logging.info("the hosts of a slice keep no local copy: each would have its own parts alone")

@@ -16,6 +16,7 @@ STOP_GRACE_S = 15.0
 """What is left to finish in; a preempted machine is gone 20 to 30 s after the signal."""
 # For the last words and for giving the lease back, which may hang in a stalled request.
 _ABANDON_S = 3.0
+_ONE_REQUEST_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -89,7 +90,11 @@ class _Watch:
             return
         self._stop.set()
         self._say(f"{signal.Signals(first).name}: committing what is computed, then stopping")
-        second = self._next_signal(time.monotonic() + self._grace_s)
+        told = time.monotonic()
+        second = self._next_signal(told + self._grace_s)
+        # The end of a machine signals the worker, its guard and its supervisor, which both pass it on.
+        while second == signal.SIGTERM and time.monotonic() < told + _ONE_REQUEST_S:
+            second = self._next_signal(told + self._grace_s)
         if not self._ended.is_set():
             self._give_up(second or first)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_run import cache_dir, command, committed_files, environment, run, token_lines, write_jsonl, write_model
 
 from analysis.verification import verify
@@ -225,6 +226,33 @@ def test_a_slice_claims_shards_as_one_worker_and_sets_a_bad_one_aside(folder):
     assert finished >= {"shard_000", "shard_002"}
     assert len(list((folder / "claimed/claims").glob("shard_000/*.json"))) == 1  # of one claimant
     assert run("analyze_activations.py", "verify", "claimed", "--allow_unfinished", cwd=folder).returncode == 0
+
+
+def test_four_hosts_write_four_parts(folder, calm):
+    ends = finish(start_slice(folder, "four", 4))
+    assert [code for code, _ in ends] == [0] * 4, ends
+    parts = {path.name.partition("_part_")[2] for path in (folder / "four/tpu_0").glob("shard_*_part_*")}
+    assert parts == {f"{part}.pkl.gz" for part in range(4)}
+    assert activations(folder / "four").keys() == activations(calm).keys()
+    assert verify(str(folder / "four")).ok
+
+
+def test_a_shard_whose_data_fails_on_one_host_alone_is_set_aside(folder, tmp_path):
+    """The other host has dropped its window by then, and misses no part of it."""
+    write_model(tmp_path / "model")
+    weights = load_file(tmp_path / "model/model.safetensors")
+    weights["model.embed_tokens.weight"][319] *= 1e7
+    save_file(weights, tmp_path / "model/model.safetensors")
+    lines = [{"input_ids": [token % 319 for token in line["input_ids"]]} for line in token_lines(2000, longest=100)]
+    lines[1600]["input_ids"] = [319] * 100
+    write_jsonl(tmp_path / "large.jsonl", lines)
+    dataset = ("--dataset_name", "large.jsonl", "--sharded", "--num_shards", 1, "--output_dir", "dataset")
+    assert run("create_dataset_streams.py", *dataset, cwd=tmp_path).returncode == 0
+    flags = ("--use_sharded_dataset", "--sharded_dataset_dir", "dataset", "--shard_size_gb", 1, "--batch_size", 1)
+    ends = finish(start_slice(tmp_path, "out", 2, *flags))
+    assert [code for code, _ in ends] == [1, 1]
+    assert all("SET ASIDE shard_000" in said for _, said in ends)
+    assert len(list((tmp_path / "out/claims").glob("shard_000/*.json"))) == 3
 
 
 @pytest.mark.parametrize("lengths", [[100] * 4, [36, 36, 36, 108, 36, 36, 36], [10, 100, 36, 36, 36, 36, 36]])
