@@ -14,12 +14,14 @@ from analysis.fidelity import CertifiedSample, FidelityReport, FinalValues
 from analysis.stored_plans import read_object, read_run
 from analysis.verification import listed_root, worker_folders
 from analysis.window_checks import TableRow, read_table
-from core.activation_storage import RUN_FILE, CommitRecord, StoredFile, read_records
+from core.commit_record import CommitRecord, StoredFile
 from core.errors import RunError, UsageError
 from core.formats import read_shard
 from core.json_types import Kinds, mistyped
 from core.object_store import ObjectStore
+from core.output_identity import RUN_FILE
 from core.plan import canonical_json
+from core.stored_records import read_records
 from qwen2_jax.taps import SITES, Capture
 
 if TYPE_CHECKING:

@@ -16,7 +16,6 @@ from absl import logging
 from analysis.fleet_status import Commit, FleetStatus, ShardStatus, fleet_status
 from analysis.stored_plans import StoredShard, read_dataset_shards, read_stream
 from analysis.stream_shares import share_faults
-from core.activation_storage import DATASET_FILE, RECORD_NAME, RUN_FILE, STREAM_FILE, CommitRecord, shard_stem
 from core.claim_records import (
     ClaimState,
     LeaseRecord,
@@ -27,8 +26,10 @@ from core.claim_records import (
     read_beat,
     read_lease,
 )
+from core.commit_record import RECORD_NAME, CommitRecord, shard_stem
 from core.errors import RunError, UsageError
 from core.object_store import Listing, ObjectStore, open_store
+from core.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.plan import StreamPlan
 from core.sharded_dataset import SHARD_NAME
 
@@ -160,7 +161,7 @@ class FleetWatch:
             return f"{name}: {error}"
 
     def _committed(self, names: Sequence[str], sight: _Sight) -> tuple[list[CommitRecord], str | None]:
-        """What a run would build on, as `core.activation_storage.committed_records` has it, and what ends it early."""
+        """What a run would build on, as `core.stored_records.committed_records` has it, and what ends it early."""
         records: list[CommitRecord] = []
         for name in names:
             record = self._records[name, sight.modified[name]]

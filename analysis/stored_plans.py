@@ -4,11 +4,11 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from core.activation_storage import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.errors import RunError
 from core.formats import FORMATS
 from core.json_types import NONE, Kinds, mistyped
 from core.object_store import ObjectStore
+from core.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.plan import StreamPlan, canonical_json, content_hash
 from core.sharded_dataset import SHARD_NAME
 

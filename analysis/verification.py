@@ -19,23 +19,16 @@ from analysis.stored_plans import (
 )
 from analysis.stream_shares import share_faults
 from analysis.window_checks import CheckedWindow, check_window
-from core.activation_storage import (
-    DATASET_FILE,
-    INDEX_FILE,
-    RECORD_NAME,
-    RUN_FILE,
-    STREAM_FILE,
-    CommitRecord,
-    index_of,
-    read_records,
-)
 from core.claim_records import CLAIMS_FOLDER, damaged_claims
+from core.commit_record import RECORD_NAME, CommitRecord
 from core.dataset_utils import first_selected
 from core.errors import RunError, UsageError
 from core.formats import FORMATS
 from core.object_store import ObjectStore, open_store
+from core.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.plan import StreamPlan, read_sealed_json
 from core.sharded_dataset import SHARD_NAME
+from core.stored_records import INDEX_FILE, index_of, read_records
 
 # Each thread holds one shard in memory.
 _THREADS = 2

@@ -11,7 +11,7 @@ import numpy as np
 from isal import igzip
 from jaxtyping import Int32, UInt8
 
-from core.activation_storage import CommitRecord, PartCounts, StoredFile, StoredSite, shard_stem
+from core.commit_record import CommitRecord, PartCounts, StoredFile, StoredSite, shard_stem
 from core.errors import RunError
 from core.formats import ARRAY_DTYPES, StoredShard, read_shard
 from core.json_types import Kinds, require_all, require_types

@@ -13,8 +13,8 @@ from absl import app, logging
 from absl.flags import argparse_flags
 
 from core.errors import RunError, UsageError
-from core.object_store import is_loopback
 from core.redaction import RedactingFormatter, printable, redact
+from qwen2_jax.endpoints import is_loopback
 from qwen2_jax.errors import ModelError
 
 _FORMAT = RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S")

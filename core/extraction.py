@@ -20,8 +20,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core import backend
-from core.activation_storage import ActivationStorage, CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
+from core.activation_storage import ActivationStorage
 from core.batching import Step, sample_spans, step_arrays
+from core.commit_record import CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
 from core.errors import RunError
 from core.fetching import Fetch, plan_fetch
 from core.formats import DTYPES

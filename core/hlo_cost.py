@@ -188,28 +188,29 @@ class Program:
     def _find(self, computation: str, name: str) -> Instruction:
         return next(line for line in self.computations[computation] if line.name == name)
 
+    def _source(self, computation: str, name: str) -> Instruction:
+        """What makes a value, behind all that only moves it."""
+        line = self._find(computation, name)
+        while line.opcode in ("copy", "bitcast"):
+            line = self._find(computation, line.operands[0])
+        return line
+
     def _element(self, computation: str, name: str) -> int:
         """Which element of the loop's tuple a value is."""
-        line = self._find(computation, name)
-        if line.opcode in ("copy", "bitcast"):
-            return self._element(computation, line.operands[0])
+        line = self._source(computation, name)
         found = re.search(r"\bindex=(\d+)", line.attributes)
         if line.opcode != "get-tuple-element" or not found:
             raise ValueError(name)
         return int(found[1])
 
     def _value(self, computation: str, name: str) -> int:
-        line = self._find(computation, name)
-        if line.opcode in ("copy", "bitcast"):
-            return self._value(computation, line.operands[0])
+        line = self._source(computation, name)
         if line.opcode != "constant":
             raise ValueError(name)
         return int(line.operands[0])
 
     def _step(self, body: str, name: str) -> int:
-        line = self._find(body, name)
-        if line.opcode in ("copy", "bitcast"):
-            return self._step(body, line.operands[0])
+        line = self._source(body, name)
         if line.opcode != "add":
             raise ValueError(name)
         return self._value(body, line.operands[1])

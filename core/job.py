@@ -10,7 +10,7 @@ from pathlib import Path
 
 from absl import logging
 
-from core.activation_storage import RUN_FILE, ActivationStorage
+from core.activation_storage import ActivationStorage
 from core.backend import Backend, StepRequest
 from core.backends import choose_backend
 from core.batching import BatchShape, default_row_lengths, packed_row_lengths
@@ -27,6 +27,7 @@ from core.formats import DTYPES
 from core.hosts import ALONE, Hosts
 from core.model_shape import ModelShape, check_sample_length
 from core.object_store import LocalStore, ObjectStore, disk_errors, open_store
+from core.output_identity import RUN_FILE
 from core.plan import RunPlan, StreamPlan
 from core.projection import read_projection
 from core.prompts import PromptOptions, Tokenizer

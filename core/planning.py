@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core import backend
-from core.activation_storage import CommitRecord
 from core.batching import Step, step_arrays
+from core.commit_record import CommitRecord
 from core.dataset_utils import survey_records
 from core.errors import RunError
 from core.extraction import WINDOWS_IN_MEMORY

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from core.activation_storage import CommitRecord
+from core.commit_record import CommitRecord
 from core.pipeline import Pipeline
 
 _LINE_EVERY_S = 10.0

@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Shaped
 
-from core.activation_storage import SpooledFile, site_file_name, table_name
+from core.activation_storage import SpooledFile
+from core.commit_record import site_file_name, table_name
 from core.fault_points import fault_point
 from core.formats import Outline, ShardContent, ShardFormat, read_shard
 from core.object_store import LocalStore, disk_errors

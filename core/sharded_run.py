@@ -10,24 +10,18 @@ from typing import Any
 
 from absl import logging
 
-from core.activation_storage import (
-    DATASET_FILE,
-    RUN_FILE,
-    committed_records,
-    declare,
-    has_index_of,
-    refuse_other,
-)
 from core.claim_records import Owner
 from core.errors import RunError, is_fault_of_the_machine
 from core.host_session import HostSession, StopOfAny
 from core.job import Job, Stores, open_storage
 from core.object_store import ObjectStore
+from core.output_identity import DATASET_FILE, RUN_FILE, declare, refuse_other
 from core.progress import Progress, Summary
 from core.redaction import redact
 from core.shard_claims import Lease, ShardClaims
 from core.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset
 from core.signals import stop_on_signals
+from core.stored_records import committed_records, has_index_of
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream
 
 # Called with the first job and the stores, before anything is written.

@@ -14,8 +14,9 @@ import google_crc32c
 import zstandard
 
 from core.errors import RunError, UsageError
-from core.object_store import ObjectInfo, ObjectStore, is_loopback, open_store
+from core.object_store import ObjectInfo, ObjectStore, open_store
 from core.redaction import redact
+from qwen2_jax.endpoints import is_loopback
 
 _CHUNK_BYTES = 1 << 20
 # What one call decompresses is held in memory at once and may be ten thousand times as much.

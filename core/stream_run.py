@@ -10,9 +10,10 @@ from typing import Any
 
 from absl import logging
 
-from core.activation_storage import ActivationStorage, CommitRecord
+from core.activation_storage import ActivationStorage
 from core.backend import Step
 from core.checkpoint import Checkpoint, save_checkpoint
+from core.commit_record import CommitRecord
 from core.extraction import Extraction, is_complete, resume_place
 from core.formats import DTYPES, FORMATS
 from core.host_session import HostSession

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+from qwen2_jax.byte_streams import SeekableBytes
 from qwen2_jax.errors import ModelError
 from qwen2_jax.files import ByteFile, EndOfFileError
 from qwen2_jax.weight_source import StoredTensor
@@ -46,7 +47,7 @@ def bin_index(file: ByteFile) -> dict[str, StoredTensor]:
                 f"{file.url}: not a zip archive: damaged, or saved by torch before 1.6; "
                 f"where you trust it, rewrite it with {_CONVERT} {file.url}"
             )
-        with zipfile.ZipFile(_Stream(file)) as archive:
+        with zipfile.ZipFile(SeekableBytes(lambda *span: file.read(*span).tobytes(), file.size)) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "byteorder" in members and archive.read(members["byteorder"]) != b"little":
                 raise ModelError(f"{file.url}: saved on a big-endian machine, which is not supported")
@@ -168,31 +169,3 @@ def _data_offset(file: ByteFile, member: zipfile.ZipInfo) -> int:
         raise zipfile.BadZipFile(f"no member at byte {member.header_offset}")
     sizes = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     return member.header_offset + _LOCAL_HEADER + sizes
-
-
-class _Stream(io.RawIOBase):
-    """A `ByteFile` as the seekable stream that zipfile wants."""
-
-    def __init__(self, file: ByteFile) -> None:
-        super().__init__()
-        self._file, self._position = file, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._file.size}[whence]
-        self._position = max(base + offset, 0)
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._file.size if size < 0 else min(self._position + size, self._file.size)
-        data = self._file.read(self._position, stop).tobytes() if stop > self._position else b""
-        self._position += len(data)
-        return data

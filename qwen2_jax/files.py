@@ -9,7 +9,6 @@ import base64
 import contextlib
 import fnmatch
 import hashlib
-import ipaddress
 import json
 import os
 import random
@@ -20,12 +19,12 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 import google_crc32c
 import numpy as np
 from jaxtyping import UInt8
 
+from qwen2_jax.endpoints import emulator_url
 from qwen2_jax.errors import ModelError, reading
 
 _BLOCK = 8 << 20
@@ -291,7 +290,7 @@ def _options(protocol: str) -> dict[str, Any]:
     """For a bucket: time-outs, which gcsfs has none of, and an emulator where the environment names one."""
     if protocol not in ("gs", "gcs"):
         return {}
-    endpoint = _emulator()
+    endpoint = emulator_url()
     if endpoint:
         # gcsfs decides on import whether to speak gRPC, which emulators of the JSON API do not.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -300,21 +299,3 @@ def _options(protocol: str) -> dict[str, Any]:
     timeout = aiohttp.ClientTimeout(sock_connect=15, sock_read=60)
     token = "anon" if endpoint else "google_default"
     return {"token": token, "endpoint_url": endpoint, "requests_timeout": timeout, "skip_instance_cache": True}
-
-
-def _emulator() -> str | None:
-    host = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    if host in ("", "default"):
-        return None
-    url = host if "://" in host else f"http://{host}"
-    parts = urlsplit(url)
-    if parts.scheme == "https" or _is_loopback(parts.hostname or ""):
-        return url.rstrip("/")
-    raise ModelError(f"STORAGE_EMULATOR_HOST={host}: plain http is for loopback only; use https or 127.0.0.1")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

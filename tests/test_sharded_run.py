@@ -29,7 +29,7 @@ from tiny_run import (
 
 from analysis.status import retry
 from analysis.verification import verify
-from core.activation_storage import CommitRecord
+from core.commit_record import CommitRecord
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore
 from core.run_config import RunConfig

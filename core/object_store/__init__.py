@@ -19,7 +19,6 @@ from core.object_store.base import (
     RetryPolicy,
     bytes_info,
     file_info,
-    is_loopback,
 )
 from core.object_store.local import LocalStore, disk_errors, sync_folder
 
@@ -34,7 +33,6 @@ __all__ = [
     "bytes_info",
     "disk_errors",
     "file_info",
-    "is_loopback",
     "open_store",
     "sync_folder",
 ]

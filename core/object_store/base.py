@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import ipaddress
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,14 +124,6 @@ def check_name(name: str) -> str:
     if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
         raise ValueError(f"{name!r} is no object name: it must be relative, without empty, `.` or `..` parts")
     return name
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine, where nobody listens in."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def check_size(path: Path, info: ObjectInfo) -> None:

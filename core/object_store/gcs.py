@@ -18,7 +18,7 @@ from datetime import datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from core.errors import RunError, UsageError
 from core.fault_points import fault_point
@@ -31,9 +31,11 @@ from core.object_store.base import (
     bytes_info,
     check_name,
     check_size,
-    is_loopback,
 )
 from core.redaction import redact
+from qwen2_jax.byte_streams import SeekableBytes
+from qwen2_jax.endpoints import emulator_url
+from qwen2_jax.errors import ModelError
 
 UPLOAD_CHUNK = 8 << 20  # a multiple of 256 KiB, as resumable uploads demand
 SIGN_IN = "run `gcloud auth application-default login`, or give the machine's service account access to the bucket"
@@ -97,7 +99,8 @@ class GcsStore:
         found = self._stat(name)
         if found is None:
             raise FileNotFoundError(f"{self.url}/{name}")
-        stream = _GcsStream(functools.partial(self._read_range, name, found["generation"]), int(found["size"]))
+        fetch = functools.partial(self._read_range, name, found["generation"])
+        stream = SeekableBytes(lambda start, stop: fetch(start, stop - 1), int(found["size"]))
         return cast(BinaryIO, io.BufferedReader(stream, UPLOAD_CHUNK))
 
     def info(self, name: str) -> ObjectInfo | None:
@@ -276,44 +279,6 @@ class GcsStore:
             raise RunError(f"cannot {verb} {self.url}/{name}: {exc}") from exc
 
 
-class _GcsStream(io.RawIOBase):
-    """A seekable object; `fetch(first, last)` returns those bytes, both ends included."""
-
-    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
-        super().__init__()
-        self._fetch, self._size, self._position = fetch, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(start + offset, 0)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._take(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        return b"".join(iter(lambda: self._take(8 * UPLOAD_CHUNK), b""))
-
-    def _take(self, limit: int) -> bytes:
-        end = min(self._position + limit, self._size)
-        if end <= self._position:
-            return b""
-        data = self._fetch(self._position, end - 1)
-        self._position = end
-        return data
-
-
 def _connect(retry: RetryPolicy) -> Any:
     """A gcsfs file system whose every request is repeated by our policy instead of gcsfs's fixed one."""
     endpoint = _emulator()
@@ -341,14 +306,10 @@ def _connect(retry: RetryPolicy) -> Any:
 
 
 def _emulator() -> str | None:
-    host = os.environ.get("STORAGE_EMULATOR_HOST", "")
-    if host in ("", "default"):
-        return None
-    url = host if "://" in host else f"http://{host}"
-    parts = urlsplit(url)
-    if parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or "")):
-        return url.rstrip("/")
-    raise UsageError(f"STORAGE_EMULATOR_HOST={host}: plain http is for loopback only; use https or 127.0.0.1")
+    try:
+        return emulator_url()
+    except ModelError as error:
+        raise UsageError(str(error)) from error
 
 
 async def _request(once: Callable[..., Any], retry: RetryPolicy, method: str, path: str, *args: Any, **kw: Any) -> Any:

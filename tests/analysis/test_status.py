@@ -14,8 +14,8 @@ from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
 from analysis.fleet_status import Commit, ShardStatus, fleet_status, rate_of
 from analysis.status import FleetWatch, retry, status, watch
-from core.activation_storage import CommitRecord
 from core.claim_records import Owner, poison_of, read_claims
+from core.commit_record import CommitRecord
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore, open_store
 from core.run_config import RunConfig

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from resealing import write_and_reseal
 from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
 from analysis.verification import verify
-from core.activation_storage import CommitRecord
+from core.commit_record import CommitRecord
 from core.errors import RunError, UsageError
 from core.object_store import LocalStore
 from core.object_store.generic import FsspecStore
 from core.plan import read_sealed_json, sealed_json
 from core.run_config import RunConfig
 from core.runner import run
-from core.sinks import digest_stream
 
 
 @pytest.fixture(scope="module", params=["pickle", "safetensors", "planes"])
@@ -60,19 +60,6 @@ def problems(out: Path) -> list[str]:
 def rewrite_record(out: Path, window: int, /, **changes) -> None:
     path = out / f"tpu_0/shard_{window:04d}.json"
     path.write_bytes(sealed_json(read_sealed_json(path.read_bytes()) | changes))
-
-
-def replace_data(path: Path, data: bytes) -> None:
-    """Writes other content and makes the record agree with it, as a bug in the writer would."""
-    path.write_bytes(data)
-    record_path = next(r for r in path.parents[1].glob("shard_*.json") if r.stem[-4:] == path.name[6:10])
-    fields = read_sealed_json(record_path.read_bytes())
-    with path.open("rb") as stream:
-        digest = digest_stream(stream)
-    for file in fields["files"]:
-        if file["name"] == f"{path.parent.name}/{path.name}":
-            file |= {"bytes": digest.bytes, "crc32c": digest.crc32c, "sha256": digest.sha256}
-    record_path.write_bytes(sealed_json(fields))
 
 
 def test_a_calm_run_has_no_problem_at_the_root_and_in_its_folder(out):
@@ -145,7 +132,7 @@ def test_nan_and_wrong_shapes_inside_a_valid_file_are_found(out):
     def damaged(change) -> list[str]:
         shard = pickle.loads(gzip.decompress(whole))
         change(shard)
-        replace_data(path, gzip.compress(pickle.dumps(shard)))
+        write_and_reseal(path, gzip.compress(pickle.dumps(shard)), path.parents[1])
         return problems(out)
 
     def nan(shard):
@@ -233,13 +220,7 @@ def test_a_folder_whose_stream_file_is_lost_is_not_passed_over(out):
 def test_a_wrong_line_in_a_sample_table_is_found(out):
     table = out / "tpu_0/samples_0001.jsonl.gz"
     lines = gzip.decompress(table.read_bytes()).splitlines()
-    table.write_bytes(gzip.compress(b"\n".join([*lines[:-1], b"[1]"])))
-    fields = json.loads((out / "tpu_0/shard_0001.json").read_text())
-    with table.open("rb") as stream:
-        digest = digest_stream(stream)
-    whole = {"bytes": digest.bytes, "crc32c": digest.crc32c, "sha256": digest.sha256}
-    files = [file | whole if file["site"] is None else file for file in fields["files"]]
-    rewrite_record(out, 1, files=files)
+    write_and_reseal(table, gzip.compress(b"\n".join([*lines[:-1], b"[1]"])), out / "tpu_0")
     assert any(f"samples_0001.jsonl.gz: cannot be read: line {len(lines)}" in problem for problem in problems(out))
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.activation_storage import CommitRecord, StoredFile, StoredSite, index_of
+from core.commit_record import CommitRecord, StoredFile, StoredSite
 from core.plan import read_sealed_json, sealed_json
+from core.stored_records import index_of
 from core.windows import StreamPlace
 
 TABLE = "samples_0001.jsonl.gz"

@@ -14,25 +14,24 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from resealing import write_and_reseal
 from safetensors.numpy import load_file, save_file
 from tiny_run import D_MODEL, cache_dir, committed_files, environment, extract, token_lines, write_jsonl, write_model
 
 from analysis.verification import verify
-from core.activation_storage import CommitRecord
 from core.backend import Step
 from core.batching import step_arrays
+from core.commit_record import CommitRecord
 from core.errors import RunError, UsageError
 from core.fetching import plan_fetch
 from core.formats import DTYPES
 from core.host_session import HostSession
 from core.hosts import ALONE
 from core.job import open_storage, prepare_job
-from core.plan import read_sealed_json, sealed_json
 from core.reduced_step import ReducedStep
 from core.reductions import restore
 from core.run_config import RunConfig
 from core.runner import run
-from core.sinks import digest_stream
 from core.stream_run import LoadedModel, prepare_stream, run_stream
 
 SITES, LAYERS, WIDTHS = ("k", "residual"), (0, 2), {"k": 16, "residual": D_MODEL}
@@ -340,15 +339,7 @@ def damaged(out: Path, site: str, array: str, change) -> list[str]:
     path = out / "tpu_0" / site / "shard_0001.pkl.gz"
     shard = pickle.loads(gzip.decompress(path.read_bytes()))
     shard[2][3][array] = change(shard[2][3][array])
-    path.write_bytes(gzip.compress(pickle.dumps(shard)))
-    record_path = out / "tpu_0/shard_0001.json"
-    fields = read_sealed_json(record_path.read_bytes())
-    with path.open("rb") as stream:
-        digest = digest_stream(stream)
-    for file in fields["files"]:
-        if file["site"] == site:
-            file |= {"bytes": digest.bytes, "crc32c": digest.crc32c, "sha256": digest.sha256}
-    record_path.write_bytes(sealed_json(fields))
+    write_and_reseal(path, gzip.compress(pickle.dumps(shard)), out / "tpu_0")
     return [problem for folder in verify(str(out)).folders for problem in folder.problems]
 
 

@@ -14,8 +14,8 @@ import pytest
 from tiny_run import extract, run, token_lines, write_jsonl, write_model
 
 from analysis.stored_plans import read_dataset_shards
-from core.activation_storage import CommitRecord
 from core.command_line import _refuse_clear_hub
+from core.commit_record import CommitRecord
 from core.dataset_utils import resolve_stream_path, stream_identity
 from core.errors import RunError, UsageError
 from core.formats import FORMATS

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from resealing import write_and_reseal
 from safetensors.numpy import load_file, save_file
 from tiny_run import D_MODEL, cache_dir, committed_files, environment, token_lines, write_jsonl, write_model
 
@@ -22,10 +23,8 @@ from core.formats import FORMATS
 from core.host_session import HostSession
 from core.hosts import ALONE
 from core.job import open_storage, prepare_job
-from core.plan import read_sealed_json, sealed_json
 from core.run_config import RunConfig
 from core.runner import run
-from core.sinks import digest_stream
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream
 
 SITES = ("resid_pre", "q", "mlp_act", "residual")
@@ -417,15 +416,7 @@ def test_the_plan_says_what_a_selection_saves_and_what_is_left_to_do(full, tmp_p
 def damaged(out: Path, name: str, change) -> list[str]:
     """The problems after `change` of a gzipped file whose record is made to agree, as a bug in the writer would."""
     path = out / "tpu_0" / name
-    path.write_bytes(gzip.compress(change(gzip.decompress(path.read_bytes()))))
-    record_path = out / "tpu_0/shard_0001.json"
-    fields = read_sealed_json(record_path.read_bytes())
-    with path.open("rb") as stream:
-        digest = digest_stream(stream)
-    for file in fields["files"]:
-        if file["name"] == name:
-            file |= {"bytes": digest.bytes, "crc32c": digest.crc32c, "sha256": digest.sha256}
-    record_path.write_bytes(sealed_json(fields))
+    write_and_reseal(path, gzip.compress(change(gzip.decompress(path.read_bytes()))), out / "tpu_0")
     return [problem for folder in verify(str(out)).folders for problem in folder.problems]
 
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from core import activation_storage, runner, sharded_run, stream_run
-from core.activation_storage import ActivationStorage, StoredFile
+from core import commit_record, runner, sharded_run, stream_run
+from core.activation_storage import ActivationStorage
+from core.commit_record import StoredFile
 from core.object_store import Created, LocalStore, gcs, local
 from core.shard_claims import Lease, ShardClaims
 
@@ -216,6 +217,6 @@ def signals_wait_for_the_main_thread() -> None:
 @change
 def records_carry_no_checksum() -> None:
     """A record is believed as long as it parses."""
-    activation_storage.read_sealed_json = lambda data: {
+    commit_record.read_sealed_json = lambda data: {
         name: value for name, value in json.loads(data).items() if name != "checksum"
     }

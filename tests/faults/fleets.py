@@ -13,7 +13,7 @@ from nursery import Nursery, Running, Worker
 from tiny_run import committed_files, token_lines, write_jsonl
 
 from analysis.verification import verify
-from core.activation_storage import CommitRecord
+from core.commit_record import CommitRecord
 from core.sharded_dataset import write_dataset
 
 N_LINES, N_SHARDS = 60, 6

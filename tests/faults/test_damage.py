@@ -14,7 +14,7 @@ from tally import DAMAGE
 from tiny_run import token_lines
 
 from analysis.verification import verify
-from core.activation_storage import RECORD_NAME
+from core.commit_record import RECORD_NAME
 
 KINDS = {
     "shards, pickle": {},

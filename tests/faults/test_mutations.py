@@ -25,12 +25,21 @@ from nursery import Running, Worker
 from protocol_model import Protocol, file_name
 from test_lost_acknowledgements import PATIENT, lose_first
 
-from core import activation_storage, fault_points, object_store, runner, shard_claims, sharded_run, stream_run
+from core import (
+    activation_storage,
+    commit_record,
+    fault_points,
+    object_store,
+    runner,
+    shard_claims,
+    sharded_run,
+    stream_run,
+)
 from core.claim_records import Owner
 from core.errors import RunError
 from core.object_store import Created, RetryPolicy, gcs, local, open_store
 
-PATCHED = (activation_storage, activation_storage.ActivationStorage, fault_points, gcs.GcsStore, local,
+PATCHED = (activation_storage.ActivationStorage, commit_record, fault_points, gcs.GcsStore, local,
            object_store.LocalStore, runner, shard_claims.Lease, shard_claims.ShardClaims, sharded_run, stream_run,
            stream_run._Bookkeeper, DictStore)  # fmt: skip
 

@@ -7,7 +7,7 @@ from nursery import Worker
 from tally import STORAGE
 
 from analysis.verification import verify
-from core.activation_storage import CommitRecord
+from core.commit_record import CommitRecord
 from core.object_store import RetryPolicy
 
 UPLOAD_CHUNK = 256 << 10

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_oracle import attention_in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,23 +16,8 @@ from qwen2_jax import attention as attention_module
 from qwen2_jax.attention import attention, first_visible
 
 SCALE = 0.37
+oracle = partial(attention_in_float64, scale=SCALE)
 KV_HEADS, GROUPS, HEAD_DIM = 2, 3, 8
-
-
-def oracle(q, k, v, segment_ids, window=None, softcap=None):
-    """Plain float64 softmax over every pair of a row."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    index = np.arange(q.shape[1])
-    distance = index[:, None] - index
-    visible = (distance >= 0) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    if window is not None:
-        visible &= distance < window
-    logits = np.einsum("BTKGH,BSKH->BKGTS", q, k) * SCALE
-    if softcap is not None:
-        logits = softcap * np.tanh(logits / softcap)
-    logits = np.where(visible[:, None, None], logits, -np.inf)
-    probs = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("BKGTS,BSKH->BTKGH", probs / probs.sum(-1, keepdims=True), v)
 
 
 def random_qkv(rows, length, groups=GROUPS, seed=0):
@@ -104,7 +90,7 @@ def test_any_packing_and_window_matches_float64_attention(rows, window, seed):
     segment_ids = segments(*fitting, length=length)
     q, k, v = random_qkv(len(rows), length, seed=seed)
     actual = run(q, k, v, segment_ids, jnp.int32(window))
-    assert_close(actual, oracle(q, k, v, segment_ids, window), segment_ids, 1e-6)
+    assert_close(actual, oracle(q, k, v, segment_ids, window=window), segment_ids, 1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["dispatched", "dense"])
@@ -164,7 +150,7 @@ def test_one_compiled_scan_serves_layers_with_and_without_a_window():
 
     expected = q
     for actual, window in zip(layers(q), windows, strict=True):
-        expected = oracle(expected, k, v, segment_ids, int(window))
+        expected = oracle(expected, k, v, segment_ids, window=int(window))
         expected[segment_ids == 0] = 0
         assert_close(actual, expected, segment_ids, 1e-5)
 

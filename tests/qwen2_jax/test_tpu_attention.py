@@ -6,26 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_oracle import attention_in_float64
 
 from qwen2_jax.attention import first_visible
 from qwen2_jax.rope import rotate
 from qwen2_jax.tpu_attention import splash_attention
 
 SCALE = 0.37
-
-
-def oracle(q, k, v, segment_ids, window, softcap):
-    """Every pair of a row, in float64."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    index = np.arange(q.shape[1])
-    distance = index[:, None] - index
-    visible = (distance >= 0) & (distance < window) & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    logits = np.einsum("BTKGH,BSKH->BKGTS", q, k) * SCALE
-    if softcap is not None:
-        logits = softcap * np.tanh(logits / softcap)
-    logits = np.where(visible[:, None, None], logits, -np.inf)
-    probs = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.einsum("BKGTS,BSKH->BTKGH", probs / probs.sum(-1, keepdims=True), v)
 
 
 @partial(jax.jit, static_argnames="softcap")
@@ -42,7 +29,7 @@ def error_of(length, rows, *, kv_heads=2, groups=3, head_dim=64, window=1 << 30,
     k, v = jnp.asarray(rng.normal(size=(2, len(rows), length, kv_heads, head_dim)), dtype)
     actual = np.asarray(run(q, k, v, segment_ids, jnp.int32(window), softcap), np.float64)
     assert np.isfinite(actual).all()
-    expected = oracle(q, k, v, segment_ids, window, softcap)
+    expected = attention_in_float64(q, k, v, segment_ids, scale=SCALE, window=window, softcap=softcap)
     return np.abs(actual - expected)[segment_ids > 0].max() / max(1, np.abs(expected).max())
 
 
