@@ -202,12 +202,11 @@ class ActivationStorage:
         """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
         name = self._record_name(record.window)
         data = record.to_bytes()
-        CommitRecord.from_bytes(data)  # what could not be read must not be written: nothing would replace it
+        standing = CommitRecord.from_bytes(data)  # what could not be read must not be written: nothing would replace it
         fault_point("commit.before")
         if self._primary.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
-            data = self._primary.read_bytes(name)
+            standing = CommitRecord.from_bytes(self._primary.read_bytes(name))
         fault_point("commit.after")
-        standing = CommitRecord.from_bytes(data)
         if standing.next_place != record.next_place:
             raise RunError(f"{self.url}: window {record.window} was committed with other samples: verify the folder")
         self._mirror_record(standing)
