@@ -32,15 +32,16 @@ class Engine:
         batch_size: int,
         shard_mb: float,
         shard_format: str = "pickle",
+        compute_dtype: str = "float32",
     ) -> "Engine":
-        """The job of the flags with these names (`shard_format` is --format); float32 compute."""
+        """The job of the flags with these names (`shard_format` is --format)."""
         config = RunConfig(
             model_path=model_path,
             dataset_path=str(stream),
             predictions_per_task=1,
             layers_to_extract=tuple(layers),
             dtype=dtype,
-            compute_dtype="float32",
+            compute_dtype=compute_dtype,
             batch_size=batch_size,
             shard_size_gb=shard_mb / 1024,
             format=shard_format,

@@ -7,9 +7,9 @@ from benchmarks.hf_model import load_causal_lm
 from benchmarks.peer_sides import BatchedSide, Request, by_length
 
 
-def side(request: Request) -> BatchedSide:
-    """Sorted by length, float32, over the decoder without logits."""
-    model = nnsight.NNsight(load_causal_lm(request.model_path).model)
+def side(request: Request, *, dtype: torch.dtype) -> BatchedSide:
+    """Sorted by length, over the decoder without logits."""
+    model = nnsight.NNsight(load_causal_lm(request.model_path, dtype).model)
 
     def forward(tokens: torch.Tensor, mask: torch.Tensor) -> dict[int, torch.Tensor]:
         with model.trace(tokens, attention_mask=mask, use_cache=False) as tracer:

@@ -30,7 +30,11 @@ from benchmarks.peer_sides import Request, Side
 from benchmarks.workload import Workload, add_workload_flags, build_workload, workload_of
 from core.command_line import CommandParser, run_command
 from core.errors import RunError, UsageError
+from core.jax_utils import COMPUTE_DTYPES
 from qwen2_jax import load_config
+
+# On the relative distance of two sides of which one computes in bfloat16.
+BFLOAT16_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Peer:
 
     Attributes:
       module: in this package, with a function `side`; package: what has to be installed.
-      tolerance: on the relative distance of its activations from ours.
+      tolerance: on the relative distance of its activations from ours in float32.
       settings: further arguments of `side`.
       one_layer: whether it can store no more than one.
       cut: whether the user has taken the model apart.
@@ -63,8 +67,15 @@ def _transformers(
     what: str, dtype: torch.dtype, *, is_sorted: bool = True, compiled: bool = False, cut: bool = False
 ) -> Peer:
     settings = {"dtype": dtype, "is_sorted": is_sorted, "compiled": compiled, "cut": cut}
-    tolerance = 1e-4 if dtype is torch.float32 else 5e-2
-    return Peer(what, "peer_transformers", "transformers", tolerance, settings, cut=cut)
+    return Peer(what, "peer_transformers", "transformers", _tolerance(dtype), settings, cut=cut)
+
+
+def _nnsight(what: str, dtype: torch.dtype) -> Peer:
+    return Peer(what, "peer_nnsight", "nnsight", _tolerance(dtype), {"dtype": dtype})
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-4 if dtype is torch.float32 else BFLOAT16_TOLERANCE
 
 
 PEERS = {
@@ -76,10 +87,11 @@ PEERS = {
     "transformer_lens": Peer(
         "TransformerLens, sorted, stops behind the layer", "peer_transformer_lens", "transformer_lens"
     ),
-    "nnsight": Peer("nnsight, sorted, stops behind the layer", "peer_nnsight", "nnsight"),
+    "nnsight": _nnsight("nnsight, sorted, stops behind the layer", torch.float32),
+    "nnsight_bf16": _nnsight("the same in bfloat16", torch.bfloat16),
     "sae_lens": Peer("SAELens' caching runner", "peer_sae_lens", "sae_lens", one_layer=True),
     "hf_cut": _transformers("transformers, sorted, later layers removed by hand", torch.float32, cut=True),
-    "hf_bf16_cut": _transformers("the same in bfloat16", torch.bfloat16, cut=True),
+    "hf_bf16_cut": _transformers("the same by hand in bfloat16", torch.bfloat16, cut=True),
 }
 MODEL_FOLDER = "model"
 # Ours over the fastest peer: in float32, and at any dtype.
@@ -88,26 +100,29 @@ TARGETS = {"middle": (6.0, 3.0), "all": (4.0, 4.0)}
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One peer against ours in the same rounds."""
+    """One peer against ours in the same rounds; ratios and distances by what ours computes in."""
 
     peer: str
     computed_tokens: int
     tokens_per_second: float
-    ratio: Ratio
-    ratio_with_compilation: float
-    disagreement: float
+    ratios: dict[str, Ratio]
+    ratios_with_compilation: dict[str, float]
+    disagreements: dict[str, float]
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case. `compilation_seconds` is what our first run took more than the median one."""
+    """One case; `tokens_per_second` of ours by what it computes in.
+
+    `compilation_seconds` is what our first run, in the first of these dtypes, took more than the median one.
+    """
 
     case: str
     layers: tuple[int, ...]
     tokens: int
     computed_tokens: int
     compilation_seconds: float
-    tokens_per_second: float
+    tokens_per_second: dict[str, float]
     peers: list[PeerRow]
     timings: dict[str, Timings]
 
@@ -136,17 +151,48 @@ def sides_of(case: str, names: Sequence[str], request: Request) -> dict[str, Sid
     }
 
 
-def check_agreement(ours: Path, side: Side, theirs: Path, request: Request, name: str) -> float:
-    """Runs a peer once and compares it with what ours has written; returns the worst distance and clears up."""
+@dataclass(frozen=True)
+class Ours:
+    """Our engine computing in one dtype. `cold` is its first run, which compiles; `stored` is what that wrote."""
+
+    engine: Engine
+    stored: Path
+    cold: Timings
+
+    @classmethod
+    def first_run(
+        cls, compute_dtype: str, request: Request, workload: Workload, folder: Path, shard_mb: float
+    ) -> "Ours":
+        """Loads the engine and runs it once."""
+        engine = Engine.load(
+            workload.model_path,
+            workload.arc_stream,
+            layers=request.layers,
+            dtype=request.dtype.name,
+            batch_size=request.batch_size,
+            shard_mb=shard_mb,
+            compute_dtype=compute_dtype,
+        )
+        ours = cls(engine, folder / f"ours_{compute_dtype}", Timings())
+        ours.cold.run(lambda: engine.run(ours.stored))
+        return ours
+
+
+def check_agreement(ours: dict[str, Path], name: str, side: Side, folder: Path, request: Request) -> dict[str, float]:
+    """Runs a peer once and compares it with what ours wrote by what it computed in; returns the worst distances."""
     started = time.monotonic()
-    side.run(theirs)
+    side.run(folder / name)
     print(f"{name}: a first run of {time.monotonic() - started:.1f} s", file=sys.stderr)
-    distance = worst_disagreement(read_shards(ours), side.shards(theirs), request.layers, len(request.samples))
-    shutil.rmtree(theirs)
-    # Two roundings of nearly equal values to the stored dtype may differ by one unit in the last place.
-    if not distance <= max(PEERS[name].tolerance, float(np.finfo(request.dtype).eps)):
-        raise RunError(f"the activations differ from those of {name} by {distance:.2e}")
-    return distance
+    found = {}
+    for dtype, written in ours.items():
+        stored = read_shards(written), side.shards(folder / name)
+        found[dtype] = worst_disagreement(*stored, request.layers, len(request.samples))
+        tolerance = PEERS[name].tolerance if dtype == "float32" else BFLOAT16_TOLERANCE
+        # Two roundings of nearly equal values to the stored dtype may differ by one unit in the last place.
+        if not found[dtype] <= max(tolerance, float(np.finfo(request.dtype).eps)):
+            raise RunError(f"the activations in {dtype} differ from those of {name} by {found[dtype]:.2e}")
+    shutil.rmtree(folder / name)
+    return found
 
 
 def measure_case(
@@ -157,34 +203,31 @@ def measure_case(
     Raises RunError when the activations differ by more than the tolerance: then no time would mean anything.
     """
     request = request_of(case, workload, folder.parent / MODEL_FOLDER, args)
-    engine = Engine.load(
-        workload.model_path,
-        workload.arc_stream,
-        layers=request.layers,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        shard_mb=args.shard_mb,
-    )
+    ours = {dtype: Ours.first_run(dtype, request, workload, folder, args.shard_mb) for dtype in args.compute_dtypes}
     sides = sides_of(case, names, request)
-    cold = Timings()
-    cold.run(lambda: engine.run(folder / "ours"))
-    distances = {
-        name: check_agreement(folder / "ours", side, folder / name, request, name) for name, side in sides.items()
-    }
-    shutil.rmtree(folder / "ours")
-    runs: dict[str, Callable[[Path], object]] = {"ours": engine.run} | {name: side.run for name, side in sides.items()}
+    written = {dtype: ran.stored for dtype, ran in ours.items()}
+    distances = {name: check_agreement(written, name, side, folder, request) for name, side in sides.items()}
+    for stored in written.values():
+        shutil.rmtree(stored)
+    runs: dict[str, Callable[[Path], object]] = {_ours(dtype): ran.engine.run for dtype, ran in ours.items()}
+    runs |= {name: side.run for name, side in sides.items()}
     timings = alternate({name: run_and_clear(run, folder / "timed") for name, run in runs.items()}, args.repeats)
-    ours = timings["ours"]
+    first = next(iter(ours.values()))
+    warm = timings[_ours(args.compute_dtypes[0])].seconds
     return CaseResult(
         case=case,
         layers=request.layers,
         tokens=workload.n_tokens,
-        computed_tokens=sum(step.tokens.size for step in engine.planned_steps()),
-        compilation_seconds=round(max(cold.seconds - ours.seconds, 0), 3),
-        tokens_per_second=round(workload.n_tokens / ours.seconds, 1),
-        peers=[peer_row(name, side, workload, timings, cold.seconds, distances[name]) for name, side in sides.items()],
+        computed_tokens=sum(step.tokens.size for step in first.engine.planned_steps()),
+        compilation_seconds=round(max(first.cold.seconds - warm, 0), 3),
+        tokens_per_second={dtype: round(workload.n_tokens / timings[_ours(dtype)].seconds, 1) for dtype in ours},
+        peers=[peer_row(name, side, workload, timings, ours, distances[name]) for name, side in sides.items()],
         timings=timings,
     )
+
+
+def _ours(dtype: str) -> str:
+    return f"ours, {dtype}"
 
 
 def request_of(case: str, workload: Workload, model_folder: Path, args: argparse.Namespace) -> Request:
@@ -203,17 +246,22 @@ def request_of(case: str, workload: Workload, model_folder: Path, args: argparse
 
 
 def peer_row(
-    name: str, side: Side, workload: Workload, timings: dict[str, Timings], cold_seconds: float, distance: float
+    name: str,
+    side: Side,
+    workload: Workload,
+    timings: dict[str, Timings],
+    ours: dict[str, Ours],
+    distances: dict[str, float],
 ) -> PeerRow:
-    """The numbers of one peer; `cold_seconds` are those of our first run."""
+    """The numbers of one peer."""
     theirs = timings[name]
     return PeerRow(
         peer=name,
         computed_tokens=side.computed_tokens,
         tokens_per_second=round(workload.n_tokens / theirs.seconds, 1),
-        ratio=Ratio.of(theirs, timings["ours"]),
-        ratio_with_compilation=round(theirs.seconds / cold_seconds, 3),
-        disagreement=distance,
+        ratios={dtype: Ratio.of(theirs, timings[_ours(dtype)]) for dtype in ours},
+        ratios_with_compilation={dtype: round(theirs.seconds / ran.cold.seconds, 3) for dtype, ran in ours.items()},
+        disagreements=distances,
     )
 
 
@@ -245,6 +293,13 @@ def build_parser() -> argparse_flags.ArgumentParser:
     what = "; ".join(f"{name}: {peer.what}" for name, peer in PEERS.items())
     add("--peers", nargs="+", choices=tuple(PEERS), default=tuple(PEERS), help=f"{what} (default all)")
     add("--all_prompts", type=int, help="for every layer (default: as many as --prompts)")
+    add(
+        "--compute_dtypes",
+        nargs="+",
+        choices=tuple(COMPUTE_DTYPES),
+        default=tuple(COMPUTE_DTYPES),
+        help="of ours (default both)",
+    )
     add("--shard_mb", type=float, default=1024.0, help="uncompressed size of a shard, both sides (default 1024)")
     add("--threads", type=int, help="of torch (default: all cores)")
     return parser
@@ -252,36 +307,52 @@ def build_parser() -> argparse_flags.ArgumentParser:
 
 def report(results: Sequence[CaseResult]) -> str:
     """The table for people."""
-    header = ["case", "peer", "tokens/s", "ours", "ratio (rounds)", "compiling too", "of CPU time", "distance"]
+    header = [
+        "case",
+        "peer",
+        "tokens/s",
+        "ours",
+        "tokens/s",
+        "ratio (rounds)",
+        "compiling too",
+        "of CPU time",
+        "distance",
+    ]
     rows = [
         [
             f"{result.case} ({len(result.layers)} layers)",
             PEERS[row.peer].what,
             f"{row.tokens_per_second:.0f}",
-            f"{result.tokens_per_second:.0f}",
-            row.ratio,
-            f"{row.ratio_with_compilation:.2f}",
-            f"{row.ratio.cpu:.2f}",
-            f"{row.disagreement:.0e}",
+            dtype,
+            f"{result.tokens_per_second[dtype]:.0f}",
+            ratio,
+            f"{row.ratios_with_compilation[dtype]:.2f}",
+            f"{ratio.cpu:.2f}",
+            f"{row.disagreements[dtype]:.0e}",
         ]
         for result in results
         for row in result.peers
+        for dtype, ratio in row.ratios.items()
     ]
     return table(header, rows)
 
 
 def verdicts(result: CaseResult) -> Iterator[str]:
     """Ours over the fastest peer in float32 and at any dtype, beside the targets; models cut by hand stand apart."""
-    whole = {row.peer: row.ratio.median for row in result.peers if not PEERS[row.peer].cut}
-    precise = {name: ratio for name, ratio in whole.items() if PEERS[name].is_float32}
-    for what, ratios, target in zip(
-        ("in float32", "at any dtype"), (precise, whole), TARGETS[result.case], strict=True
-    ):
-        if ratios:
-            fastest = min(ratios, key=lambda name: ratios[name])
-            ratio = ratios[fastest]
-            verdict = "yes" if ratio >= target else "no"
-            yield f"{result.case}: {ratio:.2f} times {fastest}, the fastest {what} (>= {target:.0f}: {verdict})"
+    whole = [row for row in result.peers if not PEERS[row.peer].cut]
+    precise = [row for row in whole if PEERS[row.peer].is_float32]
+    for dtype in result.tokens_per_second:
+        for what, rows, target in zip(
+            ("in float32", "at any dtype"), (precise, whole), TARGETS[result.case], strict=True
+        ):
+            if rows:
+                fastest = min(rows, key=lambda row: row.ratios[dtype].median)
+                ratio = fastest.ratios[dtype].median
+                verdict = "yes" if ratio >= target else "no"
+                yield (
+                    f"{result.case}, ours in {dtype}: {ratio:.2f} times {fastest.peer}, the fastest {what} "
+                    f"(>= {target:.0f}: {verdict})"
+                )
 
 
 def run(args: argparse.Namespace) -> None:

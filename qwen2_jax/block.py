@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -64,10 +65,18 @@ def project_back(x: Float[Array, "B T *I"], weights: Layer, name: str, over: Mes
 def _product(x: Float[Array, "B T *I"], weights: Layer, name: str, *, unrounded: bool = False) -> Float[Array, "B T O"]:
     """float32 asks for full precision: accelerators otherwise multiply it in bf16 or TF32."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dtype = jnp.float32 if unrounded or f"{name}_bias" in weights else None
     weight = weights[name].reshape(-1, *x.shape[2:])
     inner = "IJK"[: x.ndim - 2]
-    return jnp.einsum(f"BT{inner},O{inner}->BTO", x, weight, precision=precision, preferred_element_type=dtype)
+    product = partial(jnp.einsum, f"BT{inner},O{inner}->BTO", precision=precision)
+    in_float32 = partial(product, preferred_element_type=jnp.float32)
+    if unrounded or f"{name}_bias" in weights:
+        return in_float32(x, weight)
+
+    def rounded(x: Array, weight: Array) -> Array:
+        return in_float32(x, weight).astype(x.dtype)
+
+    # XLA:CPU has bfloat16 instructions for products in float32 alone: one that rounds by itself takes twice as long.
+    return jax.lax.platform_dependent(x, weight, cpu=rounded, default=product)
 
 
 def _plus_bias(y: Float[Array, "B T O"], weights: Layer, name: str, dtype: jnp.dtype) -> Float[Array, "B T O"]:

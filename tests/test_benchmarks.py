@@ -94,12 +94,13 @@ def test_peers_agree_and_the_ratio_is_that_of_tokens_per_second(source, workload
     for found in (middle, every):
         assert found["tokens"] == workload.n_tokens
         for row in found["peers"]:
-            assert 0 < row["disagreement"] < 1e-5
+            assert 0 < row["disagreements"]["float32"] < 1e-5 < row["disagreements"]["bfloat16"] < 5e-2
             lengths = in_order if row["peer"] == "hf" else by_length
             pairs = zip(lengths[::2], lengths[1::2], strict=True)
             assert row["computed_tokens"] == sum(2 * max(pair) for pair in pairs)
-            ratio = found["tokens_per_second"] / row["tokens_per_second"]
-            assert row["ratio"]["median"] == pytest.approx(ratio, rel=0.02)
+            for dtype, ratio in row["ratios"].items():
+                ours = found["tokens_per_second"][dtype]
+                assert ratio["median"] == pytest.approx(ours / row["tokens_per_second"], rel=0.02)
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_line(monkeypatch, capsys):
@@ -112,13 +113,16 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_line(monkeypatch, capsy
 
 def test_the_verdict_is_that_over_the_fastest_peer_that_was_not_taken_apart():
     def row(peer: str, ratio: float) -> peers.PeerRow:
-        return peers.PeerRow(peer, 0, 0.0, Ratio(ratio, ratio, ratio, ratio), 0.0, 0.0)
+        ratios = {"float32": ratio, "bfloat16": 2 * ratio}
+        return peers.PeerRow(peer, 0, 0.0, {key: Ratio(r, r, r, r) for key, r in ratios.items()}, {}, {})
 
     rows = [row("hf", 9.0), row("nnsight", 5.9), row("hf_bf16", 3.5), row("hf_cut", 2.0)]
-    result = peers.CaseResult("middle", (1,), 1, 1, 0.0, 1.0, rows, {})
+    result = peers.CaseResult("middle", (1,), 1, 1, 0.0, {"float32": 1.0, "bfloat16": 2.0}, rows, {})
     assert list(peers.verdicts(result)) == [
-        "middle: 5.90 times nnsight, the fastest in float32 (>= 6: no)",
-        "middle: 3.50 times hf_bf16, the fastest at any dtype (>= 3: yes)",
+        "middle, ours in float32: 5.90 times nnsight, the fastest in float32 (>= 6: no)",
+        "middle, ours in float32: 3.50 times hf_bf16, the fastest at any dtype (>= 3: yes)",
+        "middle, ours in bfloat16: 11.80 times nnsight, the fastest in float32 (>= 6: yes)",
+        "middle, ours in bfloat16: 7.00 times hf_bf16, the fastest at any dtype (>= 3: yes)",
     ]
 
 
@@ -183,9 +187,11 @@ def test_no_time_counts_when_the_sides_differ(tmp_path):
         run=lambda folder: write_shard(folder, [(0, one), (1, two * np.float32(1.01))]), shards=read_shards
     )
     request = SimpleNamespace(layers=(0,), samples=(None, None), dtype=np.dtype("float32"))
-    with pytest.raises(RunError, match=r"differ from those of hf by 9.9\de-03"):
-        peers.check_agreement(ours, side, tmp_path / "again", request, "hf")
-    assert peers.check_agreement(ours, side, tmp_path / "loose", request, "hf_bf16") == pytest.approx(0.0099, rel=1e-2)
+    with pytest.raises(RunError, match=r"in float32 differ from those of hf by 9.9\de-03"):
+        peers.check_agreement({"float32": ours}, "hf", side, tmp_path / "again", request)
+    for dtype, name in (("float32", "hf_bf16"), ("bfloat16", "hf")):
+        found = peers.check_agreement({dtype: ours}, name, side, tmp_path / f"loose_{dtype}", request)
+        assert found == {dtype: pytest.approx(0.0099, rel=1e-2)}
 
 
 def test_storage_measures_every_way_and_reads_back_what_it_wrote(source, capsys, tmp_path):

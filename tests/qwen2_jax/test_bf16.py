@@ -1,5 +1,8 @@
 """In bfloat16 we round where transformers does, or less often: our error is no larger than its own."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -131,3 +134,12 @@ def test_rotation_activation_and_bias_round_once():
     ours = np.asarray(linear(row, {"up": weight, "up_bias": bias}, "up"), np.float32)
     theirs = rounded(jnp.einsum("BTI,OI->BTO", row32, weight.astype(jnp.float32), precision="highest") + bias)
     assert np.mean(ours != theirs) < 1e-3
+
+
+@pytest.mark.parametrize(("platform", "product"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
+def test_products_are_rounded_by_the_chip_except_on_cpu(platform, product):
+    x, weight = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
+    up = jax.jit(lambda x, weight: linear(x, {"up": weight}, "up")).trace(x, weight)
+    (dot,) = re.findall(r"dot_general.*-> tensor<1x4x16x(\w+)>", up.lower(lowering_platforms=(platform,)).as_text())
+    assert dot == product
+    assert up.out_info.dtype == jnp.bfloat16
