@@ -48,8 +48,10 @@ class Row:
 
     Attributes:
       ratio: bytes of arrays for each byte stored.
-      encode: in memory; store: with digests, to a file, as a run does; read: back into arrays.
-      speedup: `store` over that of the baseline; None for compressors, which make no file.
+      encode: to a file, as the baseline does; in memory for compressors, which make none.
+      store: with digests too, as a run does.
+      read: back into arrays.
+      encode_speedup, store_speedup: over `encode` of the baseline; None for compressors.
     """
 
     case: str
@@ -59,7 +61,8 @@ class Row:
     encode: float | None
     store: float | None
     read: float
-    speedup: float | None
+    encode_speedup: float | None
+    store_speedup: float | None
 
 
 @dataclass(frozen=True)
@@ -84,28 +87,17 @@ class DiskResult:
     ratio: Ratio
 
 
-class _Counter:
-    """A sink that only counts."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    def write(self, data: bytes | bytearray | memoryview) -> int:
-        self.bytes += len(data)
-        return len(data)
-
-
-def encode(content: ShardContent, way: str, threads: ThreadPoolExecutor) -> int:
-    """Encodes in memory; returns the bytes of the file."""
+def encode(content: ShardContent, way: str, threads: ThreadPoolExecutor, path: Path) -> None:
+    """The file alone, as the baseline writes it: no digests."""
     name, gzipped = WAYS[way]
-    sink = _Counter()
-    if gzipped:
-        compressor = ParallelGzipWriter(sink, threads)
-        FORMATS[name].write(content, compressor)
-        compressor.close()
-    else:
-        FORMATS[name].write(content, sink, threads)
-    return sink.bytes
+    with path.open("wb") as sink:
+        if gzipped:
+            compressor = ParallelGzipWriter(sink, threads)
+            FORMATS[name].write(content, compressor)
+            compressor.close()
+        else:
+            FORMATS[name].write(content, sink, threads)
+    path.unlink()
 
 
 def store(activations: WindowActivations, way: str, folder: Path, threads: ThreadPoolExecutor) -> Path:
@@ -155,7 +147,7 @@ def measure_ways(
     # Once: it takes longer than all others together.
     base = cpu_rate(n_bytes, partial(store_baseline, content, path), 1)
     read = cpu_rate(n_bytes, partial(read_baseline, path), repeats)
-    rows = [Row(case, dtype, BASELINE, ratio_of(n_bytes, path), None, base, read, 1.0)]
+    rows = [Row(case, dtype, BASELINE, ratio_of(n_bytes, path), base, None, read, 1.0, None)]
     path.unlink()
     with ThreadPoolExecutor(1) as thread:
         return rows + [measure_way(case, way, activations, folder, thread, base, repeats) for way in ways]
@@ -176,13 +168,15 @@ def measure_way(
     path = store(activations, way, folder, thread)
     ratio, read = ratio_of(n_bytes, path), cpu_rate(n_bytes, partial(_read, path, way), repeats)
     path.unlink()
-    encoded = cpu_rate(n_bytes, partial(encode, content, way, thread), repeats)
+    encoded = cpu_rate(n_bytes, partial(encode, content, way, thread, path), repeats)
 
     def store_and_clear() -> None:
         store(activations, way, folder, thread).unlink()
 
     stored = cpu_rate(n_bytes, store_and_clear, repeats)
-    return Row(case, dtype, way, ratio, encoded, stored, read, round(stored / baseline, 1))
+    return Row(
+        case, dtype, way, ratio, encoded, stored, read, round(encoded / baseline, 1), round(stored / baseline, 1)
+    )
 
 
 def measure_codec(case: str, array: np.ndarray, name: str, repeats: int) -> Row:
@@ -193,15 +187,17 @@ def measure_codec(case: str, array: np.ndarray, name: str, repeats: int) -> Row:
     pairs = list(zip(packed, blocks, strict=True))
     read = cpu_rate(array.nbytes, lambda: [codec.decompress(*pair) for pair in pairs], repeats)
     ratio = round(array.nbytes / sum(map(len, packed)), 3)
-    return Row(case, array.dtype.name, name, ratio, encoded, None, read, None)
+    return Row(case, array.dtype.name, name, ratio, encoded, None, read, None, None)
 
 
-def measure_cores(content: ShardContent, ways: Sequence[str], repeats: int) -> dict[str, dict[int, float]]:
+def measure_cores(
+    content: ShardContent, ways: Sequence[str], folder: Path, repeats: int
+) -> dict[str, dict[int, float]]:
     """Million bytes a second of wall time by number of threads, up to the cores there are."""
     cores = range(1, machine()["cores"] + 1)
     pools = {n: ThreadPoolExecutor(n) for n in cores}
     sides: dict[str, Callable[[], object]] = {
-        f"{way} {n}": partial(encode, content, way, pools[n]) for way in ways for n in cores
+        f"{way} {n}": partial(encode, content, way, pools[n], folder / "encoded") for way in ways for n in cores
     }
     timings = alternate(sides, repeats)
     for pool in pools.values():
@@ -236,7 +232,9 @@ def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Nam
         rows = measure_ways(case, activations, folder, args.ways, args.repeats)
         if case == "middle":
             rows += [measure_codec(case, content.activations, name, args.repeats) for name in args.codecs]
-        scaling = measure_cores(content, [way for way in args.ways if way in ("pickle.gz", "planes")], args.repeats)
+        scaling = measure_cores(
+            content, [way for way in args.ways if way in ("pickle.gz", "planes")], folder, args.repeats
+        )
         entropy = round(entropy_ratio(content.activations), 3)
         results.append(CaseResult(case, dtype, content.activations.nbytes, entropy, rows, scaling))
     return results
@@ -318,7 +316,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
 
 def report(results: Sequence[CaseResult]) -> str:
     """The table for people."""
-    header = ["case", "dtype", "way", "ratio", "of entropy", "encode MB/s", "store MB/s", "x baseline", "read MB/s"]
+    header = ["case", "dtype", "way", "ratio", "of entropy", "encode MB/s", "x", "store MB/s", "x", "read MB/s"]
     rows = [
         [
             row.case,
@@ -327,8 +325,9 @@ def report(results: Sequence[CaseResult]) -> str:
             f"{row.ratio:.3f}",
             f"{row.ratio / result.entropy_ratio:.2f}",
             _shown(row.encode),
+            _shown(row.encode_speedup, 1),
             _shown(row.store),
-            "" if row.speedup is None else f"{row.speedup:.1f}",
+            _shown(row.store_speedup, 1),
             _shown(row.read),
         ]
         for result in results
@@ -337,8 +336,8 @@ def report(results: Sequence[CaseResult]) -> str:
     return table(header, rows)
 
 
-def _shown(rate: float | None) -> str:
-    return "" if rate is None else f"{rate:.0f}"
+def _shown(number: float | None, digits: int = 0) -> str:
+    return "" if number is None else f"{number:.{digits}f}"
 
 
 def report_io(disk: DiskResult, uploads: Sequence[UploadResult]) -> str:
