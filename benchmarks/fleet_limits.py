@@ -9,7 +9,7 @@ from absl.flags import argparse_flags
 
 from benchmarks.measuring import table
 from core.command_line import CommandParser, run_command
-from core.shard_claims import DEFAULT_HEARTBEAT_S
+from core.shard_claims import DEFAULT_HEARTBEAT_S, SHARDS_A_HEARTBEAT, look_interval_s
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Job:
         return self.tokens_per_second * self.layers * self.d_model * self.item_bytes
 
 
+# A lease, its sign of life and its end; one request lists 1,000 objects.
+_LISTINGS_PER_SHARD = 3 / 1000
 _LABORATORY = "the TPU compiler's estimate for v5e, rows of 2,048 tokens (benchmarks/README.md, tpu_estimate)"
 JOBS = (
     Job("Qwen2.5-0.5B, all 24 layers", 155_629, 24, 896, _LABORATORY),
@@ -49,6 +51,7 @@ class Limits:
       link_bytes: from a chip to its host a second; nic_bytes: from a host to the network; bucket_bytes: into a bucket.
       encode_bytes: of arrays that a core encodes a second; ratio: of them for each byte stored.
       writes, reads: requests that a bucket takes a second before it has grown.
+      shards_per_worker: of the dataset.
     """
 
     chips_per_host: int = 4
@@ -62,6 +65,7 @@ class Limits:
     writes: float = 1000.0
     reads: float = 5000.0
     heartbeat_s: float = DEFAULT_HEARTBEAT_S
+    shards_per_worker: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,6 @@ def rows(job: Job, workers: int, limits: Limits) -> list[Row]:
     stored = host_bytes / limits.ratio
     windows = host_bytes / limits.shard_bytes
     writes = 3 * windows + 1 / limits.heartbeat_s
-    # While others hold all that is left, each look reads the last sign of life of every held lease.
-    tail_reads = (workers / 2) ** 2 / limits.heartbeat_s
     per_host = [
         Row("chip to host, B/s", job.bytes_per_second, limits.link_bytes, None),
         Row("cores that encode", host_bytes / limits.encode_bytes, limits.cores_per_host, None),
@@ -102,14 +104,21 @@ def rows(job: Job, workers: int, limits: Limits) -> list[Row]:
     shared = [
         Row("into the bucket, B/s", workers * stored, limits.bucket_bytes, limits.bucket_bytes / stored),
         Row("bucket writes/s", workers * writes, limits.writes, limits.writes / writes),
-        Row(
-            "claims read/s, half waiting for half",
-            tail_reads,
-            limits.reads,
-            2 * (limits.reads * limits.heartbeat_s) ** 0.5,
-        ),
+        claim_row(workers, limits),
     ]
     return per_host + shared
+
+
+def claim_row(workers: int, limits: Limits) -> Row:
+    """While others hold all that is left, each look of the rest lists all claims: the worst is half of the workers."""
+    shards = workers * limits.shards_per_worker
+    a_look = shards * _LISTINGS_PER_SHARD
+    demand = workers / 2 * a_look / look_interval_s(limits.heartbeat_s, shards)
+    # The larger of both: looks of a growing listing, then as many listings a heartbeat of each worker.
+    of_a_worker = limits.shards_per_worker * _LISTINGS_PER_SHARD
+    growing = (2 * limits.reads * limits.heartbeat_s / of_a_worker) ** 0.5
+    paced = 2 * limits.reads * limits.heartbeat_s / (SHARDS_A_HEARTBEAT * _LISTINGS_PER_SHARD)
+    return Row("claims listed/s, half waiting for half", demand, limits.reads, max(growing, paced))
 
 
 def report(job: Job, workers: Sequence[int], limits: Limits) -> str:

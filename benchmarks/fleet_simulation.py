@@ -1,13 +1,15 @@
 """A fleet of preemptible workers that claim shards, event by event: how much of its time becomes activations.
 
 The workers follow core/shard_claims.py: free shards first, then leases that fell silent for the TTL, a look every
-heartbeat while others hold all that is left. What is assumed of everything else is in docs/scaling.md.
+heartbeat, or less often in a large dataset, while others hold all that is left. A look lists all claims. What is
+assumed of everything else is in docs/scaling.md.
 """
 
 import argparse
 import heapq
 import itertools
 import json
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from benchmarks.line_chart import Chart, charts_svg
 from benchmarks.measuring import table
 from core.command_line import CommandParser, run_command
 from core.errors import UsageError
-from core.shard_claims import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S
+from core.shard_claims import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S, look_interval_s
 
 # Requests are counted in buckets of so many seconds, and the fullest one is the peak.
 _BUCKET_S = 10.0
@@ -28,6 +30,8 @@ _BUCKET_S = 10.0
 _CHARTED_WORKERS = 100
 # A window's shard, its table and its commit record.
 WRITES_PER_WINDOW = 3
+# Objects that one request lists, as the storage has it.
+NAMES_PER_REQUEST = 1000
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Simulation:
         self._held: set[int] = set()
         self._silent: set[int] = set()
         self._spent: defaultdict[str, float] = defaultdict(float)
+        self._claim_files = 0
         self._counts: Counter[str] = Counter()
         self._reads: Counter[int] = Counter()
         self._writes: Counter[int] = Counter()
@@ -166,32 +171,30 @@ class Simulation:
 
     def _look(self, index: int) -> None:
         """Claims a free shard, else one that fell silent, else waits a heartbeat."""
-        self._request(self._reads, 1)
+        self._request(self._reads, max(1, math.ceil(self._claim_files / NAMES_PER_REQUEST)))
+        expired = self._expired(index)
         if self._free:
             place = self._rng.randrange(len(self._free))
             self._free[place], self._free[-1] = self._free[-1], self._free[place]
             self._work(index, self._free.pop())
-            return
-        # Every held lease is looked at for a sign of life.
-        self._request(self._reads, len(self._held) + len(self._silent))
-        expired = self._expired(index)
-        if expired is not None:
+        elif expired is not None:
             self._silent.remove(expired)
             self._counts["takeovers"] += 1
             self._work(index, expired)
         elif self._held or self._silent:
             self._begin(index, "waited")
-            self._after(self.fleet.heartbeat_s, "look", index)
+            self._after(look_interval_s(self.fleet.heartbeat_s, self.fleet.shards), "look", index)
 
     def _expired(self, index: int) -> int | None:
+        """The look shows every lease; one of those that it has shown silent for the TTL."""
         seen = self._workers[index].seen
-        for shard in sorted(self._silent):
-            if self.now - seen.setdefault(shard, self.now) >= self.fleet.ttl_s:
-                return shard
-        return None
+        silent_s = {shard: self.now - seen.setdefault(shard, self.now) for shard in sorted(self._silent)}
+        return next((shard for shard, seconds in silent_s.items() if seconds >= self.fleet.ttl_s), None)
 
     def _work(self, index: int, shard: int) -> None:
+        # The lease, and its sign of life, which is replaced.
         self._request(self._writes, 1)
+        self._claim_files += 2
         self._held.add(shard)
         self._workers[index].shard = shard
         self._begin(index, "computed")
@@ -209,9 +212,13 @@ class Simulation:
             return
         self._held.remove(shard)
         self._workers[index].shard = None
-        self._request(self._writes, 1)
+        self._release()
         self._begin(index, "claimed")
         self._after(self.fleet.claim_s, "look", index)
+
+    def _release(self) -> None:
+        self._request(self._writes, 1)
+        self._claim_files += 1
 
     def _preempted(self, index: int) -> None:
         worker = self._workers[index]
@@ -219,7 +226,7 @@ class Simulation:
         if worker.shard is not None:
             self._held.remove(worker.shard)
             if self._rng.random() < self.fleet.noticed:
-                self._request(self._writes, 1)
+                self._release()
                 self._free.append(worker.shard)
             else:
                 # A new lease: whoever saw the old one silent has to watch this one anew.

@@ -17,7 +17,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from core.errors import RunError
@@ -88,12 +88,17 @@ class LeaseRecord:
 
 @dataclass(frozen=True)
 class ClaimState:
-    """What the names below a shard's claims say. `epoch` 0: never claimed."""
+    """What a listing of a shard's claims says. `epoch` 0: never claimed.
+
+    Attributes:
+      sign: version of the latest lease's last sign of life, where the listing had versions and there was one.
+    """
 
     epoch: int = 0
     is_released: bool = False
     failures: tuple[str, ...] = ()
     is_poisoned: bool = False
+    sign: str | None = None
 
     @property
     def is_held(self) -> bool:
@@ -103,7 +108,11 @@ class ClaimState:
 
 def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
     """The claims in an output folder by shard, from one listing."""
-    return claims_among(store.list(f"{CLAIMS_FOLDER}/"))
+    versions = {entry.name: entry.version for entry in store.listing(f"{CLAIMS_FOLDER}/").entries}
+    return {
+        shard: replace(state, sign=versions.get(lease_file(shard, state.epoch, "beat")))
+        for shard, state in claims_among(versions).items()
+    }
 
 
 def claims_among(names: Iterable[str]) -> dict[str, ClaimState]:

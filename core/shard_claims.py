@@ -2,10 +2,11 @@
 
 A lease is a numbered file, see `core.claim_records`; its number is its epoch. The latest one holds the shard until it
 is released, or until an observer has seen no new sign of life for the TTL by its own monotonic clock; wall clocks are
-never compared. Whoever creates the next epoch has the shard: create-only, so exactly one does. A lease saves work and
-guards nothing: that two workers who both believe to hold a shard do no harm is the commit protocol's business. Nor is a
-lease believed that was released as "done": whether a shard is finished is asked of its output, so that a shard whose
-output was lost is free again.
+never compared. A sign of life is seen in the listing of all claims, as a new version of a file: watching a thousand
+leases costs no more than watching one. Whoever creates the next epoch has the shard: create-only, so exactly one does.
+A lease saves work and guards nothing: that two workers who both believe to hold a shard do no harm is the commit
+protocol's business. Nor is a lease believed that was released as "done": whether a shard is finished is asked of its
+output, so that a shard whose output was lost is free again.
 
 A sign of life says that the work goes on, not that a process exists: an owner whose work makes no progress for
 `stall_s` falls silent, and the shard passes to another one.
@@ -46,14 +47,20 @@ DEFAULT_STALL_S = 1800.0
 
 _ERROR_CHARS = 500
 _READ_THREADS = 16
+# A listing takes a request for 1,000 names, about three names a shard. Of more shards than this it is made less often,
+# so that no waiting worker makes more than 15 requests a heartbeat.
+SHARDS_A_HEARTBEAT = 5000
 # A heartbeat that hangs in a stalled request must not hold up a worker that is told to go.
 _LAST_BEAT_S = 5.0
 
 
 @dataclass
 class _Sighting:
-    mark: tuple[int, bytes | None]
+    """A lease's number and last sign of life, since when it has shown this one, and when it was last looked at."""
+
+    mark: tuple[int, str | None]
     since: float
+    until: float
 
 
 class Lease:
@@ -189,8 +196,9 @@ class ShardClaims:
     ) -> Lease | None:
         """Claims a shard: the preferred one if it is free, else another, else one whose lease expires.
 
-        Waits while all that is left is held by others. None when every shard is finished or set aside, or once `stop`
-        is set.
+        Waits while all that is left is held by others, and takes a lease over at the second look at the latest that
+        comes after it has been silent for the TTL. None when every shard is finished or set aside, or once `stop` is
+        set.
         """
         stop = stop or threading.Event()
         is_waiting = False
@@ -204,7 +212,7 @@ class ShardClaims:
                     "waiting: other workers hold what is left: %s%s", ", ".join(left[:5]), ", …" * (len(left) > 5)
                 )
                 is_waiting = True
-            stop.wait(self.heartbeat_s)
+            stop.wait(look_interval_s(self.heartbeat_s, len(shards)))
         return None
 
     def try_next(
@@ -250,11 +258,22 @@ class ShardClaims:
 
     def _look(self, shards: Sequence[str]) -> dict[str, ClaimState]:
         """The claims of every shard that this owner does not know to be done or set aside."""
+        asked_at = self.clock()
         claims = read_claims(self.store)
+        self._watch(claims, asked_at)
         # Whoever clears the failures of a shard gives it back to those who run.
         for shard in [shard for shard in self.set_aside if not claims.get(shard, ClaimState()).failures]:
             del self.set_aside[shard]
         return {shard: claims.get(shard, ClaimState()) for shard in self._open(shards)}
+
+    def _watch(self, claims: dict[str, ClaimState], asked_at: float) -> None:
+        """Notes what every lease shows. It has been seen from when a listing came back to when the last one began."""
+        now = self.clock()
+        for shard, state in claims.items():
+            mark = (state.epoch, state.sign)
+            known = self._sightings.get(shard)
+            since = known.since if known is not None and known.mark == mark else now
+            self._sightings[shard] = _Sighting(mark, since, asked_at)
 
     def _unsettled(self, states: dict[str, ClaimState]) -> dict[str, ClaimState]:
         """Those that are still to be done; one that was finished without a release is among them."""
@@ -300,25 +319,17 @@ class ShardClaims:
         return [(shard, states[shard]) for shard in sorted(shuffled, key=rank)]
 
     def _try(self, shard: str, state: ClaimState) -> Lease | None:
-        if state.is_held and not self._has_expired(shard, state):
+        if state.is_held and not self._has_expired(shard):
             return None
         if self.is_finished(shard):
             self._finished.add(shard)
             return None
         return self._claim(shard, state)
 
-    def _has_expired(self, shard: str, state: ClaimState) -> bool:
+    def _has_expired(self, shard: str) -> bool:
         """Whether no sign of life has come for the TTL since this owner first saw the last one."""
-        before = self.clock()
-        try:
-            beat = self.store.read_bytes(lease_file(shard, state.epoch, "beat"))
-        except FileNotFoundError:
-            beat = None
-        sighting = self._sightings.get(shard)
-        if sighting is None or sighting.mark != (state.epoch, beat):
-            self._sightings[shard] = _Sighting((state.epoch, beat), self.clock())
-            return False
-        return before - sighting.since >= self.ttl_s
+        sighting = self._sightings[shard]
+        return sighting.until - sighting.since >= self.ttl_s
 
     def _claim(self, shard: str, state: ClaimState) -> Lease | None:
         replaces = read_lease(self.store, shard, state.epoch).owner if state.epoch else None
@@ -332,6 +343,11 @@ class ShardClaims:
         if state.is_held and replaces:
             logging.info("%s: taken over from %s, silent for %.0f s", shard, replaces, self.ttl_s)
         return Lease(self.store, record, self.stall_s, self.clock)
+
+
+def look_interval_s(heartbeat_s: float, n_shards: float) -> float:
+    """Seconds between the looks of a worker that waits, in a dataset of so many shards."""
+    return heartbeat_s * max(1.0, n_shards / SHARDS_A_HEARTBEAT)
 
 
 def _is_untouched(state: ClaimState) -> bool:

@@ -72,6 +72,12 @@ def test_a_silent_lease_is_taken_over_after_the_ttl_and_a_released_one_at_once()
     assert silent.makespan_s >= released.makespan_s
 
 
+def test_the_requests_of_a_waiting_fleet_grow_with_its_workers_and_not_with_their_square():
+    """500 of 1,000 workers wait for the others: at 4,000 to 5,000 names a look takes 5 requests, a look each 10 s."""
+    fleet = Fleet(workers=1000, shards=1500, windows=12, window_s=60)
+    assert simulate(fleet).peak_reads <= 1000 * 5 / 10
+
+
 def test_the_same_seed_gives_the_same_fleet():
     assert simulate(STORM) == simulate(STORM)
     assert simulate(STORM) != simulate(replace(STORM, seed=4))

@@ -31,11 +31,17 @@ class ObjectInfo:
 
 @dataclass(frozen=True)
 class Entry:
-    """An object in a listing; `modified` in seconds since 1970 by the storage's clock."""
+    """An object in a listing.
+
+    Attributes:
+      modified: seconds since 1970 by the storage's clock.
+      version: another one whenever the object is written again.
+    """
 
     name: str
     size: int
     modified: float
+    version: str
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ class ObjectStore(Protocol):
         """Every name that starts with `prefix`, at any depth, sorted; never from a cache, never a temporary file."""
 
     def listing(self, prefix: str = "") -> Listing:
-        """What `list` names, with sizes and times, at the same cost."""
+        """What `list` names, with sizes, times and versions, at the same cost in a bucket."""
 
     def delete(self, name: str) -> None:
         """Remove an object. One that is not there counts as removed."""

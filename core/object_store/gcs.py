@@ -115,7 +115,7 @@ class GcsStore:
     def listing(self, prefix: str = "") -> Listing:
         """See `ObjectStore`."""
         root = f"{self.prefix}/" if self.prefix else ""
-        fields = "items(name,size,updated),nextPageToken"
+        fields = "items(name,size,updated,generation),nextPageToken"
         query = {"prefix": root + prefix, "fields": fields, "maxResults": "1000"}
         items: list[dict[str, str]] = []
         while True:
@@ -388,7 +388,7 @@ def _explain(exc: Exception, code: int | None, tries: int) -> str:
 
 def _entry(item: dict[str, str], root: str) -> Entry:
     modified = datetime.fromisoformat(item["updated"]).timestamp()
-    return Entry(item["name"].removeprefix(root), int(item["size"]), modified)
+    return Entry(item["name"].removeprefix(root), int(item["size"]), modified, item["generation"])
 
 
 def _metadata_info(found: dict[str, Any]) -> ObjectInfo:

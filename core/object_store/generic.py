@@ -90,7 +90,7 @@ class FsspecStore:
             info = by_name[name]
             changed = info.get("mtime", info.get("created"))
             modified = changed.timestamp() if isinstance(changed, datetime) else float(changed or now)
-            entries.append(Entry(name, int(info.get("size") or 0), modified))
+            entries.append(Entry(name, int(info.get("size") or 0), modified, str(modified)))
         return Listing(tuple(entries), now)
 
     def delete(self, name: str) -> None:

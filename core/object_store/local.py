@@ -113,7 +113,9 @@ class LocalStore:
         for name, path in sorted(self._walk_names(prefix)):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                entries.append(Entry(name, stat.st_size, stat.st_mtime))
+                # What is written again is another file under the same name.
+                version = f"{stat.st_ino}-{stat.st_mtime_ns}"
+                entries.append(Entry(name, stat.st_size, stat.st_mtime, version))
         return Listing(tuple(entries), time.time())
 
     def delete(self, name: str) -> None:

@@ -200,6 +200,17 @@ def test_a_listing_says_how_large_and_how_old_each_object_is_by_the_storages_clo
     assert store.listing("nothing/").entries == ()
 
 
+def test_a_listing_gives_what_is_written_again_another_version_and_what_is_not_the_same(store: ObjectStore) -> None:
+    store.create_bytes("created", b"1")
+    seen = []
+    for _ in range(20):
+        store.replace_bytes("replaced", b"the same")
+        time.sleep(0.005)
+        seen.append({entry.name: entry.version for entry in store.listing().entries})
+    assert len({versions["replaced"] for versions in seen}) == 20
+    assert len({versions["created"] for versions in seen}) == 1
+
+
 def test_a_folder_that_cannot_be_read_is_no_empty_folder(local: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests may run as root, whom no permission bits stop."""
     local.create_bytes("a/b", b"")

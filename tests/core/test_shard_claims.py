@@ -25,7 +25,7 @@ from core.claim_records import (
 from core.errors import RunError
 from core.object_store import LocalStore, ObjectStore, RetryPolicy, open_store
 from core.plan import read_sealed_json
-from core.shard_claims import Lease, ShardClaims
+from core.shard_claims import Lease, ShardClaims, look_interval_s
 
 QUICK = RetryPolicy(base_s=0.002, cap_s=0.02, connect_timeout_s=5.0, read_timeout_s=5.0, write_timeout_s=5.0)
 CLAIMANTS = 32
@@ -152,6 +152,68 @@ def test_an_observer_that_slept_past_the_ttl_looks_again_before_it_takes_over(st
     lease.beat()
     clock.now += 1000
     assert observer.try_next(["shard_000"]) is None
+
+
+def test_one_observer_finds_the_dead_one_of_100_leases_within_the_ttl_and_two_looks():
+    store, clock = open_store("memory://one_of_100"), Clock()
+    shards = [f"shard_{number:03d}" for number in range(100)]
+    holder = claims(store, clock=clock)
+    leases = [claimed(holder, shard) for shard in shards]
+    dead = leases[37]
+    observer = claims(store, 1, clock=clock)
+    # It dies between two looks, behind its last sign of life.
+    died_at = clock.now = 50.0
+    for lease in leases:
+        lease.beat()
+    clock.now += 19.0
+    looks = []
+    while clock.now - died_at <= 90 + 2 * 20:
+        looks.append(observer.try_next(shards))
+        clock.now += 20.0
+        for lease in leases:
+            if lease is not dead:
+                lease.beat()
+    (taken,) = filter(None, looks)
+    assert taken.shard == dead.shard
+
+
+def fill(server: FakeGcs, n_leases: int) -> list[str]:
+    """Held leases with a sign of life each, put there without asking."""
+    shards = [f"shard_{number:04d}" for number in range(n_leases)]
+    for shard in shards:
+        for kind in ("json", "beat"):
+            server.state.insert("bucket", {"name": f"out/claims/{shard}/000001.{kind}"}, b"{}", {})
+    return shards
+
+
+def test_1000_observers_of_1000_leases_make_two_requests_each_a_heartbeat(server):
+    shards, store = fill(server, 1000), open_store("gs://bucket/out", QUICK)
+    clock = Clock()
+    observers = [claims(store, number, clock=clock) for number in range(5)]
+    for _ in range(6):
+        before = len(server.requests)
+        assert [observer.try_next(shards) for observer in observers] == [None] * len(observers)
+        kinds = Counter(request.kind for request in server.requests[before:])
+        # Nothing that one of them does depends on the others, so a thousand make 2,000.
+        assert kinds == {"object.list": 2 * len(observers)}
+        clock.now += 14.9
+    assert look_interval_s(20.0, 1000) == 20.0
+
+
+def test_no_waiting_worker_makes_more_than_15_requests_a_heartbeat_however_many_shards_there_are():
+    for n_shards in (1, 4_000, 5_000, 20_000, 1_000_000):
+        requests = 3 * n_shards / 1000
+        assert requests * 20.0 / look_interval_s(20.0, n_shards) <= 15
+
+
+def test_what_a_worker_saw_while_it_had_work_counts_for_the_ttl(store):
+    clock = Clock()
+    held = claimed(claims(store))
+    busy = claims(store, 1, clock=clock)
+    assert busy.try_next(["shard_000", "shard_001"]).shard == "shard_001"
+    clock.now = 90.0
+    taken = busy.try_next(["shard_000"])
+    assert (taken.shard, taken.epoch) == (held.shard, 2)
 
 
 def test_a_holder_that_comes_back_after_a_takeover_notices_and_changes_nothing(store):

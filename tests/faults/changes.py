@@ -185,7 +185,7 @@ def leases_expire_by_the_wall_clock() -> None:
 @change
 def leases_expire_at_once() -> None:
     """An observer does not wait for the TTL."""
-    ShardClaims._has_expired = lambda claims, shard, state: True
+    ShardClaims._has_expired = lambda claims, shard: True
 
 
 @change

@@ -54,7 +54,8 @@ class DictStore:
         return sorted(name for name in self.objects if name.startswith(prefix))
 
     def listing(self, prefix: str = "") -> Listing:
-        return Listing(tuple(Entry(name, len(self.objects[name]), 0.0) for name in self.list(prefix)), 0.0)
+        found = {name: self.objects[name] for name in self.list(prefix)}
+        return Listing(tuple(Entry(name, len(data), 0.0, data.hex()) for name, data in found.items()), 0.0)
 
     def delete(self, name: str) -> None:
         self.objects.pop(name, None)

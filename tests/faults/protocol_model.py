@@ -144,9 +144,8 @@ class Protocol(RuleBasedStateMachine):
             assert mark == before[shard], "a lease was stolen that had just been seen alive"
             assert self.now - since >= TTL_S, "a lease was stolen early"
             assert shard not in free
-            # Those that are free come first; of the other held ones it may have looked at any.
-            assert not free
-            self.look(worker, before, but=shard)
+            assert not free, "a lease was stolen while a shard was free"
+        self.look(worker, before, but=shard)
         assert lease.epoch == (held.epoch if held else 0) + 1
         self.held[shard] = Held(lease.epoch, worker)
         worker.lease, worker.stored = lease, None
