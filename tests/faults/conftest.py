@@ -9,7 +9,7 @@ import pytest
 from fake_gcs import FakeGcs, gcs_environment
 from fleets import LARGE, LARGE_LINES, LARGE_WIDTH, flags, is_full, make_dataset, outputs
 from nursery import Nursery, Worker
-from tally import PROPERTY, Tally, table, tried_in
+from tally import PROPERTY, Tally, Tried, missed, reasons_in, table, tried_in
 from tiny_run import committed_files
 
 
@@ -21,12 +21,29 @@ def tally(record_property) -> Tally:
 
 def pytest_terminal_summary(terminalreporter) -> None:
     """How often each fault was tried; what falls short of the whole suite, where the whole suite was asked for."""
-    config = terminalreporter.config
-    has_folder = any(Path(argument).resolve() == Path(__file__).parent for argument in config.args)
-    is_whole = is_full() and has_folder and not config.option.keyword
     terminalreporter.section("faults that were tried, with the expected result")
-    for line in table(tried_in(terminalreporter.getreports("passed")), is_whole):
+    for line in table(*_notes(terminalreporter), _is_whole(terminalreporter.config)):
         terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session) -> None:
+    """The whole suite fails when it tried a fault less often than it should."""
+    # A process of pytest-xdist reports nothing by itself.
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and _is_whole(session.config) and missed(*_notes(reporter)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _notes(reporter) -> tuple[list[Tried], dict[str, str]]:
+    return tried_in(reporter.getreports("passed")), reasons_in(reporter.getreports("skipped"))
+
+
+def _is_whole(config) -> bool:
+    """Whether all of the faults were asked for, as `make test-faults` does."""
+    asked = {Path(argument).resolve() for argument in config.args}
+    folder = Path(__file__).parent
+    return is_full() and asked >= {folder, folder.parent / "test_pod_slice.py"} and not config.option.keyword
 
 
 @pytest.fixture(scope="session")

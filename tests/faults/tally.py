@@ -1,7 +1,10 @@
-"""How often each fault was tried: every test notes it at its end, and `make test-faults` prints the sums."""
+"""How often each fault was tried: every test notes it at its end, and `make test-faults` prints the sums.
+
+It fails when one was tried less often than it should be, unless tests that were skipped say why.
+"""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,6 +50,8 @@ WANTED: dict[str, int | None] = {
 # Files each test of which tries one fault of the row.
 BY_FILE = {"test_preemption.py": PREEMPTION, "test_mutations.py": MUTATIONS, "test_pod_slice.py": HOSTS}
 PROPERTY = "tried"
+# The row that a test tries which is skipped.
+SKIPPED = "skipped"
 
 
 class Tally(Protocol):
@@ -77,17 +82,40 @@ def tried_in(reports: Iterable[Any]) -> list[Tried]:
     return tried
 
 
-def table(tried: Sequence[Tried], is_whole: bool) -> list[str]:
+def reasons_in(reports: Iterable[Any]) -> dict[str, str]:
+    """By row, why tests of it were skipped, in pytest's reports of tests that were."""
+    return {
+        row: report.longrepr[2].removeprefix("Skipped: ")
+        for report in reports
+        for name, row in report.user_properties
+        if name == SKIPPED
+    }
+
+
+def missed(tried: Sequence[Tried], reasons: Mapping[str, str]) -> list[str]:
+    """The rows that the whole suite tried less often than it should have, with no reason given."""
+    times = _times(tried)
+    return [row for row, wanted in WANTED.items() if times[row] < (wanted or 1) and row not in reasons]
+
+
+def table(tried: Sequence[Tried], reasons: Mapping[str, str], is_whole: bool) -> list[str]:
     """How often, and the seconds of the tests behind it; of the whole suite also which rows fell short."""
-    times, seconds = Counter[str](), Counter[str]()
+    times, seconds = _times(tried), Counter[str]()
     for each in tried:
-        times[each.row] += each.times
         seconds[each.row] += each.seconds
+    notes = {row: f"  SKIPPED: {reason}" for row, reason in reasons.items()}
+    if is_whole:
+        notes |= dict.fromkeys(missed(tried, reasons), "  MISSED")
     lines = []
     for row, wanted in WANTED.items():
-        if not (is_whole or times[row]):
-            continue
-        of = f" of {wanted}" if wanted and is_whole else ""
-        missed = "  MISSED" if is_whole and times[row] < (wanted or 1) else ""
-        lines.append(f"{row:<50} {times[row]:>6}{of:<8} {seconds[row]:7.1f} s{missed}")
+        if is_whole or times[row] or row in notes:
+            of = f" of {wanted}" if wanted and is_whole else ""
+            lines.append(f"{row:<50} {times[row]:>6}{of:<8} {seconds[row]:7.1f} s{notes.get(row, '')}")
     return lines
+
+
+def _times(tried: Sequence[Tried]) -> Counter[str]:
+    times = Counter[str]()
+    for each in tried:
+        times[each.row] += each.times
+    return times

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from fleets import check_committed, check_finished, flags, sample
 from nursery import Worker
-from tally import FULL_DISK
+from tally import FULL_DISK, SKIPPED
 
 
 @pytest.fixture
-def small_disk(place) -> Iterator[Path]:
+def small_disk(place, record_property) -> Iterator[Path]:
     """A disk of a few hundred kilobytes."""
     disk = place / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "faults", str(disk)], capture_output=True)
     if mounted.returncode:
+        record_property(SKIPPED, FULL_DISK)
         pytest.skip("mounting a small disk needs root")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
