@@ -42,6 +42,7 @@ class HostSession:
         self.stop = StopOfAny(hosts, name, stop)
 
     def __enter__(self) -> "HostSession":
+        self.hosts.begin_session(self.name)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -54,6 +55,9 @@ class HostSession:
             # host stopped because of it before it missed a part.
             others = range(1, self.hosts.count) if self.hosts.is_first else (0,)
             endings = [(host, Ending(**self.hosts.wait_for(self._key("ended", host)))) for host in others]
+            if self.hosts.is_first:
+                # The others may still have to read how this one ended.
+                self.hosts.forget_earlier_sessions()
             for host, ending in endings:
                 _raise_error_of(host, ending)
 

@@ -61,6 +61,7 @@ class Hosts:
         self._left = threading.Event()
         self._failure: str | None = None
         self._stopping: frozenset[str] = frozenset()
+        self._sessions: list[str] = []
         self._rounds = 0
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._watch_the_watch)]
 
@@ -135,9 +136,21 @@ class Hosts:
         return {} if self._service is None else {k: json.loads(v) for k, v in self._said(f"{folder}/").items()}
 
     def forget(self, key: str) -> None:
-        """Removes what every host has read."""
+        """Removes what every host has read under a key, and under all keys that begin with it and a slash."""
         if self._service is not None:
             self._service.key_value_delete(_key(key))
+
+    def begin_session(self, name: str) -> None:
+        """Notes that this host has come to a session."""
+        self._sessions.append(name)
+
+    def forget_earlier_sessions(self) -> None:
+        """Removes what was told in the sessions before the last one, to whose end all hosts have come."""
+        *earlier, last = self._sessions
+        for name in earlier:
+            for key in (name, f"session/{name}", f"stopping/{name}"):
+                self.forget(key)
+        self._sessions = [last]
 
     def is_stopping(self, session: str) -> bool:
         """Whether a host has asked for the end of a session, a second ago or earlier."""

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -38,7 +39,9 @@ class Service:
 
     def key_value_delete(self, key: str) -> None:
         with self.changed:
-            self.values.pop(key, None)
+            gone = [name for name in self.values if name == key or name.startswith(f"{key}/")]
+            for name in gone:
+                del self.values[name]
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +51,11 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(hosts_module, "leave_hosts", lambda: None)
 
 
-def together(n_hosts: int, work: Callable[[Hosts], object], timeout_s: float = 30.0) -> list[object]:
+def together(
+    n_hosts: int, work: Callable[[Hosts], object], timeout_s: float = 30.0, service: Service | None = None
+) -> list[object]:
     """What `work` returned or raised on each host."""
-    service = Service()
+    service = service or Service()
 
     def one(number: int) -> object:
         try:
@@ -132,6 +137,35 @@ def test_the_stop_of_a_session_is_not_that_of_the_next():
             return session.stop.is_set()
 
     assert together(2, work) == [False, False]
+
+
+def test_what_was_told_in_sessions_is_forgotten_but_for_the_last_one():
+    service, kept = Service(), list[int]()
+
+    def work(hosts: Hosts) -> object:
+        for number in range(1, 13):
+            if hosts.is_first:
+                hosts.tell(f"session/{number}", f"shard_{number}")
+                kept.append(len(service.values))
+            else:
+                assert hosts.wait_for(f"session/{number}") == f"shard_{number}"
+            stop = threading.Event()
+            with suppress(RunError), HostSession(hosts, str(number), stop) as session:
+                session.agree("found", lambda: 0)
+                if number == 5 and hosts.number == 2:
+                    raise RunError("s.jsonl:3: broken")
+                if number == 7 and hosts.is_first:
+                    stop.set()
+                    assert session.stop.is_set()
+                told = session.gather("stored/1", hosts.number)
+                session.share("committed/1", told or None)
+        return "done"
+
+    assert together(3, work, service=service) == ["done"] * 3
+    # What two sessions leave, and the signs of life.
+    assert max(kept) <= 24
+    names = {name.removeprefix("extract_activations/").split("/")[0] for name in service.values}
+    assert names <= {"12", "session", "beat", "left"}
 
 
 def test_a_host_that_fails_outside_of_a_session_ends_those_that_wait_for_it():
