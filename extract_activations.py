@@ -186,8 +186,9 @@ def extract(args: argparse.Namespace) -> int:
     result = run(config, _certifier() if config.certify else None)
     for line in result.lines():
         logging.info(line)
-    if config.json:
-        print(json.dumps(result.to_json()))
+    printed = result.to_json()
+    if config.json and printed is not None:
+        print(json.dumps(printed))
     return result.exit_code
 
 

@@ -156,6 +156,10 @@ class Hosts:
         """Whether a host has asked for the end of a session, a second ago or earlier."""
         return session in self._stopping
 
+    def asks_to_stop(self, session: str) -> Callable[[], bool] | None:
+        """What says whether a host has asked for the end of a session; None for a host on its own."""
+        return None if self._service is None else lambda: self.is_stopping(session)
+
     def check(self) -> None:
         """Raises RunError when another host has ended with an error."""
         if self._failure is not None:

@@ -76,6 +76,21 @@ class Summary:
         ]
 
 
+@dataclass(frozen=True)
+class HostEnd:
+    """How a run ended on a host of a slice that is not the first one, which reports for all of them."""
+
+    host: int
+    exit_code: int
+
+    def lines(self) -> list[str]:
+        """The end for people."""
+        return [f"host {self.host} is done; host 0 reports on the run"]
+
+    def to_json(self) -> None:
+        """Nothing: one object is printed for a run."""
+
+
 class Progress:
     """Counts what a run has done and shows it while it goes on.
 
@@ -85,6 +100,7 @@ class Progress:
       log: takes one line for people.
       metrics_path: a JSON line is appended for each commit.
       n_hosts: that have a part of every window: what this one computes stands for as much on each of the others.
+      is_shown: whether this host shows how the run goes on; of a slice the first one does.
     """
 
     def __init__(
@@ -96,6 +112,7 @@ class Progress:
         log: Callable[[str], None],
         metrics_path: Path,
         n_hosts: int = 1,
+        is_shown: bool = True,
     ) -> None:
         self._pipeline = pipeline
         self._expected = expected_samples
@@ -103,6 +120,7 @@ class Progress:
         self._log = log
         self._metrics_path = metrics_path
         self._n_hosts = n_hosts
+        self._is_shown = is_shown
         self._started = time.monotonic()
         self._lock = threading.Lock()
         self._finished = threading.Event()
@@ -113,18 +131,23 @@ class Progress:
         self.empty_samples = 0
 
     def __enter__(self) -> "Progress":
-        self._ticker.start()
+        if self._is_shown:
+            self._ticker.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._finished.set()
-        self._ticker.join()
+        if self._is_shown:
+            self._ticker.join()
 
     def computed(self, samples: int, tokens: int) -> None:
         """Counts samples whose activations have reached this host."""
         with self._lock:
             self.samples_computed += samples * self._n_hosts
             self.tokens_computed += tokens * self._n_hosts
+            if self._n_hosts > 1:
+                # Parts are even in tokens, not in samples, so that the sum is a guess.
+                self.samples_computed = min(self.samples_computed, self._expected - self._committed_before)
 
     def committed(self, record: CommitRecord) -> None:
         """Counts a committed window and appends a line of metrics."""

@@ -12,7 +12,7 @@ from absl import logging
 
 from core.errors import UsageError
 from core.extraction import is_complete, resume_place
-from core.host_session import HostSession
+from core.host_session import HostSession, StopOfAny
 from core.hosts import ALONE, Hosts, join_hosts
 from core.jax_utils import enable_compilation_cache
 from core.job import (
@@ -26,7 +26,7 @@ from core.job import (
 )
 from core.plan import differing_fields
 from core.planning import PlanReport, plan_run
-from core.progress import Summary
+from core.progress import HostEnd, Summary
 from core.run_config import RunConfig
 from core.sharded_run import BeforeExtraction, run_shards
 from core.signals import stop_on_signals
@@ -41,8 +41,12 @@ _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD = -3
 
 
-def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) -> "Summary | PlanReport | StepEstimate":
+def run(
+    config: RunConfig, before_extraction: BeforeExtraction | None = None
+) -> "Summary | PlanReport | StepEstimate | HostEnd":
     """Runs (or with `config.plan` prices) one worker's extraction. Raises RunError, UsageError or ModelError.
+
+    Of the hosts of a slice the first one gets the report.
 
     before_extraction: called once with the (first) job and its stores when there is something left to extract, before
     anything is written or loaded. What it raises ends the run.
@@ -59,7 +63,8 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
     # What fails behind this is told on all hosts.
     with _join_hosts(config) as hosts:
         _require_same_flags(config, hosts)
-        return _run(config, hosts, before_extraction)
+        report = _run(config, hosts, before_extraction)
+    return report if hosts.is_first else HostEnd(hosts.number, report.exit_code)
 
 
 def _run(config: RunConfig, hosts: Hosts, before_extraction: BeforeExtraction | None) -> Summary | PlanReport:
@@ -152,7 +157,7 @@ def _extract(job: Job, before_extraction: BeforeExtraction | None) -> Summary:
         before_extraction(job, stores)
     model = load(job, prepared.first_shape) if prepared.windows is not None else None
     with (
-        stop_on_signals(job.config.stop_grace_s) as stop,
-        HostSession(job.hosts, "run", stop) as session,
+        stop_on_signals(job.config.stop_grace_s, is_told=job.hosts.asks_to_stop("run")) as stop,
+        HostSession(job.hosts, "stream", StopOfAny(job.hosts, "run", stop)) as session,
     ):
         return run_stream(prepared, model, session)

@@ -93,7 +93,8 @@ def run_shards(
     model = load(jobs[0]) if anything_left else None
     if jobs[0].hosts.count > 1:
         jobs[0].hosts.abandon = run.abandon
-    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon) as told_here:
+    is_told = jobs[0].hosts.asks_to_stop("run")
+    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon, is_told=is_told) as told_here:
         if model is not None:
             run.work(model, StopOfAny(jobs[0].hosts, "run", told_here))
         return run.summary(model)

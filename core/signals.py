@@ -18,6 +18,9 @@ STOP_GRACE_S = 15.0
 _ABANDON_S = 3.0
 _ONE_REQUEST_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# In place of a signal: another host has got one.
+_TOLD = 0
+_ASK_EVERY_S = 1.0
 
 
 def _nothing() -> None:
@@ -30,15 +33,18 @@ def stop_on_signals(
     *,
     abandon: Callable[[], None] = _nothing,
     say: Callable[[str], None] = logging.warning,
+    is_told: Callable[[], bool] | None = None,
 ) -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets: the run is to end after what it can commit.
 
     If the block has not ended `grace_s` later, or at a second signal, `abandon` is called, for at most a few seconds,
     and the process exits with 128 + the signal's number: nothing half-written counts, see the commit protocol. Must be
     entered in the main thread.
+
+    is_told: asked every second whether another host stops, which counts as SIGTERM here; the signal itself may follow.
     """
     stop = threading.Event()
-    watch = _Watch(stop, grace_s, abandon, say)
+    watch = _Watch(stop, grace_s, abandon, say, is_told)
     before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
     try:
         with watch:
@@ -60,12 +66,18 @@ class _Watch:
     """
 
     def __init__(
-        self, stop: threading.Event, grace_s: float, abandon: Callable[[], None], say: Callable[[str], None]
+        self,
+        stop: threading.Event,
+        grace_s: float,
+        abandon: Callable[[], None],
+        say: Callable[[str], None],
+        is_told: Callable[[], bool] | None,
     ) -> None:
         self._stop = stop
         self._grace_s = grace_s
         self._abandon = abandon
         self._say = say
+        self._is_told = is_told
         self._received, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._ended = threading.Event()
@@ -85,18 +97,33 @@ class _Watch:
         self._wakeup.close()
 
     def _run(self) -> None:
-        first = self._next_signal(None)
+        first = self._first_signal()
         if first is None:
             return
         self._stop.set()
-        self._say(f"{signal.Signals(first).name}: committing what is computed, then stopping")
-        told = time.monotonic()
-        second = self._next_signal(told + self._grace_s)
+        reason = "another host stops" if first == _TOLD else signal.Signals(first).name
+        self._say(f"{reason}: committing what is computed, then stopping")
+        asked = time.monotonic()
+        deadline = asked + self._grace_s
+        second = self._next_signal(deadline)
+        if first == _TOLD and second is not None:
+            # What the other host got has come here, too.
+            first, asked, second = second, time.monotonic(), self._next_signal(deadline)
         # The end of a machine signals the worker, its guard and its supervisor, which both pass it on.
-        while second == signal.SIGTERM and time.monotonic() < told + _ONE_REQUEST_S:
-            second = self._next_signal(told + self._grace_s)
+        while second == signal.SIGTERM and time.monotonic() < asked + _ONE_REQUEST_S:
+            second = self._next_signal(deadline)
         if not self._ended.is_set():
-            self._give_up(second or first)
+            self._give_up(second or first or signal.SIGTERM)
+
+    def _first_signal(self) -> int | None:
+        """The first SIGTERM or SIGINT, or _TOLD; None when the block has ended."""
+        while not self._ended.is_set():
+            number = self._next_signal(None if self._is_told is None else time.monotonic() + _ASK_EVERY_S)
+            if number is not None:
+                return number
+            if self._is_told is not None and self._is_told():
+                return _TOLD
+        return None
 
     def _next_signal(self, deadline: float | None) -> int | None:
         """The next SIGTERM or SIGINT; None when the block has ended or the deadline has come."""

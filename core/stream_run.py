@@ -146,6 +146,7 @@ def run_stream(
         log=log,
         metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
         n_hosts=min(job.hosts.count, job.plan.parts),
+        is_shown=job.hosts.is_first,
     )
     if on_start is not None:
         on_start(progress)

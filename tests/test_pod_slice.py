@@ -92,6 +92,7 @@ def start_slice(
             ),
             cwd=(disks or [folder] * n_hosts)[host],
             env=environment(**env, **({"ACTIVATIONS_FAULT": fault} if fault else {})),
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -144,9 +145,14 @@ def test_another_number_of_hosts_finishes_with_the_same_bytes(folder, calm, n_ho
     shutil.copytree(calm, out)
     for path in out.glob("tpu_0/*_000[2-9]*"):
         path.unlink()
-    ends = finish(start_slice(folder, out.name, n_hosts))
-    assert [code for code, _ in ends] == [0] * n_hosts, ends
+    hosts = start_slice(folder, out.name, n_hosts, "--json")
+    printed, said = zip(*(host.communicate(timeout=120) for host in hosts), strict=True)
+    assert [host.returncode for host in hosts] == [0] * n_hosts, said
     assert bytes_of(out) == bytes_of(calm)
+    # The first one reports for all.
+    assert json.loads(printed[0])["status"] == "complete"
+    assert set(printed[1:]) <= {""}
+    assert ["complete: " in text for text in said] == [True] + [False] * (n_hosts - 1)
 
 
 @pytest.mark.parametrize(("host", "fault"), DEATHS)
@@ -178,6 +184,20 @@ def test_sigterm_to_one_host_stops_all_in_good_order(folder, calm):
     verified = run("analyze_activations.py", "verify", out, "--allow_unfinished", cwd=folder)
     assert verified.returncode == 0, verified.stdout
     assert "shard_0001_part_0.pkl.gz" in bytes_of(out / "tpu_0")
+
+
+def test_a_host_that_is_told_to_stop_and_hangs_ends_within_the_grace_too(folder):
+    out = folder / "told"
+    flags = ("--stop_grace_s", 3, "--host_timeout_s", 60)
+    hosts = start_slice(folder, out.name, 2, *flags, stream="long.jsonl", host_0="encode.after@12=hang")
+    deadline = time.monotonic() + 60
+    while not (out / "tpu_0/shard_0001.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    hosts[1].send_signal(signal.SIGTERM)
+    ends = finish(hosts)
+    # Once the other host had been silent for the minute it would be 1.
+    assert [code for code, _ in ends] == [143, 143], ends
+    assert "another host stops" in ends[0][1]
 
 
 def test_an_error_of_one_host_is_told_on_all(folder):
@@ -221,7 +241,7 @@ def test_a_slice_claims_shards_as_one_worker_and_sets_a_bad_one_aside(folder):
     flags = ("--use_sharded_dataset", "--sharded_dataset_dir", "dataset", "--overlong", "refuse")
     ends = finish(start_slice(folder, "claimed", 2, *flags))
     assert [code for code, _ in ends] == [1, 1], ends
-    assert all("SET ASIDE shard_001" in said for _, said in ends)
+    assert "SET ASIDE shard_001" in ends[0][1]
     finished = {path.parent.name for path in (folder / "claimed").glob("shard_*/shard_0001_part_1.pkl.gz")}
     assert finished >= {"shard_000", "shard_002"}
     assert len(list((folder / "claimed/claims").glob("shard_000/*.json"))) == 1  # of one claimant
@@ -251,7 +271,7 @@ def test_a_shard_whose_data_fails_on_one_host_alone_is_set_aside(folder, tmp_pat
     flags = ("--use_sharded_dataset", "--sharded_dataset_dir", "dataset", "--shard_size_gb", 1, "--batch_size", 1)
     ends = finish(start_slice(tmp_path, "out", 2, *flags))
     assert [code for code, _ in ends] == [1, 1]
-    assert all("SET ASIDE shard_000" in said for _, said in ends)
+    assert "SET ASIDE shard_000" in ends[0][1]
     assert len(list((tmp_path / "out/claims").glob("shard_000/0*.json"))) == 3  # leases
 
 

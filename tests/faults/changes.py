@@ -205,7 +205,7 @@ def signals_wait_for_the_main_thread() -> None:
     """The way most programs do it."""
 
     @contextmanager
-    def plainly(grace_s=15.0, *, abandon=None, say=None):
+    def plainly(grace_s=15.0, **others):
         stop = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: stop.set())
         yield stop
