@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 
 from core import backend
 from core.activation_storage import ActivationStorage
@@ -368,16 +368,47 @@ def check_peaks(flight: StepInFlight, fetch: Fetch, job: Job) -> None:
     is_stored = fetch.stored if job.reduction is None else fetch.units()
     for site, peaks in flight.output.peaks().items():
         for slot, row, unit in np.argwhere(~(peaks <= limit) & is_stored):
-            after = f" after layer {job.layers[site][slot]}" if SITES[site].per_layer else ""
+            if not np.isfinite(peaks[slot, row, unit]):
+                raise RunError(_not_finite(flight, fetch, job, row, is_stored[row]))
             sample, place = _place_of(flight, fetch, job, row, unit)
-            where = f"{job.stream_path}, sample_idx {sample.sample_idx}, {site}{after}"
-            if np.isfinite(peaks[slot, row, unit]):
-                raise RunError(
-                    f"{where}: magnitude {peaks[slot, row, unit]:.0f} {place} does not fit "
-                    f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
-                    "leave such tokens out, see --exclude_norm_outliers"
-                )
-            raise RunError(f"{where}: the model computes NaN or infinity {place}: try --compute_dtype float32")
+            raise RunError(
+                f"{job.stream_path}, sample_idx {sample.sample_idx}, {_stage(job, site, slot)}: "
+                f"magnitude {peaks[slot, row, unit]:.0f} {place} does not fit "
+                f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
+                "leave such tokens out, see --exclude_norm_outliers"
+            )
+
+
+def _not_finite(flight: StepInFlight, fetch: Fetch, job: Job, row: int, is_stored: Bool[np.ndarray, "U"]) -> str:
+    """What is wrong with a row: the sample that holds a NaN or infinity, or those of which one brought it in.
+
+    Attention gives what a token does not see the weight zero, and zero times NaN is NaN: behind the next attention the
+    other samples of the row have it too. Where fewest of them have it is nearest to where it came up.
+    """
+    found: list[tuple[str, dict[int, list[str]]]] = []
+    for site, peaks in flight.output.peaks().items():
+        for slot, values in enumerate(peaks[:, row]):
+            places: dict[int, list[str]] = {}
+            for unit in np.flatnonzero(~np.isfinite(values) & is_stored):
+                sample, place = _place_of(flight, fetch, job, row, int(unit))
+                places.setdefault(sample.sample_idx, []).append(place)
+            if places:
+                found.append((_stage(job, site, slot), places))
+    stage, places = min(found, key=lambda item: len(item[1]))
+    if len(places) == 1:
+        ((sample_idx, (place, *more)),) = places.items()
+        return (
+            f"{job.stream_path}, sample_idx {sample_idx}, {stage}: the model computes NaN or infinity "
+            f"{'first ' if more else ''}{place}: try --compute_dtype float32"
+        )
+    return (
+        f"{job.stream_path}, one of sample_idx {', '.join(map(str, places))}, which share a row, {stage}: the model "
+        "computes NaN or infinity: try --compute_dtype float32; with --no_pack the error names the sample"
+    )
+
+
+def _stage(job: Job, site: str, slot: int) -> str:
+    return f"{site} after layer {job.layers[site][slot]}" if SITES[site].per_layer else site
 
 
 def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int) -> tuple[TokenizedSample, str]:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import re
 import time
 import weakref
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_run import N_LAYERS, arc_lines, cache_dir, committed_files, token_lines, write_jsonl, write_model
 
 from analysis.verification import verify
@@ -276,6 +278,41 @@ def test_float16_overflow_is_refused_on_the_first_window_naming_sample_layer_and
 def test_nan_weights_are_reported_not_stored(config, tmp_path):
     with pytest.raises(RunError, match="NaN or infinity"):
         run(replace(config, model_path=str(write_model(tmp_path / "nan", scale=float("nan"))), dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """A model whose embedding of token 319 is NaN."""
+    path = write_model(tmp_path_factory.mktemp("broken"))
+    weights = load_file(path / "model.safetensors")
+    weights["model.embed_tokens.weight"][319] = np.nan
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("sites", "pack", "error"),
+    [
+        (("residual", "embedding"), True, "sample_idx 17, embedding: the model computes NaN or infinity at token 3"),
+        (("residual",), False, "sample_idx 17, residual after layer 0: the model computes NaN or infinity first at"),
+        (("residual",), True, "one of sample_idx "),
+    ],
+)
+def test_a_nan_names_its_own_sample_or_those_that_share_its_row(config, broken, tmp_path, sites, pack, error):
+    lines = [{"input_ids": [token % 319 for token in line["input_ids"][:20]]} for line in token_lines(40)]
+    lines[17]["input_ids"][3] = 319
+    stream = write_jsonl(tmp_path / "broken.jsonl", lines)
+    bad = replace(config, model_path=str(broken), dataset_path=str(stream), activation_type=sites, pack=pack)
+    with pytest.raises(RunError) as raised:
+        run(replace(bad, layers_to_extract=(0, 1), dtype="float32"))
+    assert error in str(raised.value)
+    if "one of" in error:
+        listed = re.search(
+            r"one of sample_idx ([0-9, ]+), which share a row, residual after layer 0", str(raised.value)
+        )
+        assert 17 in (samples := list(map(int, listed[1].split(", "))))
+        assert 1 < len(samples) < 40
+        assert "--no_pack" in str(raised.value)
 
 
 @pytest.mark.parametrize("format_name", ["safetensors", "planes"])
