@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 BUCKET = "bench"
@@ -22,9 +23,26 @@ with FakeGcs(["{BUCKET}"], float(sys.argv[1]) or None) as server:
 """
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket on loopback, and the process that answers for it."""
+
+    url: str
+    pid: int
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the server so far; 0 where there is no /proc."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:
+            return 0.0
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 @contextmanager
-def bucket_server(megabytes_per_second: float = 0) -> Iterator[str]:
-    """The URL of an empty bucket; this process's environment leads there meanwhile. 0: as fast as loopback is."""
+def bucket_server(megabytes_per_second: float = 0) -> Iterator[Bucket]:
+    """An empty bucket; this process's environment leads there meanwhile. 0: as fast as loopback is."""
     command = [sys.executable, "-c", _SERVER, str(megabytes_per_second * 1e6)]
     before = dict(os.environ)
     with subprocess.Popen(command, cwd=_TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
@@ -32,7 +50,7 @@ def bucket_server(megabytes_per_second: float = 0) -> Iterator[str]:
         assert server.stdout is not None
         try:
             os.environ |= json.loads(server.stdout.readline())
-            yield f"gs://{BUCKET}"
+            yield Bucket(f"gs://{BUCKET}", server.pid)
         finally:
             server.stdin.close()
             os.environ.clear()

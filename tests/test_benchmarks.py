@@ -210,6 +210,8 @@ def test_storage_measures_every_way_and_reads_back_what_it_wrote(source, capsys,
     (upload,) = result["uploads"]
     assert upload["files"] > 6
     assert upload["raw_mb_s"] <= 51
+    assert 0 < upload["cpu_allows"] < 1.0
+    assert all(upload[side]["ours"] > 0 for side in ("raw_busy", "run_busy"))
     assert list(tmp_path.iterdir()) == []
 
 

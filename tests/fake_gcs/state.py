@@ -1,6 +1,7 @@
 """What the fake bucket service holds, and the rules by which it changes. No HTTP here.
 
-Every public method of `GcsState` is atomic: one lock, taken for the whole of a precondition check and its write.
+Every public method of `GcsState` is atomic: one lock, taken for the whole of a precondition check and its write. A
+chunk of a resumable upload holds the lock of its session, and that one only for what it changes for others.
 """
 
 from __future__ import annotations
@@ -61,6 +62,19 @@ def crc32c_base64(data: bytes) -> str:
 def md5_base64(data: bytes) -> str:
     """MD5 as the API writes it."""
     return base64.b64encode(hashlib.md5(data).digest()).decode()
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """The checksums of an object, as the API writes them; what was composed of others has no MD5."""
+
+    crc32c: str
+    md5: str | None
+
+    @classmethod
+    def of(cls, data: bytes) -> Hashes:
+        """Computed before the lock is taken, so that large uploads do not wait for each other."""
+        return cls(crc32c_base64(data), md5_base64(data))
 
 
 SETTABLE = ("contentType", "contentEncoding", "contentLanguage", "contentDisposition", "cacheControl", "customTime")
@@ -134,6 +148,7 @@ class Upload:
     query: dict[str, str]
     data: bytearray = field(default_factory=bytearray)
     finished: StoredObject | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass
@@ -187,11 +202,12 @@ class GcsState:
         name = resource.get("name") or query.get("name")
         if not name:
             raise ApiError(400, "required", "Required parameter: name")
+        hashes = Hashes.of(data)
         with self.lock:
             objects = self._objects(bucket)
             check_preconditions(objects.get(name), query)
-            _check_declared_hashes(resource, data)
-            return self._put(bucket, name, data, resource)
+            _check_declared_hashes(resource, hashes)
+            return self._put(bucket, name, data, hashes, resource)
 
     def delete(self, bucket: str, name: str, query: Query) -> None:
         """404 if absent, 412 by the preconditions."""
@@ -228,7 +244,8 @@ class GcsState:
             objects = self._objects(target[0])
             check_preconditions(objects.get(target[1]), query)
             fields = {**found.settings, "metadata": found.metadata, **resource}
-            return self._put(*target, found.data, fields, components=found.components)
+            hashes = Hashes(found.crc32c, found.md5)
+            return self._put(*target, found.data, hashes, fields, components=found.components)
 
     def move(self, bucket: str, name: str, target: str, query: Query) -> StoredObject:
         """moveTo: a rename inside a bucket."""
@@ -252,7 +269,8 @@ class GcsState:
             check_preconditions(self.buckets[bucket].get(name), query)
             data = b"".join(source.data for source in sources)
             components = sum(source.components or 1 for source in sources)
-            return self._put(bucket, name, data, request.get("destination") or {}, components=components)
+            hashes = Hashes(crc32c_base64(data), None)
+            return self._put(bucket, name, data, hashes, request.get("destination") or {}, components=components)
 
     def list_objects(self, bucket: str, query: Query, base_url: str) -> dict[str, Any]:
         """One page: items and prefixes in name order, both counted against maxResults."""
@@ -305,6 +323,7 @@ class GcsState:
         """
         with self.lock:
             upload = self._upload(upload_id)
+        with upload.lock:
             if upload.finished is not None:
                 return upload.finished
             if first is not None:
@@ -325,7 +344,13 @@ class GcsState:
         upload.data += data[persisted - first : max(end - first, 0)]
 
     def _put(
-        self, bucket: str, name: str, data: bytes, resource: Mapping[str, Any], components: int | None = None
+        self,
+        bucket: str,
+        name: str,
+        data: bytes,
+        hashes: Hashes,
+        resource: Mapping[str, Any],
+        components: int | None = None,
     ) -> StoredObject:
         self._last_generation = generation = max(self._last_generation + 1, time.time_ns() // 1000)
         now = _now()
@@ -335,8 +360,8 @@ class GcsState:
             name,
             data,
             generation,
-            crc32c_base64(data),
-            None if components is not None else md5_base64(data),
+            hashes.crc32c,
+            hashes.md5,
             settings,
             {key: str(value) for key, value in (resource.get("metadata") or {}).items()},
             now,
@@ -377,8 +402,8 @@ def check_preconditions(found: StoredObject | None, query: Query, reading: bool 
             raise ApiError(304, "notModified", "Not Modified") if reading else condition_not_met("If-None-Match")
 
 
-def _check_declared_hashes(resource: Mapping[str, Any], data: bytes) -> None:
-    for key, label, actual in (("crc32c", "CRC32C", crc32c_base64(data)), ("md5Hash", "MD5 hash", md5_base64(data))):
+def _check_declared_hashes(resource: Mapping[str, Any], hashes: Hashes) -> None:
+    for key, label, actual in (("crc32c", "CRC32C", hashes.crc32c), ("md5Hash", "MD5 hash", hashes.md5)):
         declared = resource.get(key)
         if declared is not None and declared != actual:
             raise invalid(f'Provided {label} "{declared}" doesn\'t match calculated {label} "{actual}".')
