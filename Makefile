@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-faults test-tpu test-launchers lint bench clean
+.PHONY: help install demo test test-faults test-tpu test-gpu test-launchers lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-faults  kills, pauses, races, lost replies, full disks: all counts"
 	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
 	@echo "make test-tpu   the TPU estimates against their baselines, by the TPU's compiler; no TPU needed"
+	@echo "make test-gpu   the attention kernel and the step, by the GPU's compiler; no GPU needed"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the benchmarks, see benchmarks/README.md"
 
@@ -60,6 +61,14 @@ test-launchers: build/launchers/.installed
 
 test-tpu: .venv/.installed-lab
 	TPU_LAB=all $(BIN)/python -m pytest tests/core/test_tpu_estimate.py tests/qwen2_jax/test_tpu_compile.py
+
+# 600 MB, outside of .venv: JAX looks for a GPU wherever this is installed.
+build/gpu_compiler/.installed: .venv/.installed-dev
+	$(PIP) --no-deps --target build/gpu_compiler jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
+	@touch $@
+
+test-gpu: build/gpu_compiler/.installed
+	JAX_PLATFORMS=cpu PYTHONPATH=build/gpu_compiler $(BIN)/python -m pytest tests/qwen2_jax/test_gpu_compile.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

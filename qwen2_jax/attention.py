@@ -9,6 +9,7 @@ later) to itself. All implementations work from that first visible index alone; 
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from qwen2_jax.rope import Tables, rotate
+
+if TYPE_CHECKING:
+    from qwen2_jax.gpu_attention import Tiles
 
 # Finite, so that a block in which a query sees nothing gives numbers that a later block wipes out, not NaN.
 MASKED_LOGIT = -1e30
@@ -27,7 +31,7 @@ QUERY_BLOCK_FEW_GROUPS = 256
 QUERY_BLOCK_MANY_GROUPS = 128
 MANY_GROUPS = 4
 
-# Rows of another length are not cut into whole blocks of the TPU's kernel.
+# Rows of another length are not cut into whole blocks of the kernels for TPU and GPU.
 ROW_MULTIPLE = 128
 
 # From the products of queries and keys to logits, before the mask.
@@ -68,9 +72,17 @@ def attention(
         from qwen2_jax.tpu_attention import splash_attention
 
         paths["tpu"] = partial(splash_attention, scale=scale, softcap=softcap)
-    default = _rotated(partial(_dense, logit_of=logit_of))
+    if tiles := _gpu_tiles(q, softcap):
+        from qwen2_jax.gpu_attention import triton_attention
+
+        paths["cuda"] = partial(triton_attention, scale=scale, softcap=softcap, tiles=tiles)
     # Chosen when lowering, not from the default backend: a CPU host also compiles ahead of time for TPUs.
-    return lax.platform_dependent(q, k, v, first, rotary, **paths, default=default)
+    return lax.platform_dependent(q, k, v, first, rotary, **paths, default=dense_path(scale, softcap))
+
+
+def dense_path(scale: float | Array, softcap: float | None) -> AttentionPath:
+    """What compilers make of plain operations: right everywhere, and slow where rows are long."""
+    return _rotated(partial(_dense, logit_of=partial(_logits, scale=scale, softcap=softcap)))
 
 
 def _suits_splash(q: Float[Array, "B T K G H"]) -> bool:
@@ -78,6 +90,19 @@ def _suits_splash(q: Float[Array, "B T K G H"]) -> bool:
     rows, length = q.shape[:2]
     bits = (rows * length - 1).bit_length() + (length - 1).bit_length()
     return q.dtype == jnp.bfloat16 and length % ROW_MULTIPLE == 0 and bits <= 31
+
+
+def _gpu_tiles(q: Float[Array, "B T K G H"], softcap: float | None) -> "Tiles | None":
+    """Where this process has such a GPU and its kernel takes q: how it cuts its work."""
+    if q.dtype != jnp.bfloat16 or q.shape[1] % ROW_MULTIPLE or not _has_cuda():
+        return None
+    from qwen2_jax.gpu_tiles import usable_tiles
+
+    return usable_tiles(q.shape[-1], softcap)
+
+
+def _has_cuda() -> bool:
+    return jax.default_backend() == "gpu" and "cuda" in jax.local_devices()[0].client.platform_version
 
 
 def _rotated(path: Callable[[Array, Array, Array, Array], Array]) -> AttentionPath:
