@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 from core.backend import StepRequest
 from core.batching import StepArrays
 from core.device_mesh import device_bytes, device_share, model_parallelism
+from core.host_copies import begin_copies
 from core.model_shape import ModelShape
 from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
 from qwen2_jax.errors import ModelError, UnsupportedError
@@ -183,11 +184,8 @@ class JaxStepOutput:
         return wanted
 
     def _begin(self) -> dict[str, Array]:
-        fetched = self.on_device(self._kept)
-        for array in fetched.values():
-            array.copy_to_host_async()
-        self._fetched = fetched
-        return fetched
+        self._fetched = begin_copies(self.on_device(self._kept))
+        return self._fetched
 
     def fetch(self) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
         """See the protocol."""

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32, Shaped
 from core import backend
 from core.batching import StepArrays
 from core.fetching import Fetch
+from core.host_copies import begin_copies
 from core.reducing import ReducedSite, StepRows, reduce_site
 from core.reductions import Reduction, array_name
 from qwen2_jax.sharding import DATA_AXIS
@@ -52,9 +53,7 @@ class ReducedStep:
             if key not in self._programs:
                 self._programs[key] = _Program(shardings, self._reduction, self._dtype)
             reduced = self._programs[key](activations, fetch)
-        for array in jax.tree.leaves(reduced):
-            array.copy_to_host_async()
-        return reduced
+        return begin_copies(reduced)
 
 
 class _Program:

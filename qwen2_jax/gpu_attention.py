@@ -30,6 +30,10 @@ _MASKED_LOGIT = -1e30
 _LOG2_E = math.log2(math.e)
 
 
+# The narrowest matrices that Triton multiplies.
+_NARROWEST = 16
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How the kernel cuts its work. queries, keys: tokens of a block, which divide 128; warps, stages: Triton's."""
@@ -59,7 +63,7 @@ def triton_attention(
     if rotary is not None:
         q, k = rotate(q, rotary), rotate(k, rotary)
     rows, length, kv_heads, groups, head_dim = q.shape
-    width = pl.next_power_of_2(head_dim)
+    width = max(_NARROWEST, pl.next_power_of_2(head_dim))
     last = length // tiles.queries - 1
     # The longest way comes first: blocks at the end of a row meet the most keys.
     queries = pl.BlockSpec((None, tiles.queries, None, width), lambda i, n, b: (b, last - i, n, 0))
