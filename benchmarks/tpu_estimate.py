@@ -6,42 +6,19 @@ Needs libtpu and no TPU, no weights and no hub. See README.md and docs/tpu_labor
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from absl.flags import argparse_flags
 
 from benchmarks.measuring import table
+from benchmarks.shapes import Case, shape_of
 from core.backend import StepRequest
 from core.command_line import CommandParser, run_command
 from core.errors import UsageError
 from core.tpu_estimate import StepEstimate, estimate_step
-from qwen2_jax import Capture, DecoderConfig, load_config
-from qwen2_jax.families import decoder_config
+from qwen2_jax import Capture
 
-SHAPES = Path(__file__).with_name("model_shapes.json")
+# Of a step, for each chip.
 TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Case:
-    """A step of 8,192 tokens a chip, and the least MFU that is aimed at. layers: None is all of them."""
-
-    model: str
-    layers: tuple[int, ...] | None
-    length: int
-    target: float | None = None
-    layout: str = "auto"
-    rows: int = 0
-
-    @property
-    def name(self) -> str:
-        """Names the case in tables and baselines."""
-        layers = "all layers" if self.layers is None else f"layer {self.layers[0]}"
-        return f"{self.model}, {layers}, rows of {self.length}"
-
-
 CASES = (
     Case("Qwen2.5-0.5B", None, 512, 0.65),
     Case("Qwen2.5-0.5B", None, 2048, 0.60),
@@ -53,17 +30,10 @@ CASES = (
 )
 
 
-def shape_of(model: str) -> DecoderConfig:
-    """The config of a published shape by name, or of a folder or hub id. Raises UsageError or ModelError."""
-    shapes: dict[str, dict[str, Any]] = json.loads(SHAPES.read_text())
-    return decoder_config(shapes[model]) if model in shapes else load_config(model)
-
-
 def estimate(case: Case, topology: str) -> StepEstimate:
     """bfloat16, computed and stored; residuals. Raises as `estimate_step` does."""
     config = shape_of(case.model)
-    layers = case.layers or tuple(range(config.n_layers))
-    request = StepRequest(Capture(layers), "bfloat16", "bfloat16")
+    request = StepRequest(Capture(case.layers_of(config)), "bfloat16", "bfloat16")
     rows = case.rows or TOKENS // case.length
     return estimate_step(config, request, topology, rows=rows, length=case.length, layout=case.layout)
 

@@ -25,11 +25,11 @@ from core.device_mesh import device_share, model_parallelism
 from core.errors import RunError, UsageError
 from core.hlo_cost import Collective, Program, ProgramCost
 from core.jax_utils import COMPUTE_DTYPES, step_program
+from core.model_flops import model_flops, windows_run
 from core.model_shape import check_sample_length
 from core.run_config import RunConfig
 from core.tpu_chips import CHIPS, Chip
 from qwen2_jax import Decoder, DecoderConfig, load_config
-from qwen2_jax.parameters import parameter_specs
 from qwen2_jax.sharding import DATA_AXIS, ModelMesh
 from qwen2_jax.tpu_attention import block_of
 from qwen2_jax.weights import cut_config
@@ -308,16 +308,10 @@ def _estimate(
         collective_seconds=sum(c.bytes for c in cost.collectives) / chip.links_speed,
         copied_bytes=cost.copied_bytes,
         copied_seconds=cost.copied_bytes / chip.memory_speed,
-        model_flops=_model_flops(config, request, rows, length) / model_parallel,
+        model_flops=model_flops(config, request.capture, rows, length) / model_parallel,
         output_bytes=memory.output_size_in_bytes,
         chip=chip,
     )
-
-
-def _windows_run(config: DecoderConfig, request: StepRequest, length: int) -> list[int]:
-    """The window of each layer that runs, in tokens of a row."""
-    windows = config.windows[: request.capture.layers_run(config.n_layers)]
-    return [min(window or length, length) for window in windows]
 
 
 def _visited_flops(config: DecoderConfig, request: StepRequest, mesh: ModelMesh, rows: int, length: int) -> float:
@@ -329,20 +323,5 @@ def _visited_flops(config: DecoderConfig, request: StepRequest, mesh: ModelMesh,
         firsts = (max(0, i * block - window + 1) // block for i in range(length // block))
         return sum(i - first + 1 for i, first in enumerate(firsts))
 
-    blocks = sum(map(visited, _windows_run(config, request, length)))
+    blocks = sum(map(visited, windows_run(config, request.capture, length)))
     return 4.0 * rows * blocks * block**2 * heads * config.head_dim
-
-
-def _model_flops(config: DecoderConfig, request: StepRequest, rows: int, length: int) -> float:
-    """Of all chips that hold a copy of the model: the matrices of the layers that run, and what causal attention needs.
-
-    The embedding is looked up, not multiplied.
-    """
-    capture = request.capture
-    specs = parameter_specs(cut_config(config, max(1, capture.layers_run(config.n_layers))), with_head=capture.logits)
-    used = sum(prod(spec.shape) for name, spec in specs.items() if name.startswith("layers.") and len(spec.shape) > 2)
-    used += config.vocab_size * config.d_model if capture.logits else 0
-    seen = sum(
-        window * (window + 1) // 2 + (length - window) * window for window in _windows_run(config, request, length)
-    )
-    return rows * (2.0 * used * length + 4.0 * seen * config.n_heads * config.head_dim)

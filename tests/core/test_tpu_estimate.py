@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tpu_estimate import CASES, Case, estimate
+from benchmarks.shapes import Case
+from benchmarks.tpu_estimate import CASES, estimate
 from core.batching import default_row_lengths
 from core.errors import RunError, UsageError
 from core.run_config import RunConfig

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, PartitionSpec
 
-from benchmarks.tpu_estimate import shape_of
+from benchmarks.shapes import shape_of
 from core.backend import StepRequest
 from core.jax_utils import step_program
 from qwen2_jax import Capture, Decoder
