@@ -1,0 +1,35 @@
+"""What GPUs could do: a table to edit.
+
+Dense bfloat16 TFLOP/s with sums in float32, as NVIDIA's data sheets have them (nvidia.com/en-us/data-center/h200 and
+its neighbours; the Ada white paper for GeForce): half of what they print "with sparsity".
+"""
+
+from core.errors import UsageError
+
+# A part of JAX's name of the device; the longest that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H200 NVL": 835.0,
+    "H100": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "A100": 312.0,
+    "A30": 165.0,
+    "L4": 121.0,
+    "L40S": 362.0,
+    "RTX 4090": 165.0,
+}
+
+
+def peak_tflops(device_kind: str) -> float:
+    """Of a GPU by JAX's name of it, such as "NVIDIA H100 80GB HBM3". Raises UsageError for one that is not listed."""
+    words = f" {device_kind.replace('-', ' ')} "
+    found = [name for name in PEAK_TFLOPS if f" {name} " in words]
+    if not found:
+        raise UsageError(
+            f"--peak_tflops: {device_kind} is not in benchmarks/gpu_peaks.py: pass the TFLOP/s of its data sheet, "
+            "dense and in bfloat16"
+        )
+    return PEAK_TFLOPS[max(found, key=len)]

@@ -1,0 +1,179 @@
+"""benchmarks/gpu.py rehearsed on this machine: every line of it runs, and its numbers add up."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import gpu, gpu_step
+from benchmarks.gpu_peaks import peak_tflops
+from benchmarks.gpu_step import Workload
+from core.errors import RunError, UsageError
+
+TINY = ["--rehearse", "--steps", "2", "--repeats", "2"]
+D, FF, HEADS, KV, HEAD = 64, 96, 4, 2, 16
+MATRICES = 2 * D * HEADS * HEAD + 2 * D * KV * HEAD + 3 * D * FF
+has_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+
+
+def run(*flags):
+    gpu.run(gpu.build_parser().parse_args([*TINY, *flags]))
+
+
+def found(capsys, *flags):
+    run("--json", *flags)
+    return json.loads(capsys.readouterr().out)["cases"]
+
+
+def test_ours_alone_adds_up(capsys):
+    flags = ["--peers", "--models", "Qwen2.5-0.5B", "--samples_per_row", "2", "--peak_tflops", "0.5"]
+    for case, length in zip(found(capsys, *flags), (128, 256), strict=True):
+        ours, sample = case["ours"], length // 2
+        assert case["workload"] == {"rows": 512 // length, "length": length, "samples": 2}
+        seen = 512 // sample * sample * (sample + 1) / 2
+        assert case["model_flops"] == 3 * (2 * MATRICES * 512 + 4 * seen * HEADS * HEAD)
+        assert case["copied_bytes"] == 3 * 512 * D * 2
+        assert case["host_bytes_per_second"] > 0
+        assert ours["mfu"] == pytest.approx(case["model_flops"] / ours["step_seconds"] / 0.5e12)
+        assert ours["tokens_per_second"] == pytest.approx(512 / ours["step_seconds"])
+        assert ours["copied_tokens_per_second"] == pytest.approx(512 / ours["copied_step_seconds"])
+        share = 1 - ours["step_seconds"] / ours["copied_step_seconds"]
+        assert ours["copy_share"] == pytest.approx(max(0, share))
+        walls = case["timings"]["ours"]["wall"]
+        assert ours["step_seconds"] == pytest.approx(np.median(walls) / 2)
+        assert ours["disagreement"] == 0
+        assert case["peers"] == []
+
+
+@has_torch
+@pytest.mark.parametrize(("model", "attention"), [("Qwen2.5-7B", "sdpa"), ("gemma-2-2b", "eager")])
+def test_transformers_computes_the_same_from_the_same_weights(capsys, model, attention):
+    flags = ["--peers", "own", "--models", model]
+    for case in found(capsys, *flags, *(["--samples_per_row", "4"] if attention == "eager" else [])):
+        (peer,) = case["peers"]
+        assert peer["side"] == f"own ({attention})"
+        assert 0 < peer["disagreement"] < 2e-2
+        ours = case["ours"]
+        assert peer["ratio"]["median"] == pytest.approx(peer["step_seconds"] / ours["step_seconds"], rel=1e-3)
+        copied = peer["copied_step_seconds"] / ours["copied_step_seconds"]
+        assert peer["ratio_copied"]["median"] == pytest.approx(copied, rel=1e-3)
+
+
+@has_torch
+def test_the_table_names_the_verdict_and_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
+    from benchmarks import gpu_transformers
+
+    def fail(*_, **__):
+        raise RuntimeError("Python.h: No such file\n or directory")
+
+    monkeypatch.setattr(gpu_transformers.torch, "compile", fail)
+    run("--models", "Qwen2.5-7B", "--peers", "own_compiled", "--peak_tflops", "1e-9")
+    told = capsys.readouterr()
+    failed = "own_compiled (sdpa) is left out: RuntimeError: Python.h: No such file or directory"
+    rehearsed = "a rehearsal: tiny models, and a peak and targets that mean nothing"
+    assert told.err.splitlines() == [failed, failed, rehearsed]
+    lines = told.out.splitlines()[3:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| Qwen2.5-7B, layer 13, rows of 512 ",
+        "| Qwen2.5-7B, layer 13, rows of 2048",
+    ]
+    assert all(">= 0.60: yes" in line and "all logits" in line for line in lines)
+
+
+def test_samples_fill_their_rows_and_positions_restart():
+    arrays = Workload(3, 12, 4).arrays(50)
+    assert arrays.positions.tolist() == [[0, 1, 2] * 4] * 3
+    assert arrays.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]] * 3
+    assert 0 <= arrays.tokens.min() <= arrays.tokens.max() < 50
+    np.testing.assert_array_equal(arrays.tokens, Workload(3, 12, 4).arrays(50).tokens)
+
+
+def test_without_a_gpu_one_line_says_what_to_do():
+    with pytest.raises(
+        RunError, match=r"^no GPU: JAX computes on the CPU here\. Run .*\[cuda\].* --rehearse$"
+    ) as raised:
+        gpu.run(gpu.build_parser().parse_args([]))
+    assert raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L4", 121),
+        ("NVIDIA GeForce RTX 4090", 165),
+    ],
+)
+def test_peaks_go_by_the_name_of_the_gpu(kind, peak):
+    assert peak_tflops(kind) == peak
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4091", "Tesla T4", "NVIDIA L400"])
+def test_an_unknown_gpu_asks_for_its_peak(kind):
+    with pytest.raises(UsageError, match=f"^--peak_tflops: {kind} is not in benchmarks/gpu_peaks.py: pass the TFLOP/s"):
+        peak_tflops(kind)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--samples_per_row", "3"], "--samples_per_row 3: must be a power of two"),
+        (["--peak_tflops", "-1"], "--peak_tflops -1: must be above 0"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        run(*flags)
+
+
+def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):
+    installed = {"torch", "transformers"}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    assert gpu.runnable_peers(tuple(gpu.PEERS), is_rehearsal=True) == ("own", "own_compiled")
+    assert capsys.readouterr().err == "flash attention is left out: flash_attn is not installed\n"
+    installed.clear()
+    assert gpu.runnable_peers(("own",), is_rehearsal=True) == ()
+    assert capsys.readouterr().err == "transformers is left out: torch and transformers not installed\n"
+
+
+@has_torch
+def test_torch_without_cuda_is_no_peer_of_a_gpu(capsys, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.runnable_peers(("own",), is_rehearsal=False) == ()
+    assert capsys.readouterr().err == "transformers is left out: torch with CUDA not installed\n"
+
+
+def test_the_next_step_is_started_before_one_is_fetched():
+    events = []
+
+    class Output:
+        def __init__(self, number):
+            self.number = number
+
+        def start_copy(self, kept):
+            events.append(f"copy {self.number}")
+
+        def fetch(self):
+            events.append(f"fetch {self.number}")
+
+        def wait(self):
+            events.append(f"wait {self.number}")
+
+    def step(arrays):
+        events.append(f"step {len([event for event in events if event.startswith('step')])}")
+        return Output(int(events[-1].split()[1]))
+
+    ours = gpu_step.OurSide(None, {}, None, step)
+    ours.extract(3)
+    assert events == ["step 0", "copy 0", "step 1", "copy 1", "fetch 0", "step 2", "copy 2", "fetch 1", "fetch 2"]
+    events.clear()
+    ours.forward(2)
+    assert events == ["step 0", "step 1", "wait 0", "wait 1"]
