@@ -19,12 +19,12 @@ import numpy as np
 from absl.flags import argparse_flags
 
 from benchmarks.cases import add_output_flags
-from benchmarks.gpu_peaks import peak_tflops
+from benchmarks.gpu_devices import peak_tflops, require_gpu
 from benchmarks.gpu_step import OurSide, Workload
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.shapes import Case, published_shapes
 from core.command_line import CommandParser, run_command
-from core.errors import RunError, UsageError
+from core.errors import UsageError
 from core.model_flops import model_flops
 from qwen2_jax import Capture, DecoderConfig
 from qwen2_jax.families import decoder_config
@@ -266,11 +266,7 @@ def _distance(theirs: np.ndarray, ours: np.ndarray) -> float:
 
 def settings_of(args: argparse.Namespace) -> Settings:
     """What the flags come to on this machine. Raises RunError where there is no GPU, UsageError for one not known."""
-    if jax.default_backend() != "gpu" and not args.rehearse:
-        raise RunError(
-            "no GPU: JAX computes on the CPU here. Run this on a machine with an NVIDIA GPU after "
-            "pip install -c constraints.txt -e '.[cuda]', or look at it with --rehearse"
-        )
+    kind = require_gpu(is_rehearsal=args.rehearse)
     for flag in ("tokens", "samples_per_row", "steps", "repeats"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)}: must be at least 1")
@@ -278,7 +274,6 @@ def settings_of(args: argparse.Namespace) -> Settings:
         raise UsageError(f"--peak_tflops {args.peak_tflops:g}: must be above 0")
     if min(case.length for case in CASES) % args.samples_per_row:
         raise UsageError(f"--samples_per_row {args.samples_per_row}: must be a power of two, at most 128")
-    kind = jax.local_devices()[0].device_kind
     known = TINY_TFLOPS if args.rehearse else None
     return Settings(
         device_kind=kind,
@@ -317,7 +312,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add("--samples_per_row", type=int, default=1, help="samples of equal length that fill a row (default 1)")
     add("--steps", type=int, default=20, help="of a repetition (default 20)")
     add("--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), help="settings of transformers (default all)")
-    add("--peak_tflops", type=float, help="dense bfloat16 TFLOP/s of the GPU; default from benchmarks/gpu_peaks.py")
+    add("--peak_tflops", type=float, help="dense bfloat16 TFLOP/s of the GPU; default from benchmarks/gpu_devices.py")
     add("--rehearse", action="store_true", help="tiny models on any device: all of it runs, and nothing is measured")
     add("--verbose", action="store_true", help="stack traces of errors")
     add_output_flags(parser, repeats=5)

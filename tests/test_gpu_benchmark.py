@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_step
-from benchmarks.gpu_peaks import peak_tflops
+from benchmarks import gpu, gpu_attention, gpu_step
+from benchmarks.gpu_devices import peak_tflops
 from benchmarks.gpu_step import Workload
 from core.errors import RunError, UsageError
+from qwen2_jax.gpu_tiles import candidates
 
 TINY = ["--rehearse", "--steps", "2", "--repeats", "2"]
 D, FF, HEADS, KV, HEAD = 64, 96, 4, 2, 16
@@ -97,6 +98,44 @@ def test_without_a_gpu_one_line_says_what_to_do():
     assert raised.value.exit_code == 1
 
 
+def attention_alone(*flags):
+    gpu_attention.run(gpu_attention.build_parser().parse_args([*flags, "--repeats", "1"]))
+
+
+def test_attention_alone_compares_every_way_that_runs(capsys):
+    attention_alone("--rehearse", "--models", "Qwen2.5-0.5B", "--samples_per_row", "2", "--json")
+    told = capsys.readouterr()
+    assert told.err == "Qwen2.5-0.5B: cuDNN, samples as a mask: RuntimeError: cuDNN is not detected.\n"
+    rows = {row["way"]: row for row in json.loads(told.out)["models"]["Qwen2.5-0.5B"]}
+    assert set(rows) == {"all logits at once", "64 x 32, 4 warps, 2 stages"}
+    flops = 4 * 2 * (64 * 65 / 2) * 64
+    assert all(row["tflops"] == pytest.approx(flops / row["seconds"] / 1e12) for row in rows.values())
+    assert rows["all logits at once"]["distance"] == 0
+    assert 0 < rows["64 x 32, 4 warps, 2 stages"]["distance"] < 1e-2
+
+
+def test_attention_alone_lists_the_fastest_and_what_a_run_tries():
+    found = [gpu_attention.Found(str(n), tiles, n, 1.0, 0.0) for n, tiles in enumerate(gpu_attention.GRID)]
+    found.append(gpu_attention.Found("cuDNN", None, 99, 1.0, 0.0))
+    listed = gpu_attention.report("Qwen2.5-7B", found).splitlines()[3:]
+    named = {line.split()[1] for line in listed}
+    tried = {str(gpu_attention.GRID.index(tiles)) for tiles in candidates(128)}
+    assert named == {*map(str, range(8)), *tried, "cuDNN"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "^no GPU: JAX computes on the CPU here"),
+        (["--rehearse", "--row_length", "200"], "--row_length 200: must be a multiple of 128, at most --tokens 16384"),
+        (["--rehearse", "--samples_per_row", "3"], "--samples_per_row 3: must divide --row_length 2048"),
+    ],
+)
+def test_attention_alone_refuses_in_one_line(flags, message):
+    with pytest.raises(RunError, match=message):
+        attention_alone(*flags)
+
+
 @pytest.mark.parametrize(
     ("kind", "peak"),
     [
@@ -115,7 +154,7 @@ def test_peaks_go_by_the_name_of_the_gpu(kind, peak):
 
 @pytest.mark.parametrize("kind", ["NVIDIA GeForce RTX 4091", "Tesla T4", "NVIDIA L400"])
 def test_an_unknown_gpu_asks_for_its_peak(kind):
-    with pytest.raises(UsageError, match=f"^--peak_tflops: {kind} is not in benchmarks/gpu_peaks.py: pass the TFLOP/s"):
+    with pytest.raises(UsageError, match=f"^--peak_tflops: {kind} is not in benchmarks/gpu_devices.py: pass"):
         peak_tflops(kind)
 
 

@@ -178,3 +178,21 @@ def test_the_probe_computes_while_its_caller_is_being_traced(interpreted):
     found = []
     jax.jit(lambda x: found.append(gpu_tiles.usable_tiles(256, 50.0)) or x)(jnp.zeros(()))
     assert found == [gpu_tiles.candidates(256)[0]]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; with one: JAX_PLATFORMS=cuda pytest -k real_gpu")
+@pytest.mark.parametrize(
+    ("head_dim", "softcap", "window"),
+    [(64, None, 1 << 30), (80, 50.0, 100), (128, None, 100), (256, 50.0, 1 << 30)],
+)
+def test_a_real_gpu_takes_the_kernel_and_computes_what_float64_does(head_dim, softcap, window):
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.normal(size=(2, 1024, 2, 3, head_dim)), jnp.bfloat16)
+    k, v = jnp.asarray(rng.normal(size=(2, 2, 1024, 2, head_dim)), jnp.bfloat16)
+    segment_ids = np.stack([np.repeat([1, 2, 3, 0], [300, 1, 700, 23]), np.ones(1024, int)]).astype(np.int32)
+    attend = jax.jit(partial(attention, scale=head_dim**-0.5, softcap=softcap))
+    program = attend.lower(q, k, v, segment_ids, window=jnp.int32(window))
+    assert KERNEL in program.as_text()
+    actual = np.asarray(program.compile()(q, k, v, segment_ids, window=jnp.int32(window)), np.float64)
+    expected = attention_in_float64(q, k, v, segment_ids, scale=head_dim**-0.5, softcap=softcap, window=window)
+    assert np.abs(actual - expected)[segment_ids > 0].max() < 2**-6

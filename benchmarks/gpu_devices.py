@@ -1,10 +1,12 @@
-"""What GPUs could do: a table to edit.
+"""What GPUs could do: a table to edit; and whether there is one.
 
 Dense bfloat16 TFLOP/s with sums in float32, as NVIDIA's data sheets have them (nvidia.com/en-us/data-center/h200 and
 its neighbours; the Ada white paper for GeForce): half of what they print "with sparsity".
 """
 
-from core.errors import UsageError
+import jax
+
+from core.errors import RunError, UsageError
 
 # A part of JAX's name of the device; the longest that fits counts.
 PEAK_TFLOPS = {
@@ -29,7 +31,18 @@ def peak_tflops(device_kind: str) -> float:
     found = [name for name in PEAK_TFLOPS if f" {name} " in words]
     if not found:
         raise UsageError(
-            f"--peak_tflops: {device_kind} is not in benchmarks/gpu_peaks.py: pass the TFLOP/s of its data sheet, "
+            f"--peak_tflops: {device_kind} is not in benchmarks/gpu_devices.py: pass the TFLOP/s of its data sheet, "
             "dense and in bfloat16"
         )
     return PEAK_TFLOPS[max(found, key=len)]
+
+
+def require_gpu(*, is_rehearsal: bool) -> str:
+    """JAX's name of the device. Raises RunError where it is no GPU, unless this is a rehearsal."""
+    if jax.default_backend() != "gpu" and not is_rehearsal:
+        raise RunError(
+            "no GPU: JAX computes on the CPU here. Run this on a machine with an NVIDIA GPU after "
+            "pip install -c constraints.txt -e '.[cuda]', or look at it with --rehearse"
+        )
+    kind: str = jax.local_devices()[0].device_kind
+    return kind
