@@ -28,8 +28,7 @@ from core.errors import UsageError
 from core.model_flops import model_flops
 from qwen2_jax import Capture, DecoderConfig
 from qwen2_jax.families import decoder_config
-from qwen2_jax.gpu_attention import Tiles
-from qwen2_jax.gpu_tiles import usable_tiles
+from qwen2_jax.gpu_tiles import Tiles, usable_tiles
 
 CASES = (
     Case("Qwen2.5-0.5B", None, 512, 0.45),

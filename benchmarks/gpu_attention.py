@@ -28,8 +28,8 @@ from core.command_line import CommandParser, run_command
 from core.errors import UsageError
 from qwen2_jax import DecoderConfig
 from qwen2_jax.attention import dense_path, first_visible
-from qwen2_jax.gpu_attention import Tiles, triton_attention
-from qwen2_jax.gpu_tiles import candidates
+from qwen2_jax.gpu_attention import triton_attention
+from qwen2_jax.gpu_tiles import Tiles, candidates
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "gemma-2-2b")
 # From q, k, v, segment ids and the first visible index.

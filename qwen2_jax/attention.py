@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from qwen2_jax.rope import Tables, rotate
 
 if TYPE_CHECKING:
-    from qwen2_jax.gpu_attention import Tiles
+    from qwen2_jax.gpu_tiles import Tiles
 
 # Finite, so that a block in which a query sees nothing gives numbers that a later block wipes out, not NaN.
 MASKED_LOGIT = -1e30

@@ -11,7 +11,6 @@ that samples and windows need no mask of T × T and cost what they hold. The sof
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from qwen2_jax.gpu_tiles import Tiles
 from qwen2_jax.rope import Tables, rotate
 
 # Finite, so that a block in which a query sees nothing gives numbers that its own block wipes out, not NaN.
@@ -32,16 +32,6 @@ _LOG2_E = math.log2(math.e)
 
 # The narrowest matrices that Triton multiplies.
 _NARROWEST = 16
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """How the kernel cuts its work. queries, keys: tokens of a block, which divide 128; warps, stages: Triton's."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def triton_attention(

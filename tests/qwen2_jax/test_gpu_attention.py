@@ -10,9 +10,10 @@ from attention_oracle import attention_in_float64
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from qwen2_jax import attention as attention_module
-from qwen2_jax import gpu_tiles
+from qwen2_jax import gpu_attention, gpu_tiles
 from qwen2_jax.attention import attention, first_visible
-from qwen2_jax.gpu_attention import Tiles, triton_attention
+from qwen2_jax.gpu_attention import triton_attention
+from qwen2_jax.gpu_tiles import Tiles
 from qwen2_jax.rope import rotate
 
 SCALE = 0.37
@@ -144,7 +145,7 @@ def interpreted(monkeypatch):
         out = triton_attention(*operands, tiles=tiles, interpret=True, **settings)
         return out if tiles not in faults else faults[tiles](out)
 
-    monkeypatch.setattr(gpu_tiles, "triton_attention", kernel)
+    monkeypatch.setattr(gpu_attention, "triton_attention", kernel)
     gpu_tiles.usable_tiles.cache_clear()
     yield faults
     gpu_tiles.usable_tiles.cache_clear()
@@ -172,6 +173,14 @@ def test_a_gpu_that_runs_none_of_them_is_told_in_one_line_and_takes_the_dense_pa
         "attention: the kernel for GPUs cannot be used here, so a step holds all logits of its rows: "
         "MemoryError: Shared memory size limit exceeded: requested 148480, available: 101376"
     )
+
+
+def test_a_jax_that_the_kernel_is_not_for_takes_the_dense_path(interpreted, caplog, monkeypatch):
+    monkeypatch.setattr(attention_module, "_has_cuda", lambda: True)
+    monkeypatch.delattr(gpu_attention, "triton_attention")
+    assert KERNEL not in lowered("cuda")
+    assert "cannot be used here" in caplog.text
+    assert "ImportError" in caplog.text
 
 
 def test_the_probe_computes_while_its_caller_is_being_traced(interpreted):

@@ -15,8 +15,8 @@ from core.backend import StepRequest
 from core.jax_utils import step_program
 from qwen2_jax import Capture, Decoder
 from qwen2_jax import attention as attention_module
-from qwen2_jax.gpu_attention import Tiles, triton_attention
-from qwen2_jax.gpu_tiles import candidates
+from qwen2_jax.gpu_attention import triton_attention
+from qwen2_jax.gpu_tiles import Tiles, candidates
 from qwen2_jax.sharding import ModelMesh
 from qwen2_jax.weights import cut_config
 
