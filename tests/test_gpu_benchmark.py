@@ -9,6 +9,7 @@ import pytest
 from benchmarks import gpu, gpu_attention, gpu_step
 from benchmarks.gpu_devices import peak_tflops
 from benchmarks.gpu_step import Workload
+from benchmarks.measuring import Ratio
 from core.errors import RunError, UsageError
 from qwen2_jax.gpu_tiles import candidates
 
@@ -18,68 +19,82 @@ MATRICES = 2 * D * HEADS * HEAD + 2 * D * KV * HEAD + 3 * D * FF
 has_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
-def run(*flags):
-    gpu.run(gpu.build_parser().parse_args([*TINY, *flags]))
+def settings(*flags):
+    return gpu.settings_of(gpu.build_parser().parse_args([*TINY, *flags]))
 
 
-def found(capsys, *flags):
-    run("--json", *flags)
-    return json.loads(capsys.readouterr().out)["cases"]
+def measured(model, length, *flags):
+    case = next(case for case in gpu.CASES if (case.model, case.length) == (model, length))
+    return gpu.measure(case, settings(*flags))
 
 
-def test_ours_alone_adds_up(capsys):
-    flags = ["--peers", "--models", "Qwen2.5-0.5B", "--samples_per_row", "2", "--peak_tflops", "0.5"]
-    for case, length in zip(found(capsys, *flags), (128, 256), strict=True):
-        ours, sample = case["ours"], length // 2
-        assert case["workload"] == {"rows": 512 // length, "length": length, "samples": 2}
-        seen = 512 // sample * sample * (sample + 1) / 2
-        assert case["model_flops"] == 3 * (2 * MATRICES * 512 + 4 * seen * HEADS * HEAD)
-        assert case["copied_bytes"] == 3 * 512 * D * 2
-        assert case["host_bytes_per_second"] > 0
-        assert ours["mfu"] == pytest.approx(case["model_flops"] / ours["step_seconds"] / 0.5e12)
-        assert ours["tokens_per_second"] == pytest.approx(512 / ours["step_seconds"])
-        assert ours["copied_tokens_per_second"] == pytest.approx(512 / ours["copied_step_seconds"])
-        share = 1 - ours["step_seconds"] / ours["copied_step_seconds"]
-        assert ours["copy_share"] == pytest.approx(max(0, share))
-        walls = case["timings"]["ours"]["wall"]
-        assert ours["step_seconds"] == pytest.approx(np.median(walls) / 2)
-        assert ours["disagreement"] == 0
-        assert case["peers"] == []
-
-
-@has_torch
-@pytest.mark.parametrize(("model", "attention"), [("Qwen2.5-7B", "sdpa"), ("gemma-2-2b", "eager")])
-def test_transformers_computes_the_same_from_the_same_weights(capsys, model, attention):
-    flags = ["--peers", "own", "--models", model]
-    for case in found(capsys, *flags, *(["--samples_per_row", "4"] if attention == "eager" else [])):
-        (peer,) = case["peers"]
-        assert peer["side"] == f"own ({attention})"
-        assert 0 < peer["disagreement"] < 2e-2
-        ours = case["ours"]
-        assert peer["ratio"]["median"] == pytest.approx(peer["step_seconds"] / ours["step_seconds"], rel=1e-3)
-        copied = peer["copied_step_seconds"] / ours["copied_step_seconds"]
-        assert peer["ratio_copied"]["median"] == pytest.approx(copied, rel=1e-3)
+def test_ours_alone_adds_up():
+    found = measured("Qwen2.5-0.5B", 512, "--peers", "--samples_per_row", "2", "--peak_tflops", "0.5")
+    ours = found.ours
+    assert found.workload == Workload(4, 128, 2)
+    seen = 8 * 64 * 65 / 2
+    assert found.model_flops == 3 * (2 * MATRICES * 512 + 4 * seen * HEADS * HEAD)
+    assert found.copied_bytes == 3 * 512 * D * 2
+    assert found.host_bytes_per_second > 0
+    assert ours.step_seconds == pytest.approx(np.median(found.timings["ours"].wall) / 2)
+    assert ours.copied_step_seconds == pytest.approx(np.median(found.timings["ours, copied"].wall) / 2)
+    assert ours.mfu == pytest.approx(found.model_flops / ours.step_seconds / 0.5e12)
+    assert ours.tokens_per_second == pytest.approx(512 / ours.step_seconds)
+    assert ours.copied_tokens_per_second == pytest.approx(512 / ours.copied_step_seconds)
+    assert ours.copy_share == pytest.approx(max(0, 1 - ours.step_seconds / ours.copied_step_seconds))
+    assert ours.disagreement == 0
+    assert found.peers == []
 
 
 @has_torch
-def test_the_table_names_the_verdict_and_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("model", "attention", "length", "samples"), [("Qwen2.5-7B", "sdpa", 2048, "1"), ("gemma-2-2b", "eager", 512, "4")]
+)
+def test_transformers_computes_the_same_from_the_same_weights(model, attention, length, samples):
+    found = measured(model, length, "--peers", "own", "--samples_per_row", samples)
+    (peer,), ours = found.peers, found.ours
+    assert peer.side == f"own ({attention})"
+    assert 0 < peer.disagreement < 2e-2
+    assert peer.ratio.median == pytest.approx(peer.step_seconds / ours.step_seconds, rel=1e-3)
+    assert peer.ratio_copied.median == pytest.approx(peer.copied_step_seconds / ours.copied_step_seconds, rel=1e-3)
+
+
+@has_torch
+def test_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
     from benchmarks import gpu_transformers
 
     def fail(*_, **__):
         raise RuntimeError("Python.h: No such file\n or directory")
 
     monkeypatch.setattr(gpu_transformers.torch, "compile", fail)
-    run("--models", "Qwen2.5-7B", "--peers", "own_compiled", "--peak_tflops", "1e-9")
+    assert measured("Qwen2.5-7B", 512, "--peers", "own_compiled").peers == []
+    failed = "own_compiled (sdpa) is left out: RuntimeError: Python.h: No such file or directory\n"
+    assert capsys.readouterr().err == failed
+
+
+def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
+    flags = [*TINY, "--models", "Qwen2.5-7B", "--peers", "--peak_tflops", "1e-9"]
+    gpu.run(gpu.build_parser().parse_args(flags))
     told = capsys.readouterr()
-    failed = "own_compiled (sdpa) is left out: RuntimeError: Python.h: No such file or directory"
-    rehearsed = "a rehearsal: tiny models, and a peak and targets that mean nothing"
-    assert told.err.splitlines() == [failed, failed, rehearsed]
+    assert told.err == "a rehearsal: tiny models, and a peak and targets that mean nothing\n"
     lines = told.out.splitlines()[3:]
     assert [line.split(" | ")[0] for line in lines] == [
         "| Qwen2.5-7B, layer 13, rows of 512 ",
         "| Qwen2.5-7B, layer 13, rows of 2048",
     ]
     assert all(">= 0.60: yes" in line and "all logits" in line for line in lines)
+
+
+def test_json_holds_settings_and_cases(capsys, monkeypatch):
+    ours = gpu.SideResult("ours", *[1.0] * 6, Ratio(1, 1, 1, 1), Ratio(1, 1, 1, 1), 0.0)
+    result = gpu.CaseResult("case", Workload(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
+    monkeypatch.setattr(gpu, "measure", lambda case, settings: result)
+    gpu.run(gpu.build_parser().parse_args([*TINY, "--peers", "--json"]))
+    found = json.loads(capsys.readouterr().out)
+    assert (found["settings"]["is_rehearsal"], found["settings"]["peak_tflops"]) == (True, 1.0)
+    assert len(found["cases"]) == len(gpu.CASES)
+    assert found["cases"][0]["ours"]["mfu"] == 1.0
+    assert found["machine"]["cores"] >= 1
 
 
 def test_samples_fill_their_rows_and_positions_restart():
@@ -168,7 +183,7 @@ def test_an_unknown_gpu_asks_for_its_peak(kind):
 )
 def test_flags_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
-        run(*flags)
+        settings(*flags)
 
 
 def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):
