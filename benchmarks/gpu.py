@@ -210,12 +210,15 @@ def _warm_sides(
     """Each compiled, with the host's memory pinned. A peer that fails is left out with a line."""
     ours.extract(2)
     yield "ours", ours
+    if not settings.peers:
+        return
+    from benchmarks.gpu_transformers import TransformersSide, forget_other_cases
+
+    forget_other_cases()
     tokens = ours.arrays.tokens.reshape(-1, workload.sample_length)
     for name in settings.peers:
         attention = PEERS[name].attention_of(ours.config)
         try:
-            from benchmarks.gpu_transformers import TransformersSide
-
             options: dict[str, Any] = {"attention": attention, "compiled": PEERS[name].compiled}
             side = TransformersSide(
                 fields, ours.config, ours.parameters, tokens, layers, **options, device=settings.device

@@ -81,6 +81,13 @@ class TransformersSide:
             torch.cuda.synchronize()
 
 
+def forget_other_cases() -> None:
+    """torch stops compiling, and goes on without, once it has compiled one model's code for several others."""
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _decoder(
     fields: Mapping[str, Any], config: DecoderConfig, parameters: Mapping[str, Array], attention: str, device: str
 ) -> Any:
