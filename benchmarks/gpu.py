@@ -49,8 +49,8 @@ TINY = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-FLASH = "flash_attention_2"
 TINY_LENGTHS, TINY_LAYER, TINY_TOKENS, TINY_TFLOPS = {512: 128, 2048: 256}, (1,), 512, 1.0
+FLASH = "flash_attention_2"
 
 
 @dataclass(frozen=True)

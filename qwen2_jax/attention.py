@@ -93,12 +93,15 @@ def _suits_splash(q: Float[Array, "B T K G H"]) -> bool:
 
 
 def _gpu_tiles(q: Float[Array, "B T K G H"], softcap: float | None) -> "Tiles | None":
-    """Where this process has such a GPU and its kernel takes q: how it cuts its work."""
-    if q.dtype != jnp.bfloat16 or q.shape[1] % ROW_MULTIPLE or not _has_cuda():
+    """How the GPU's kernel cuts its work: on the GPU of this process, or one that is not here but compiled for."""
+    if q.dtype != jnp.bfloat16 or q.shape[1] % ROW_MULTIPLE:
         return None
-    from qwen2_jax.gpu_tiles import usable_tiles
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    if not _has_cuda() and (target is None or target.platform != "gpu"):
+        return None
+    from qwen2_jax.gpu_tiles import candidates, usable_tiles
 
-    return usable_tiles(q.shape[-1], softcap)
+    return usable_tiles(q.shape[-1], softcap) if _has_cuda() else candidates(q.shape[-1])[0]
 
 
 def _has_cuda() -> bool:

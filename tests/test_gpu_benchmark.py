@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_attention, gpu_step
+from benchmarks import gpu, gpu_attention, gpu_compile, gpu_step
 from benchmarks.gpu_devices import peak_tflops
 from benchmarks.gpu_step import Workload
 from benchmarks.measuring import Ratio
@@ -149,6 +149,19 @@ def test_attention_alone_lists_the_fastest_and_what_a_run_tries():
 def test_attention_alone_refuses_in_one_line(flags, message):
     with pytest.raises(RunError, match=message):
         attention_alone(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "the GPU's compiler is not installed: make"),
+        (["--tokens", "100"], "--tokens 100: must be a multiple of 2048"),
+    ],
+)
+def test_compiling_for_a_gpu_refuses_in_one_line(flags, message, monkeypatch):
+    monkeypatch.setattr(gpu_compile, "has_compiler", lambda: False)
+    with pytest.raises(UsageError, match=message):
+        gpu_compile.run(gpu_compile.build_parser().parse_args(flags))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,10 @@ def test_queries_and_keys_are_rotated_first():
     np.testing.assert_allclose(attend(q, k, v, first, rotary), expected, rtol=0, atol=1e-6)
 
 
-def lowered(platform, length=256, dtype=jnp.bfloat16, **settings):
+H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+def lowered(platform, length=256, dtype=jnp.bfloat16, device=H200, **settings):
     """The program of `attention` for a platform that is not here, with a traced window and scale."""
     q, kv = (jax.ShapeDtypeStruct((2, length, 2, *heads, 64), dtype) for heads in ((3,), ()))
     ids, window = jax.ShapeDtypeStruct((2, length), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
@@ -107,8 +110,7 @@ def lowered(platform, length=256, dtype=jnp.bfloat16, **settings):
     def attend(q, k, v, segment_ids, window, scale):
         return attention(q, k, v, segment_ids, scale=scale, window=window, **settings)
 
-    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=h200)):
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), abstract_device=device)):
         return jax.jit(attend).trace(q, kv, kv, ids, window, scale).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -132,8 +134,17 @@ def test_other_row_lengths_and_float32_take_the_dense_path(with_gpu, length, dty
 
 
 def test_without_a_gpu_nothing_is_tried(monkeypatch):
+    """Neither for a CPU, nor for a GPU that is compiled for without saying which."""
     monkeypatch.setattr(gpu_tiles, "usable_tiles", pytest.fail)
-    assert KERNEL not in lowered("cuda")
+    monkeypatch.setattr(gpu_tiles, "candidates", pytest.fail)
+    for device in (None, AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")):
+        assert KERNEL not in lowered("cuda", device=device)
+
+
+def test_a_gpu_that_is_not_here_but_compiled_for_takes_the_best_tiles(monkeypatch):
+    monkeypatch.setattr(gpu_tiles, "usable_tiles", pytest.fail)
+    assert "num_warps = 4 : i32" in lowered("cuda").partition(KERNEL)[2]
+    assert KERNEL not in lowered("cpu")
 
 
 @pytest.fixture
