@@ -10,6 +10,7 @@ from core.host_session import HostSession
 from core.hosts import ALONE
 from core.job import Job, open_storage, prepare_job
 from core.progress import Summary
+from core.reduced_step import StepOutput
 from core.run_config import RunConfig
 from core.stream_run import LoadedModel, load, prepare_stream, run_stream
 
@@ -68,6 +69,12 @@ class Engine:
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:
-        """The forward passes alone: each waited for, nothing kept."""
+        """The forward passes alone, nothing kept. As in a run, one is started before the last is waited for."""
+        last: StepOutput | None = None
         for arrays in steps:
-            self.model.step(arrays).wait()
+            started = self.model.step(arrays)
+            if last is not None:
+                last.wait()
+            last = started
+        if last is not None:
+            last.wait()

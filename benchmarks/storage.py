@@ -144,8 +144,7 @@ def measure_ways(
     content = content_of(activations)
     n_bytes, dtype = content.activations.nbytes, content.activations.dtype.name
     path = folder / "baseline.pkl.gz"
-    # Once: it takes longer than all others together.
-    base = cpu_rate(n_bytes, partial(store_baseline, content, path), 1)
+    base = cpu_rate(n_bytes, partial(store_baseline, content, path), repeats)
     read = cpu_rate(n_bytes, partial(read_baseline, path), repeats)
     rows = [Row(case, dtype, BASELINE, ratio_of(n_bytes, path), base, None, read, 1.0, None)]
     path.unlink()

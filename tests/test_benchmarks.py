@@ -14,6 +14,7 @@ from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
 from benchmarks import codecs, generation, peers, quantization, start, storage, utilisation
 from benchmarks.agreement import read_shards, worst_disagreement
+from benchmarks.engine import Engine
 from benchmarks.measuring import Ratio, Timings, alternate
 from benchmarks.peer_sides import Request
 from benchmarks.workload import LONGEST, SHORTEST, Workload, build_workload
@@ -276,3 +277,18 @@ def test_starts_with_and_without_what_earlier_ones_left_take_turns(tmp_path, mon
     assert [(case.programs, case.weights) for case in found] == cases
     assert [case.total for case in found] == [len(start.STAGES) * (6 + number) for number in range(4)]
     assert "compiled" in start.report(found)
+
+
+def test_the_forward_passes_alone_have_two_steps_under_way_as_a_run_has():
+    events: list[str] = []
+
+    def step(name: str) -> SimpleNamespace:
+        events.append(f"start {name}")
+        return SimpleNamespace(wait=lambda: events.append(f"wait {name}"))
+
+    engine = Engine(job=None, model=SimpleNamespace(step=step))
+    engine.run_steps(["a", "b", "c"])
+    assert events == ["start a", "start b", "wait a", "start c", "wait b", "wait c"]
+    events.clear()
+    engine.run_steps(["a"])
+    assert events == ["start a", "wait a"]
