@@ -35,6 +35,10 @@ class Job:
 
 # A lease, its sign of life and its end; one request lists 1,000 objects.
 _LISTINGS_PER_SHARD = 3 / 1000
+# Whether a finished shard is whole: its release, a listing of its folder, its index, and each commit record.
+_LOOKS_PER_SHARD = 3
+# In which every worker learns that nothing is left.
+_ENDING_S = 600.0
 _LABORATORY = "the TPU compiler's estimate for v5e, rows of 2,048 tokens (benchmarks/README.md, tpu_estimate)"
 JOBS = (
     Job("Qwen2.5-0.5B, all 24 layers", 155_629, 24, 896, _LABORATORY),
@@ -51,7 +55,7 @@ class Limits:
       link_bytes: from a chip to its host a second; nic_bytes: from a host to the network; bucket_bytes: into a bucket.
       encode_bytes: of arrays that a core encodes a second; ratio: of them for each byte stored.
       writes, reads: requests that a bucket takes a second before it has grown.
-      shards_per_worker: of the dataset.
+      shards_per_worker: of the dataset; windows_per_shard: of a shard, each with a commit record.
     """
 
     chips_per_host: int = 4
@@ -66,6 +70,7 @@ class Limits:
     reads: float = 5000.0
     heartbeat_s: float = DEFAULT_HEARTBEAT_S
     shards_per_worker: float = 8.0
+    windows_per_shard: float = 4.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,7 @@ def rows(job: Job, workers: int, limits: Limits) -> list[Row]:
         Row("into the bucket, B/s", workers * stored, limits.bucket_bytes, limits.bucket_bytes / stored),
         Row("bucket writes/s", workers * writes, limits.writes, limits.writes / writes),
         claim_row(workers, limits),
+        ending_row(workers, limits),
     ]
     return per_host + shared
 
@@ -119,6 +125,13 @@ def claim_row(workers: int, limits: Limits) -> Row:
     growing = (2 * limits.reads * limits.heartbeat_s / of_a_worker) ** 0.5
     paced = 2 * limits.reads * limits.heartbeat_s / (SHARDS_A_HEARTBEAT * _LISTINGS_PER_SHARD)
     return Row("claims listed/s, half waiting for half", demand, limits.reads, max(growing, paced))
+
+
+def ending_row(workers: int, limits: Limits) -> Row:
+    """Once every shard has been begun, each worker looks once at the output of each that is called done."""
+    of_a_worker = limits.shards_per_worker * (_LOOKS_PER_SHARD + limits.windows_per_shard) / _ENDING_S
+    demand = workers**2 * of_a_worker
+    return Row("outputs checked/s, within 10 minutes", demand, limits.reads, (limits.reads / of_a_worker) ** 0.5)
 
 
 def report(job: Job, workers: Sequence[int], limits: Limits) -> str:

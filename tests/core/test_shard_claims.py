@@ -23,7 +23,7 @@ from core.claim_records import (
     read_release,
 )
 from core.errors import RunError
-from core.object_store import LocalStore, ObjectStore, RetryPolicy, open_store
+from core.object_store import Listing, LocalStore, ObjectStore, RetryPolicy, open_store
 from core.plan import read_sealed_json
 from core.shard_claims import Lease, ShardClaims, look_interval_s
 
@@ -214,6 +214,49 @@ def test_what_a_worker_saw_while_it_had_work_counts_for_the_ttl(store):
     clock.now = 90.0
     taken = busy.try_next(["shard_000"])
     assert (taken.shard, taken.epoch) == (held.shard, 2)
+
+
+def test_a_shard_that_is_claimed_anew_has_its_ttl_from_then_on_also_without_a_sign_of_life(store):
+    clock, first = Clock(), claimed(claims(store))
+    observer = claims(store, clock=clock)
+    assert observer.try_next(["shard_000"]) is None
+    clock.now = 80.0
+    first.release("stopped")
+    claimed(claims(store, 1))
+    assert observer.try_next(["shard_000"]) is None
+    clock.now = 169.0
+    assert observer.try_next(["shard_000"]) is None
+    clock.now = 170.0
+    assert claimed(observer).epoch == 3
+
+
+def test_a_sign_of_life_counts_from_the_end_of_one_listing_to_the_beginning_of_another(store, monkeypatch):
+    clock, listing = Clock(), store.listing
+    claimed(claims(store))
+    observer = claims(store, clock=clock)
+
+    def slow(prefix: str = "") -> Listing:
+        clock.now += 25.0
+        entries = listing(prefix)
+        clock.now += 25.0
+        return entries
+
+    monkeypatch.setattr(store, "listing", slow)
+    assert observer.try_next(["shard_000"]) is None
+    # Seen from 50 to 100 only, though 150 seconds have gone by.
+    clock.now = 100.0
+    assert observer.try_next(["shard_000"]) is None
+    clock.now = 140.0
+    assert claimed(observer).epoch == 2
+
+
+def test_who_waits_looks_less_often_where_there_are_many_shards(store, monkeypatch):
+    monkeypatch.setattr("core.shard_claims.SHARDS_A_HEARTBEAT", 1)
+    holder, stop, waited = claims(store), threading.Event(), []
+    shards = [claimed(holder, f"shard_{number:03d}").shard for number in range(3)]
+    monkeypatch.setattr(stop, "wait", lambda seconds: waited.append(seconds) or stop.set())
+    assert claims(store, 1, heartbeat_s=20.0).next(shards, stop=stop) is None
+    assert waited == [60.0]
 
 
 def test_a_holder_that_comes_back_after_a_takeover_notices_and_changes_nothing(store):
