@@ -63,7 +63,7 @@ class Limits:
     link_bytes: float = 15e9
     nic_bytes: float = 12.5e9
     bucket_bytes: float = 125e9
-    encode_bytes: float = 390e6
+    encode_bytes: float = 360e6
     ratio: float = 1.27
     shard_bytes: float = 2**30
     writes: float = 1000.0
