@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import zstandard
+from doc_snippets import snippet
 from test_formats import content, selected
 
 from core.formats import DTYPES, FORMATS, planes_shard
@@ -60,29 +61,15 @@ def test_one_sample_is_read_with_numpy_and_zstandard_alone(small_blocks, tmp_pat
     shard = content([4, 5, 7, 3], dtype="bfloat16")
     (tmp_path / "s.planes").write_bytes(written(shard))
     np.save(tmp_path / "wanted.npy", shard.activation(1, 2).astype(np.float32))
-    script = """
-        import json, sys
-        import ml_dtypes
-        import numpy as np
-        import zstandard
-
-        def read(shard, layer, sample):
-            header = json.loads(shard["shard.json"])
-            start, stop = shard["sample_offsets"][sample : sample + 2]
-            dtype, n = np.dtype(header["dtype"]), header["block_tokens"]
-            blocks = []
-            for block in range(start // n, -(-stop // n)):
-                data = zstandard.ZstdDecompressor().decompress(shard[f"layer_{layer}/{block:06d}.zst"])
-                planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
-                blocks.append(np.ascontiguousarray(planes.T).view(dtype).reshape(-1, header["width"]))
-            return np.concatenate(blocks)[start % n :][: stop - start]
-
+    reader = snippet("output_format.md", with_line="def read(").partition("\nactivation = ")[0]
+    check = """
+        import sys
         found = read(np.load("s.planes"), 7, 2)
         assert found.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(found.astype(np.float32), np.load("wanted.npy"))
         assert "core" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, env={}, check=True)
+    subprocess.run([sys.executable, "-c", reader + textwrap.dedent(check)], cwd=tmp_path, env={}, check=True)
 
 
 def test_the_bytes_do_not_depend_on_threads(small_blocks):
