@@ -5,7 +5,11 @@ Axis letters: D width of the site, E width behind the projection, L stored layer
 
 import hashlib
 import io
+import lzma
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,24 +18,46 @@ import numpy as np
 from jaxtyping import Float32
 
 from core.errors import UsageError
+from core.formats import CODE_DTYPES, DTYPES
 from core.formats.safetensors_shard import read_tensors
 from core.object_store import open_store
 
 _MATRIX, _MEAN = "matrix", "mean"
+_BFLOAT16 = DTYPES["bfloat16"]
+# numpy has no kind of its own for the floats of ml_dtypes.
+_FLOATS_BESIDE_NUMPY = (_BFLOAT16, CODE_DTYPES["float8_e4m3fn"])
+# What numpy, zipfile, its decompressors and the reader of safetensors raise at damaged bytes.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    lzma.LZMAError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """(x - mean) @ matrix, one for all layers or one for each.
+    """(x - mean) @ matrix, each one for all layers or one for each.
 
     Attributes:
-      matrix: (1, D, E) or (L, D, E), the layers in their stored order.
-      mean: (1, D) or (L, D).
+      matrix: (M, D, E), M = 1 or L, the layers in their stored order.
+      mean: (N, D), N = 1 or L.
       name: what messages call it.
     """
 
-    matrix: Float32[np.ndarray, "L D E"]
-    mean: Float32[np.ndarray, "L D"]
+    matrix: Float32[np.ndarray, "M D E"]
+    mean: Float32[np.ndarray, "N D"]
     name: str
 
     @property
@@ -41,11 +67,13 @@ class Projection:
 
     def check(self, site: str, width: int, n_layers: int) -> None:
         """Raises UsageError when it is not for `n_layers` layers of a site of that width."""
-        layers, rows, _ = self.matrix.shape
+        rows = self.matrix.shape[1]
         if rows != width:
             raise UsageError(f"--project {self.name}: its matrix has {rows} rows, {site} is {width} wide")
-        if layers not in (1, n_layers):
-            raise UsageError(f"--project {self.name}: it has matrices for {layers} layers, {site} has {n_layers}")
+        for what, array in (("matrices", self.matrix), ("means", self.mean)):
+            if len(array) not in (1, n_layers):
+                layers = f"{what} for {len(array)} layers"
+                raise UsageError(f"--project {self.name}: it has {layers}, {site} has {n_layers}")
 
     def to_json(self) -> dict[str, Any]:
         """What the plan keeps: a digest of the numbers, whatever file they came in."""
@@ -58,18 +86,22 @@ class Projection:
 def read_projection(url: str) -> Projection:
     """Reads a .npy (the matrix alone), .npz or .safetensors (`matrix` and, if it is there, `mean`), local or gs://.
 
-    matrix: (D, E), or (L, D, E) with one for each stored layer; mean: (D,) or (L, D). Raises UsageError in one line.
+    matrix: (D, E), or (L, D, E) with one for each stored layer; mean: (D,) or (L, D), also of one matrix.
+    Raises UsageError in one line.
     """
     folder, _, name = url.rpartition("/")
     try:
         with open_store(folder or ("/" if url.startswith("/") else ".")).open(name) as stream:
-            arrays = _arrays(stream.read(), url)
+            data = stream.read()
     except FileNotFoundError as error:
         raise UsageError(f"--project {url}: there is no such file") from error
     except OSError as error:
         raise UsageError(f"--project {url}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"--project {url}: it cannot be read ({error})") from error
+    try:
+        arrays = _arrays(data, url)
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--project {url}: it cannot be read ({reason})") from error
     unknown = arrays.keys() - {_MATRIX, _MEAN}
     if _MATRIX not in arrays or unknown:
         found = ", ".join(sorted(arrays)) or "nothing"
@@ -82,7 +114,12 @@ def _arrays(data: bytes, url: str) -> Mapping[str, np.ndarray]:
         return read_tensors(data)
     if url.endswith((".npy", ".npz")):
         loaded = np.load(io.BytesIO(data), allow_pickle=False)
-        return {_MATRIX: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        arrays = {_MATRIX: loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+        for name, array in arrays.items():
+            # numpy gives the bytes of a member that does not begin as an array does.
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{name} is no array")
+        return arrays
     raise UsageError(f"--project {url}: expected a file that ends in .npy, .npz or .safetensors")
 
 
@@ -93,15 +130,26 @@ def _projection(matrix: np.ndarray, mean: np.ndarray | None, url: str) -> Projec
         matrix = matrix[None]
     layers, rows, _ = matrix.shape
     if mean is None:
-        mean = np.zeros((layers, rows), np.float32)
-    if mean.shape not in ((rows,), (layers, rows)):
-        raise UsageError(f"--project {url}: {_MEAN} has shape {mean.shape}: expected ({rows},)")
-    mean = np.broadcast_to(mean, (layers, rows))
-    for name, array in ((_MATRIX, matrix), (_MEAN, mean)):
-        # 'V' is what numpy calls the floats of ml_dtypes.
-        if array.dtype.kind not in "fV":
-            raise UsageError(f"--project {url}: {name} is {array.dtype}: expected floating-point numbers")
-    matrix, mean = matrix.astype(np.float32), mean.astype(np.float32)
-    if not (np.isfinite(matrix).all() and np.isfinite(mean).all()):
-        raise UsageError(f"--project {url}: it holds NaN or infinity")
+        mean = np.zeros(rows, np.float32)
+    # One matrix may have a mean for each layer, however many the run stores.
+    means = mean.shape[0] if mean.ndim == 2 and mean.size and layers == 1 else layers
+    if mean.shape not in ((rows,), (means, rows)):
+        several = layers if layers > 1 else "layers"
+        raise UsageError(f"--project {url}: {_MEAN} has shape {mean.shape}: expected ({rows},) or ({several}, {rows})")
+    if mean.ndim == 1:
+        mean = np.broadcast_to(mean, (layers, rows))
+    matrix, mean = (_floats(name, array, url) for name, array in ((_MATRIX, matrix), (_MEAN, mean)))
     return Projection(matrix, mean, url)
+
+
+def _floats(name: str, array: np.ndarray, url: str) -> Float32[np.ndarray, "..."]:
+    """Raises UsageError for anything but finite floating-point numbers."""
+    if array.dtype == np.dtype("V2"):
+        # What numpy makes of a bfloat16 array in its own files.
+        array = array.view(_BFLOAT16)
+    if array.dtype.kind != "f" and array.dtype not in _FLOATS_BESIDE_NUMPY:
+        raise UsageError(f"--project {url}: {name} is {array.dtype}: expected floating-point numbers")
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise UsageError(f"--project {url}: it holds NaN or infinity")
+    return array

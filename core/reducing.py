@@ -48,14 +48,14 @@ class ReducedSite(NamedTuple):
 def reduce_site(
     x: Float[Array, "L B K D"],
     step: StepRows,
-    matrices: tuple[Float32[Array, "M D E"], Float32[Array, "M D"]] | None,
+    matrices: tuple[Float32[Array, "M D E"], Float32[Array, "N D"]] | None,
     reduction: Reduction,
     dtype: np.dtype,
 ) -> ReducedSite:
     """Everything that `reduction` asks for but selection.
 
-    matrices: of the projection and the means that it takes off, M = 1 for all layers. dtype: of values that are not
-    quantized.
+    matrices: of the projection and the means that it takes off, M or N = 1 for all layers, else L.
+    dtype: of values that are not quantized.
     """
     x = x.astype(jnp.float32)
     if matrices is not None:

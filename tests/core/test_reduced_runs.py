@@ -170,10 +170,10 @@ def test_pools_are_of_the_tokens_that_norms_leave(full, step, tmp_path):
         close(found[key]["activation"], wanted)
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_the_largest_values_of_a_projection_are_stored_as_codes(full, step, exact, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "matrices", "means"), [("int8", (2,), ()), ("fp8", (), (2,))])
+def test_the_largest_values_of_a_projection_are_stored_as_codes(full, step, exact, tmp_path, kind, matrices, means):
     rng = np.random.default_rng(1)
-    matrix, mean = rng.normal(size=(2, D_MODEL, 40)).astype(np.float32), rng.normal(size=D_MODEL).astype(np.float32)
+    matrix, mean = (rng.normal(size=size).astype(np.float32) for size in ((*matrices, D_MODEL, 40), (*means, D_MODEL)))
     np.savez(tmp_path / "pca.npz", matrix=matrix, mean=mean)
     flags = {"project": str(tmp_path / "pca.npz"), "topk": 12, "quantize": kind, "quantize_block": 5}
     base = replace(full, activation_type=("residual",), dtype="float16")
@@ -181,10 +181,11 @@ def test_the_largest_values_of_a_projection_are_stored_as_codes(full, step, exac
     job = prepare_job(base, "float32")
     alone = job.backend.load(base.model_path, None, replace(job.step_request, stored_dtype="float32"))
     reduced(base, alone, out, **flags)
+    matrix, mean = np.broadcast_to(matrix, (2, D_MODEL, 40)), np.broadcast_to(mean, (2, D_MODEL))
     errors = {layer: [] for layer in LAYERS}
     for key, item in items(out).items():
         layer = LAYERS.index(key[1])
-        wanted = (exact[key] - mean) @ matrix[layer].astype(np.float64)
+        wanted = (exact[key] - mean[layer]) @ matrix[layer].astype(np.float64)
         assert item["activation"].dtype == {"int8": np.int8, "fp8": ml_dtypes.float8_e4m3fn}[kind]
         assert (item["indices"].dtype, item["scale"].shape) == (np.uint16, (len(wanted), 3))
         largest = -np.sort(-np.abs(wanted), axis=1)[:, :12]
