@@ -304,7 +304,14 @@ def _checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) -
     if reduction == Reduction():
         return None
     layers = {site: len(capture.layers_of(site, model.n_layers)) for site in capture.sites}
-    reduction.check({site: model.site_widths[site] for site in capture.sites}, layers)
+    widths = {site: model.site_widths[site] for site in capture.sites}
+    reduction.check(widths, layers)
+    widest = max(reduction.arrays(width, DTYPES[config.dtype])[VALUES].width for width in widths.values())
+    # It would be one scale a row under another plan. The default block is for rows of any width.
+    if (config.quantize_block or 0) > widest:
+        raise UsageError(
+            f"--quantize_block {config.quantize_block}: no row has more than {widest} values: 0 is one scale a row"
+        )
     return reduction
 
 

@@ -390,8 +390,12 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(full, tmp_pa
     rng = np.random.default_rng(0)
     np.save(tmp_path / "a.npy", rng.normal(size=(D_MODEL, 4)))
     np.save(tmp_path / "b.npy", rng.normal(size=(3, 16, 4)))
+    coded = {"quantize": "int8", "dtype": "float16"}
     for message, flags in {
         "--topk 17: k is only 16 wide": {"topk": 17},
+        "--quantize_block 33: no row has more than 32 values: 0 is one scale a row": coded | {"quantize_block": 33},
+        "--quantize_block 5: no row has more than 4 values: 0 is one scale a row": coded
+        | {"quantize_block": 5, "topk": 4},
         f"--project {tmp_path}/a.npy: its matrix has 32 rows, k is 16 wide": {"project": str(tmp_path / "a.npy")},
         f"--project {tmp_path}/b.npy: it has matrices for 3 layers, k has 2": {"project": str(tmp_path / "b.npy")},
     }.items():
@@ -401,3 +405,5 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(full, tmp_pa
     one_site = {"activation_type": ("residual",), "project": str(tmp_path / "a.npy"), "topk": 5}
     with pytest.raises(UsageError, match="--topk 5: the projected residual is only 4 wide"):
         prepare_job(replace(full, **one_site), "float32")
+    by_default = prepare_job(replace(full, **coded, topk=4), "float32")
+    assert by_default.reduction.quantization.block == 32, "the default block may be wider than a row"
