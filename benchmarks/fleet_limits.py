@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from absl.flags import argparse_flags
 
 from benchmarks.measuring import table
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.shard_claims import DEFAULT_HEARTBEAT_S, SHARDS_A_HEARTBEAT, look_interval_s
 
 
@@ -148,10 +148,10 @@ def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--workers", type=int, nargs="+", default=[1, 10, 100, 1000], help="hosts (default 1 10 100 1000)")
-    add("--tokens_per_second", type=float, help="of one chip, instead of the table's")
+    add("--workers", type=positive(int), nargs="+", default=[1, 10, 100, 1000], help="hosts (default 1 10 100 1000)")
+    add("--tokens_per_second", type=positive(float), help="of one chip, instead of the table's")
     for name, value in asdict(Limits()).items():
-        add(f"--{name}", type=type(value), default=value, help=f"(default {value:g})")
+        add(f"--{name}", type=positive(type(value)), default=value, help=f"(default {value:g})")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the tables")
     add("--verbose", action="store_true", help="show stack traces")
     return parser

@@ -20,7 +20,7 @@ from absl.flags import argparse_flags
 
 from benchmarks.line_chart import Chart, charts_svg
 from benchmarks.measuring import table
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, not_negative, positive, run_command
 from core.errors import UsageError
 from core.shard_claims import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S, look_interval_s
 
@@ -62,7 +62,9 @@ class Fleet:
 
     def __post_init__(self) -> None:
         counts = (self.workers, self.shards, self.windows)
-        if min(counts) < 1 or self.window_s <= 0 or self.heartbeat_s <= 0 or not 0 <= self.noticed <= 1:
+        positive_s = (self.window_s, self.heartbeat_s, self.ttl_s)
+        others = (self.start_s, self.away_s, self.claim_s, self.preemptions_per_hour)
+        if min(counts) < 1 or min(positive_s) <= 0 or min(others) < 0 or not 0 <= self.noticed <= 1:
             raise UsageError(f"a fleet needs workers, shards, windows and positive times: {self}")
 
     @property
@@ -314,13 +316,26 @@ def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--workers", type=int, nargs="+", default=[1, 10, 100, 1000], help="sizes of fleets (default 1 10 100 1000)")
-    add("--preemptions_per_hour", type=float, nargs="+", default=[0, 0.1, 1], help="of a worker (default 0 0.1 1)")
-    add("--shards_per_worker", type=int, default=8, help="of the dataset (default 8)")
-    add("--windows_per_shard", type=int, default=12, help="(default 12)")
+    add(
+        "--workers",
+        type=positive(int),
+        nargs="+",
+        default=[1, 10, 100, 1000],
+        help="sizes of fleets (default 1 10 100 1000)",
+    )
+    add(
+        "--preemptions_per_hour",
+        type=not_negative(float),
+        nargs="+",
+        default=[0, 0.1, 1],
+        help="of a worker (default 0 0.1 1)",
+    )
+    add("--shards_per_worker", type=positive(int), default=8, help="of the dataset (default 8)")
+    add("--windows_per_shard", type=positive(int), default=12, help="(default 12)")
     for name in ("window_s", "start_s", "away_s", "noticed", "claim_s", "heartbeat_s", "ttl_s"):
         default = 60.0 if name == "window_s" else getattr(Fleet, name)
-        add(f"--{name}", type=float, default=default, help=f"see docs/scaling.md (default {default:g})")
+        kind = positive(float) if name in ("window_s", "heartbeat_s", "ttl_s") else not_negative(float)
+        add(f"--{name}", type=kind, default=default, help=f"see docs/scaling.md (default {default:g})")
     add("--seed", type=int, default=0, help="of everything random (default 0)")
     add("--svg", type=Path, help="draw what the table says to this file")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the table")

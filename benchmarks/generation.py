@@ -25,7 +25,7 @@ from benchmarks.engine import Engine
 from benchmarks.hf_model import load_causal_lm
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.workload import Workload, add_workload_flags, workload_of
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import RunError
 from qwen2_jax import load_config
 
@@ -126,8 +126,10 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=4)
     add_case_flags(parser, dtypes=("float32", "float16"), repeats=3)
-    parser.add_argument("--new_tokens", type=int, nargs="+", default=[16, 128], help="at most (default 16 and 128)")
-    parser.add_argument("--threads", type=int, help="of torch (default: all cores)")
+    parser.add_argument(
+        "--new_tokens", type=positive(int), nargs="+", default=[16, 128], help="at most (default 16 and 128)"
+    )
+    parser.add_argument("--threads", type=positive(int), help="of torch (default: all cores)")
     return parser
 
 

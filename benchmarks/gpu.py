@@ -23,7 +23,7 @@ from benchmarks.gpu_devices import peak_tflops, require_gpu
 from benchmarks.gpu_step import OurSide, Workload
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.shapes import Case, published_shapes
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import UsageError
 from core.model_flops import model_flops
 from qwen2_jax import Capture, DecoderConfig
@@ -310,11 +310,15 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=MODELS, help="whose cases to run (default all)")
-    add("--tokens", type=int, default=16384, help="of a step (default 16384)")
-    add("--samples_per_row", type=int, default=1, help="samples of equal length that fill a row (default 1)")
-    add("--steps", type=int, default=20, help="of a repetition (default 20)")
+    add("--tokens", type=positive(int), default=16384, help="of a step (default 16384)")
+    add("--samples_per_row", type=positive(int), default=1, help="samples of equal length that fill a row (default 1)")
+    add("--steps", type=positive(int), default=20, help="of a repetition (default 20)")
     add("--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), help="settings of transformers (default all)")
-    add("--peak_tflops", type=float, help="dense bfloat16 TFLOP/s of the GPU; default from benchmarks/gpu_devices.py")
+    add(
+        "--peak_tflops",
+        type=positive(float),
+        help="dense bfloat16 TFLOP/s of the GPU; default from benchmarks/gpu_devices.py",
+    )
     add("--rehearse", action="store_true", help="tiny models on any device: all of it runs, and nothing is measured")
     add("--verbose", action="store_true", help="stack traces of errors")
     add_output_flags(parser, repeats=5)

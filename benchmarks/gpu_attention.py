@@ -24,7 +24,7 @@ from benchmarks.gpu_devices import require_gpu
 from benchmarks.gpu_step import Workload
 from benchmarks.measuring import alternate, machine, table
 from benchmarks.shapes import shape_of
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import UsageError
 from qwen2_jax import DecoderConfig
 from qwen2_jax.attention import dense_path, first_visible
@@ -159,9 +159,9 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--models", nargs="+", choices=MODELS, default=MODELS, help="whose heads (default all)")
-    add("--tokens", type=int, default=16384, help="of a call (default 16384)")
-    add("--row_length", type=int, default=2048, help="a multiple of 128 (default 2048)")
-    add("--samples_per_row", type=int, default=1, help="samples of equal length that fill a row (default 1)")
+    add("--tokens", type=positive(int), default=16384, help="of a call (default 16384)")
+    add("--row_length", type=positive(int), default=2048, help="a multiple of 128 (default 2048)")
+    add("--samples_per_row", type=positive(int), default=1, help="samples of equal length that fill a row (default 1)")
     add("--rehearse", action="store_true", help="one small case on any device: all of it runs, and nothing is measured")
     add("--verbose", action="store_true", help="stack traces of errors")
     add_output_flags(parser, repeats=5)

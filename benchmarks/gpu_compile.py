@@ -18,7 +18,7 @@ from benchmarks.gpu import CASES
 from benchmarks.measuring import table
 from benchmarks.shapes import Case, shape_of
 from core.backend import StepRequest
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import UsageError
 from core.jax_utils import COMPUTE_DTYPES, step_program
 from qwen2_jax import Capture, Decoder
@@ -109,7 +109,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
     add("--gpu", choices=tuple(GPUS), default="H200", help="to compile for (default H200)")
-    add("--tokens", type=int, default=16384, help="of a step, a multiple of 2048 (default 16384)")
+    add("--tokens", type=positive(int), default=16384, help="of a step, a multiple of 2048 (default 16384)")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     add("--verbose", action="store_true", help="stack traces of errors")
     return parser

@@ -28,7 +28,7 @@ from benchmarks.hf_model import export_folder
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.peer_sides import Request, Side
 from benchmarks.workload import Workload, add_workload_flags, build_workload, workload_of
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import RunError, UsageError
 from core.jax_utils import COMPUTE_DTYPES
 from qwen2_jax import load_config
@@ -292,7 +292,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add = parser.add_argument
     what = "; ".join(f"{name}: {peer.what}" for name, peer in PEERS.items())
     add("--peers", nargs="+", choices=tuple(PEERS), default=tuple(PEERS), help=f"{what} (default all)")
-    add("--all_prompts", type=int, help="for every layer (default: as many as --prompts)")
+    add("--all_prompts", type=positive(int), help="for every layer (default: as many as --prompts)")
     add(
         "--compute_dtypes",
         nargs="+",
@@ -300,8 +300,13 @@ def build_parser() -> argparse_flags.ArgumentParser:
         default=tuple(COMPUTE_DTYPES),
         help="of ours (default both)",
     )
-    add("--shard_mb", type=float, default=1024.0, help="uncompressed size of a shard, both sides (default 1024)")
-    add("--threads", type=int, help="of torch (default: all cores)")
+    add(
+        "--shard_mb",
+        type=positive(float),
+        default=1024.0,
+        help="uncompressed size of a shard, both sides (default 1024)",
+    )
+    add("--threads", type=positive(int), help="of torch (default: all cores)")
     return parser
 
 

@@ -19,7 +19,7 @@ from benchmarks.engine import Engine
 from benchmarks.measuring import machine, table
 from benchmarks.workload import add_workload_flags, workload_of
 from core.batching import sample_spans, step_arrays
-from core.command_line import run_command
+from core.command_line import CommandParser, run_command
 from core.fetching import plan_fetch
 from core.reduced_step import start_copy
 from core.reducing import quantize
@@ -100,7 +100,7 @@ def activations(engine: Engine) -> tuple[Float32[np.ndarray, "L N D"], np.ndarra
 
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
-    parser = argparse_flags.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=8)
     parser.add_argument("--layers", type=int, nargs="+", default=(1, 7, 14, 21, 28), help="default 1 7 14 21 28")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of the table")

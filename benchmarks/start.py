@@ -21,7 +21,7 @@ from absl.flags import argparse_flags
 
 from benchmarks.measuring import machine, table
 from benchmarks.workload import add_workload_flags, workload_of
-from core.command_line import run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import RunError
 
 _ROOT = Path(__file__).parents[1]
@@ -97,9 +97,9 @@ def measure(model_path: str, stream: Path, folder: Path, repeats: int) -> list[S
 
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
-    parser = argparse_flags.ArgumentParser(description=__doc__)
+    parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=1)
-    parser.add_argument("--repeats", type=int, default=3, help="of each case (default 3)")
+    parser.add_argument("--repeats", type=positive(int), default=3, help="of each case (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     return parser
 

@@ -27,7 +27,7 @@ from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.replay import cast, computed_once, replayed, window_activations
 from benchmarks.uploads import Busy, UploadResult, measure_upload
 from benchmarks.workload import Workload, add_workload_flags, build_workload, workload_of
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, not_negative, positive, run_command
 from core.formats import DTYPES, FORMATS, ShardContent, read_shard
 from core.formats.base import stored_sample
 from core.object_store import LocalStore, ObjectInfo
@@ -304,14 +304,20 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=32)
     add = parser.add_argument
-    add("--all_prompts", type=int, default=6, help="for what stores every layer (default 6)")
+    add("--all_prompts", type=positive(int), default=6, help="for what stores every layer (default 6)")
     add("--cases", nargs="*", choices=CASES, default=CASES, help="one middle layer, every layer (default both)")
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="stored dtypes (default all)")
     add("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="formats (default all)")
     add("--codecs", nargs="*", choices=tuple(CODECS), default=tuple(CODECS), help="compressors (default all)")
-    add("--link_mb_s", nargs="*", type=float, default=[0, 100], help="uploads: speeds of the link, 0 for loopback's")
-    add("--upload_shard_mb", type=float, default=16, help="uploads: size of a shard (default 16)")
-    add("--upload_copies", type=int, default=3, help="uploads: how often the prompts come (default 3)")
+    add(
+        "--link_mb_s",
+        nargs="*",
+        type=not_negative(float),
+        default=[0, 100],
+        help="uploads: speeds of the link, 0 for loopback's",
+    )
+    add("--upload_shard_mb", type=positive(float), default=16, help="uploads: size of a shard (default 16)")
+    add("--upload_copies", type=positive(int), default=3, help="uploads: how often the prompts come (default 3)")
     add("--work_dir", type=Path, help="where files are written (default: a temporary folder)")
     add_output_flags(parser, repeats=3)
     return parser

@@ -19,7 +19,7 @@ from benchmarks.cases import add_case_flags, case_layers
 from benchmarks.engine import Engine
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.workload import Workload, add_workload_flags, workload_of
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.errors import RunError
 from core.progress import Summary
 from qwen2_jax import load_config
@@ -102,7 +102,9 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=64)
     add_case_flags(parser, dtypes=("float16", "bfloat16", "float32"), repeats=5)
-    parser.add_argument("--windows", type=int, default=4, help="at least so many windows, and so shards (default 4)")
+    parser.add_argument(
+        "--windows", type=positive(int), default=4, help="at least so many windows, and so shards (default 4)"
+    )
     return parser
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl.flags import argparse_flags
 
-from core.command_line import CommandParser, run_command
+from core.command_line import CommandParser, positive, run_command
 from core.dataset_utils import BadRecord, StreamRecord, read_stream
 from core.errors import RunError, UsageError
 from core.prompts import PromptOptions, Tokenizer
@@ -138,7 +138,7 @@ def _sample_at(tokenizer: Tokenizer, task: StreamRecord, position: int) -> Token
 def add_workload_flags(parser: argparse_flags.ArgumentParser, *, prompts: int) -> None:
     """The flags that choose a workload."""
     add = parser.add_argument
-    add("--prompts", type=int, default=prompts, help=f"how many (default {prompts})")
+    add("--prompts", type=positive(int), default=prompts, help=f"how many (default {prompts})")
     add("--seed", type=int, default=0, help="of the choice of prompts (default 0)")
     add(
         "--source",

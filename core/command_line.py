@@ -2,11 +2,12 @@
 
 import argparse
 import logging as standard_logging
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from absl import app, logging
@@ -19,6 +20,8 @@ from qwen2_jax.errors import ModelError
 
 _FORMAT = RedactingFormatter("%(asctime)s %(message)s", "%H:%M:%S")
 
+Number = TypeVar("Number", int, float)
+
 
 class CommandParser(argparse_flags.ArgumentParser):
     """Tells what is wrong with a command line in one line, as all other errors are told; so do its subcommands."""
@@ -26,6 +29,31 @@ class CommandParser(argparse_flags.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exits."""
         self.exit(UsageError.exit_code, f"error: {printable(redact(message))} (--help lists the flags)\n")
+
+
+def positive(kind: type[Number]) -> Callable[[str], Number]:
+    """A type for argparse: finite numbers above 0."""
+    return _number(kind, lambda number: number > 0, "above 0")
+
+
+def not_negative(kind: type[Number]) -> Callable[[str], Number]:
+    """A type for argparse: finite numbers from 0."""
+    return _number(kind, lambda number: number >= 0, "0 or more")
+
+
+def _number(kind: type[Number], holds: Callable[[Number], bool], rule: str) -> Callable[[str], Number]:
+    noun = "a whole number" if kind is int else "a number"
+
+    def convert(text: str) -> Number:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not math.isfinite(number) or not holds(number):
+            raise argparse.ArgumentTypeError(f"{text}: expected {noun}, {rule}")
+        return number
+
+    return convert
 
 
 def run_command(

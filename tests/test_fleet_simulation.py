@@ -84,7 +84,7 @@ def test_the_same_seed_gives_the_same_fleet():
 
 
 def test_nonsense_is_refused():
-    for change in ({"workers": 0}, {"window_s": 0}, {"noticed": 2}, {"heartbeat_s": 0}):
+    for change in ({"workers": 0}, {"window_s": 0}, {"noticed": 2}, {"heartbeat_s": 0}, {"away_s": -1}, {"ttl_s": 0}):
         with pytest.raises(UsageError, match="a fleet needs"):
             replace(STORM, **change)
 
