@@ -1,7 +1,9 @@
-"""What README.md and docs/ name is there: links, files, flags, commands, dependencies."""
+"""What README.md, docs/ and benchmarks/README.md name is there: links, files, flags, commands, dependencies."""
 
 import argparse
 import configparser
+import functools
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -15,7 +17,11 @@ from benchmarks import fleet_limits, fleet_simulation
 from fleet import command_line
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+BENCHMARKS_PAGE = "benchmarks/README.md"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", ROOT / BENCHMARKS_PAGE, *(ROOT / "docs").glob("*.md")]
+}
 COMMANDS = {
     module.__name__: module.build_parser()
     for module in (extract_activations, create_dataset_streams, analyze_activations)
@@ -36,6 +42,21 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
 OTHERS = [module.build_parser() for module in (command_line, fleet_limits, fleet_simulation)]
 
 
+@functools.cache
+def benchmark_parsers() -> dict[str, argparse.ArgumentParser]:
+    """Of every benchmark, by its name; without torch, which some measure against, the test is skipped."""
+    pytest.importorskip("torch")
+    names = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if "def build_parser(" in path.read_text()]
+    return {name: importlib.import_module(f"benchmarks.{name}").build_parser() for name in names}
+
+
+def shown_benchmarks(page: str) -> list[list[str]]:
+    """As `shown_commands`, but of `python -m benchmarks.NAME`: NAME and its arguments."""
+    lines = re.sub(r"\\\n\s*", "", PAGES[page]).splitlines()
+    found = (re.match(r" +(?:\w+=\S+ )*python -m benchmarks\.(.*)", line) for line in lines)
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
 def shown_commands(page: str) -> list[list[str]]:
     """The argument lists of our commands in a page's indented blocks, their continued lines joined."""
     lines = re.sub(r"\\\n\s*", "", PAGES[page]).splitlines()
@@ -53,7 +74,8 @@ def test_every_local_link_leads_somewhere(page):
 def test_every_file_that_is_named_exists(page):
     named = re.finditer(rf"(?<![\w./~-])(?:{FOLDERS})/(?:[\w./]*\w)?|`(\w+\.py)`", PAGES[page])
     paths = {match.group(1) or match.group(0) for match in named}
-    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    beside = (ROOT / page).parent
+    assert [path for path in sorted(paths) if not ((ROOT / path).exists() or (beside / path).exists())] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -64,7 +86,8 @@ def test_a_name_said_to_be_of_a_file_is_in_it(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_is_one_of_a_command(page):
-    known = set().union(*map(flags_of, [*COMMANDS.values(), *OTHERS]))
+    benchmarks = benchmark_parsers().values() if page == BENCHMARKS_PAGE else ()
+    known = set().union(*map(flags_of, [*COMMANDS.values(), *OTHERS, *benchmarks]))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", PAGES[page])) - known == set()
 
 
@@ -72,6 +95,16 @@ def test_every_flag_is_one_of_a_command(page):
 def test_every_command_is_accepted_by_its_parser(page):
     for _, script, *arguments in shown_commands(page):
         assert COMMANDS[script.removesuffix(".py")].parse_args(arguments), "a refusal is a SystemExit with its reason"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if shown_benchmarks(page)])
+def test_every_benchmark_is_accepted_by_its_parser(page):
+    for name, *arguments in shown_benchmarks(page):
+        assert benchmark_parsers()[name].parse_args(arguments), "a refusal is a SystemExit with its reason"
+
+
+def test_the_page_of_the_benchmarks_shows_every_one_of_them():
+    assert {name for name, *_ in shown_benchmarks(BENCHMARKS_PAGE)} == set(benchmark_parsers())
 
 
 def test_the_readme_shows_every_command():
