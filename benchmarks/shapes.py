@@ -29,7 +29,8 @@ class Case:
     def name(self) -> str:
         """Names the case in tables and baselines."""
         layers = "all layers" if self.layers is None else f"layer {self.layers[0]}"
-        return f"{self.model}, {layers}, rows of {self.length}"
+        layout = "" if self.layout == "auto" else f", mesh {self.layout}"
+        return f"{self.model}, {layers}, rows of {self.length}{layout}"
 
     def layers_of(self, config: DecoderConfig) -> tuple[int, ...]:
         """Which layers are captured."""

@@ -12,8 +12,11 @@ from absl.flags import argparse_flags
 from benchmarks.measuring import table
 from benchmarks.shapes import Case, shape_of
 from core.backend import StepRequest
+from core.batching import ROW_MULTIPLE
+from core.capture import existing_layer
 from core.command_line import CommandParser, run_command
 from core.errors import UsageError
+from core.model_shape import check_sample_length
 from core.tpu_estimate import StepEstimate, estimate_step
 from qwen2_jax import Capture
 
@@ -26,7 +29,8 @@ CASES = (
     Case("Qwen2.5-1.5B", None, 2048, 0.75),
     Case("Qwen2.5-7B", (13,), 2048, 0.80),
     Case("gemma-2-2b", (12,), 2048, 0.70),
-    Case("gemma-2-9b", (41,), 2048, None, "2d", 16),
+    Case("gemma-2-9b", (41,), 2048, rows=8),
+    Case("gemma-2-9b", (41,), 2048, layout="2d", rows=16),
 )
 
 
@@ -45,8 +49,8 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add("--tpu_topology", default="v5e:8x8", help="such as v5e:8x8, v6e:8x8 or v5p:2x2x4 (default v5e:8x8)")
     add("--model", help="a name in model_shapes.json, a model folder or a hub id, instead of the table of cases")
     add("--layers", type=int, nargs="+", help="of --model; default all")
-    add("--row_length", type=int, default=2048, help="of --model; a multiple of 128 (default 2048)")
-    add("--mesh", default="auto", help="of --model, on one host: auto, 1d, 2d, DATAxMODEL (default auto)")
+    add("--row_length", type=int, help="of --model; a multiple of 128 (default 2048)")
+    add("--mesh", help="of --model, on one host: auto, 1d, 2d, DATAxMODEL (default auto)")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     add("--verbose", action="store_true", help="every operation of every case; stack traces of errors")
     return parser
@@ -70,9 +74,7 @@ def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
             f"{1e3 * found.step_seconds:.1f} ms",
             f"{1e3 * found.kernel_seconds:.1f} ms",
             f"{found.mfu:.3f}",
-            "it fits: yes"
-            if case.target is None
-            else f">= {case.target:.2f}: {'yes' if found.mfu >= case.target else 'no'}",
+            _verdict(case, found),
             f"{found.tokens_per_second:.0f}",
             f"{found.dollars:.2f}",
             f"{found.link_share:.0%}",
@@ -85,11 +87,10 @@ def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Compiles one case after the other and prints what it found."""
-    if args.row_length < 1 or args.row_length % 128 or args.row_length > TOKENS:
-        raise UsageError(f"--row_length {args.row_length}: must be a multiple of 128, at most {TOKENS}")
-    cases: Sequence[Case] = CASES
-    if args.model:
-        cases = [Case(args.model, tuple(args.layers) if args.layers else None, args.row_length, layout=args.mesh)]
+    cases = [_case(args)] if args.model else CASES
+    for name in ("layers", "row_length", "mesh"):
+        if not args.model and getattr(args, name) is not None:
+            raise UsageError(f"--{name} needs --model: the cases of the table have their own")
     results = [(case, estimate(case, args.tpu_topology)) for case in cases]
     if args.json:
         found = {case.name: result.to_json() for case, result in results}
@@ -98,6 +99,16 @@ def run(args: argparse.Namespace) -> None:
     print(report(results))
     for case, result in results if args.model or args.verbose else ():
         print("\n".join(["", case.name, *result.lines()]))
+
+
+def _case(args: argparse.Namespace) -> Case:
+    length = 2048 if args.row_length is None else args.row_length
+    if length < 1 or length % ROW_MULTIPLE or length > TOKENS:
+        raise UsageError(f"--row_length {length}: must be a multiple of {ROW_MULTIPLE}, at most {TOKENS}")
+    config = shape_of(args.model)
+    check_sample_length(length, config, args.model, "--row_length")
+    layers = [existing_layer(layer, f"--layers {layer}", config, args.model) for layer in args.layers or ()]
+    return Case(args.model, tuple(layers) or None, length, layout=args.mesh or "auto")
 
 
 def main() -> None:

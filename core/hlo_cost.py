@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+import numpy as np
+
 from core.errors import RunError
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -22,6 +24,10 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _NAME = re.compile(r"%([\w.\-]+)")
+_ARRAY_TEXT = re.compile(r"\w+\[[\d,]*\]")
+# {{0,1},{2,3}}, and 2 groups of 2 out of devices numbered as an array of dimensions, transposed or not.
+_GROUP = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{\{?([\d,]*)\}")
+_IOTA_GROUPS = re.compile(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 COLLECTIVES = (
     "all-gather",
@@ -40,6 +46,8 @@ _FREE = (
 # Custom calls that become no code.
 _FREE_TARGETS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "LayoutConstraint")
 _SCALAR_BYTES = 64
+# Of names: what calls, loops and choices of JAX add to them.
+_NOISE = re.compile(r"jit\(.*|shard_map.*|closed_call.*|while|body|cond|branch_\d+_fun")
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,8 @@ class Instruction:
     @property
     def label(self) -> str:
         """The same without what all names begin with, or the opcode of what the compiler added."""
-        parts = [part for part in self.op_name.split("/") if not part.startswith(("jit(", "shard_map", "closed_call"))]
-        return "/".join(part for part in parts if part not in ("while", "body", "cond")) or self.opcode
+        parts = [part for part in self.op_name.split("/") if not _NOISE.fullmatch(part)]
+        return "/".join(parts) or self.opcode
 
     @property
     def is_async_copy(self) -> bool:
@@ -92,6 +100,20 @@ class Instruction:
     def is_kernel(self) -> bool:
         """Whether it is a Pallas kernel."""
         return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
+    @property
+    def group(self) -> tuple[int, ...]:
+        """Of a collective, the first group of devices that exchange; () where it names none, and all do.
+
+        Raises RunError for groups that are written in another way than is read here.
+        """
+        if found := _GROUP.search(self.attributes):
+            return tuple(int(device) for device in found[1].split(",") if device)
+        if found := _IOTA_GROUPS.search(self.attributes):
+            sizes, dims, order = (tuple(int(n) for n in (part or "").split(",") if n) for part in found.groups())
+            devices = np.arange(prod(dims)).reshape(dims).transpose(order or None)
+            return tuple(devices.reshape(sizes)[0].tolist())
+        raise RunError(f"the compiled program does not tell which devices its {self.opcode} {self.name} joins")
 
     def called(self, attribute: str) -> tuple[str, ...]:
         """The computations that an attribute names, such as `body`."""
@@ -250,11 +272,26 @@ def _closing(text: str) -> int:
 
 @dataclass(frozen=True)
 class Collective:
-    """What devices exchange in a step: which operation, how often, and the bytes a device receives in all."""
+    """What devices exchange in a step.
+
+    Attributes:
+      group: the first of the groups of devices that exchange, by their places in the mesh; (): all are one group.
+      bytes: of a device's results, all times together.
+    """
 
     operation: str
+    group: tuple[int, ...]
     times: int
     bytes: int
+
+    def sent(self, n_devices: int) -> float:
+        """Bytes that each of `n_devices` sends, and receives, by the algorithm of a ring.
+
+        What is neither summed nor put together is counted whole.
+        """
+        others = (n_devices - 1) / n_devices
+        factors = {"all-reduce": 2 * others, "all-gather": others, "reduce-scatter": n_devices - 1}
+        return self.bytes * factors.get(self.operation, 1.0)
 
 
 @dataclass(frozen=True)
@@ -294,17 +331,36 @@ class ProgramCost:
                 unpriced[f"{line.opcode} {line.label}"] += times * shape_bytes(line.shape)
         return cls(dict(cycles.most_common()), kernels, dict(unpriced), _totals(exchanged), copied)
 
+    def then(self, other: "ProgramCost", name: str) -> "ProgramCost":
+        """Both, one after the other; `other`'s operations stand under `name`."""
+        cycles = self.cycles | {f"{name}: {label}": spent for label, spent in other.cycles.items()}
+        return ProgramCost(
+            dict(Counter(cycles).most_common()),
+            self.kernels + other.kernels,
+            self.unpriced | {f"{name}: {label}": written for label, written in other.unpriced.items()},
+            self.collectives + other.collectives,
+            self.copied_bytes + other.copied_bytes,
+        )
+
 
 def _copied_bytes(shape: str) -> int:
     """Of a copy's source, target and context: the target, which may be a slice of the source."""
-    return sorted(map(shape_bytes, re.findall(r"\w+\[[\d,]*\]", shape)))[-2]
+    return sorted(map(shape_bytes, _ARRAY_TEXT.findall(shape)))[-2]
 
 
 def _totals(exchanged: list[tuple[int, Instruction]]) -> tuple[Collective, ...]:
-    times_of: Counter[str] = Counter()
-    bytes_of: Counter[str] = Counter()
+    times_of: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    bytes_of: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for times, line in exchanged:
-        operation = line.opcode.removesuffix("-start")
-        times_of[operation] += times
-        bytes_of[operation] += times * shape_bytes(line.shape)
-    return tuple(Collective(operation, times, bytes_of[operation]) for operation, times in sorted(times_of.items()))
+        key = line.opcode.removesuffix("-start"), line.group
+        times_of[key] += times
+        bytes_of[key] += times * _result_bytes(line)
+    return tuple(Collective(*key, times, bytes_of[key]) for key, times in sorted(times_of.items()))
+
+
+def _result_bytes(line: Instruction) -> int:
+    """Of a collective. What starts one, other than a sum, stands for its operands, its results and small contexts."""
+    if not line.opcode.endswith("-start") or line.opcode == "all-reduce-start":
+        return shape_bytes(line.shape)
+    sizes = [size for size in map(shape_bytes, _ARRAY_TEXT.findall(line.shape)) if size > _SCALAR_BYTES]
+    return sum(sizes[len(sizes) // 2 :])

@@ -225,11 +225,13 @@ class StepProgram:
     Attributes:
       state: the model's arrays, or their shapes (`Decoder.abstract` on a mesh), which are enough to lower `forward`.
       forward: (state, tokens, segment_ids, positions) -> `Outputs`, jitted; the arrays are (B, T) and lie on `rows`.
+      gather: (activations by site, places (B, K)) -> the tokens at those places of each row, jitted.
       out_specs: how the outputs lie on the mesh: activations by site, all peaks, all norms.
     """
 
     state: nnx.State
     forward: jax.stages.Wrapped
+    gather: jax.stages.Wrapped
     rows: NamedSharding
     out_specs: tuple[dict[str, PartitionSpec], PartitionSpec, PartitionSpec]
 
@@ -252,10 +254,14 @@ def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepP
     sites = {site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites}
     weights = jax.tree.map(lambda array: array.sharding.spec, state)
     out_specs = (sites, layers_rows, layers_rows)
-    mapped = jax.shard_map(
-        forward, mesh=mesh.mesh, in_specs=(weights, rows, rows, rows), out_specs=out_specs, check_vma=False
+    mapped = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
+    return StepProgram(
+        state,
+        jax.jit(mapped(forward, in_specs=(weights, rows, rows, rows), out_specs=out_specs)),
+        jax.jit(mapped(_gather, in_specs=(sites, rows), out_specs=sites)),
+        NamedSharding(mesh.mesh, rows),
+        out_specs,
     )
-    return StepProgram(state, jax.jit(mapped), NamedSharding(mesh.mesh, rows), out_specs)
 
 
 class ExtractionStep:
@@ -273,10 +279,7 @@ class ExtractionStep:
     """
 
     def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
-        self._program = program = step_program(model, request, mesh)
-        sites = program.out_specs[0]
-        gather = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
-        self._gather = jax.jit(gather(_gather, in_specs=(sites, program.rows.spec), out_specs=sites))
+        self._program = step_program(model, request, mesh)
         self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
         self._ahead: dict[tuple[int, ...], Future[jax.stages.Compiled]] = {}
 
@@ -318,4 +321,5 @@ class ExtractionStep:
 
     def gather(self, activations: dict[str, Array], kept: Int32[np.ndarray, "B K"]) -> dict[str, Array]:
         """The tokens at `kept` of each row, (L, B, K, D) by site; on the devices that hold the rows."""
-        return self._gather(activations, jax.device_put(kept, self._program.rows))
+        gathered: dict[str, Array] = self._program.gather(activations, jax.device_put(kept, self._program.rows))
+        return gathered

@@ -110,14 +110,7 @@ class Job:
     @property
     def step_request(self) -> StepRequest:
         """What the backend has to compute."""
-        norm_sites = NORM_SITES if self.selection is not None and self.selection.needs_norms else ()
-        return StepRequest(
-            self.capture,
-            # What is reduced is not rounded before.
-            self.config.dtype if self.reduction is None else self.compute_dtype,
-            self.compute_dtype,
-            tuple(site for site in self.capture.sites if site in norm_sites),
-        )
+        return step_request(self.config, self.capture, self.compute_dtype, self.selection, self.reduction)
 
     @property
     def batch_shape(self) -> BatchShape:
@@ -191,6 +184,24 @@ class Job:
             raise RunError(f"{self.stream_path}: no usable sample{share} ({n_bad} bad records)")
 
 
+def step_request(
+    config: RunConfig,
+    capture: Capture,
+    compute_dtype: str,
+    selection: Selection | None = None,
+    reduction: Reduction | None = None,
+) -> StepRequest:
+    """What the backend of a run with these flags has to compute."""
+    norm_sites = NORM_SITES if selection is not None and selection.needs_norms else ()
+    return StepRequest(
+        capture,
+        # What is reduced is not rounded before.
+        config.dtype if reduction is None else compute_dtype,
+        compute_dtype,
+        tuple(site for site in capture.sites if site in norm_sites),
+    )
+
+
 def backend_of(config: RunConfig) -> Backend:
     """What computes the activations. Raises as `choose_backend` does."""
     return choose_backend(
@@ -259,8 +270,8 @@ def _prepare(
     model = backend.model_shape(config.model_path, config.revision)
     capture = resolve_capture(config.activation_type, config.layers_to_extract, model, config.model_path)
     check_sample_length(config.max_seq_length, model, config.model_path)
-    selection = _checked_selection(config, capture)
-    reduction = _checked_reduction(config, capture, model)
+    selection = checked_selection(config, capture)
+    reduction = checked_reduction(config, capture, model)
     tokenizer_path = config.tokenizer_path or config.model_path
     revision = None if config.tokenizer_path else config.revision
     tokenizer = Tokenizer(options, partial(load_tokenizer, tokenizer_path, revision), model.vocab_size)
@@ -284,7 +295,8 @@ def _prepare(
     )
 
 
-def _checked_selection(config: RunConfig, capture: Capture) -> Selection | None:
+def checked_selection(config: RunConfig, capture: Capture) -> Selection | None:
+    """The selection of a run. Raises UsageError where it needs what is not captured."""
     selection = config.selection
     if selection is not None and selection.needs_norms and not set(NORM_SITES) & set(capture.sites):
         raise UsageError(
@@ -294,7 +306,8 @@ def _checked_selection(config: RunConfig, capture: Capture) -> Selection | None:
     return selection
 
 
-def _checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) -> Reduction | None:
+def checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) -> Reduction | None:
+    """The reduction of a run, its matrix read. Raises UsageError where it does not fit what is captured."""
     reduction = Reduction(
         projection=None if config.project is None else read_projection(config.project),
         pools=tuple(parse_pool(text) for text in config.pool),

@@ -35,10 +35,10 @@ class ModelShape(Protocol):
     def site_widths(self) -> Mapping[str, int]: ...
 
 
-def check_sample_length(max_seq_length: int, model: ModelShape, path: str) -> None:
-    """Raises UsageError when samples of that many tokens do not fit the model at `path`."""
+def check_sample_length(max_seq_length: int, model: ModelShape, path: str, flag: str = "--max_seq_length") -> None:
+    """Raises UsageError naming `flag` when samples of that many tokens do not fit the model at `path`."""
     if not 1 <= max_seq_length <= model.max_positions:
         raise UsageError(
-            f"--max_seq_length {max_seq_length}: {path} knows {model.max_positions} positions: "
-            f"pass --max_seq_length {model.max_positions} or less"
+            f"{flag} {max_seq_length}: {path} knows {model.max_positions} positions: "
+            f"pass {flag} {model.max_positions} or less"
         )

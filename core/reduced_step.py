@@ -57,29 +57,11 @@ class ReducedStep:
 
 
 class _Program:
-    """The compiled reduction of arrays that lie in these ways on a mesh.
-
-    Rows are reduced where they are; a width that is split over devices is put together there first.
-    """
+    """The reduction of arrays that lie in these ways on a mesh."""
 
     def __init__(self, shardings: Mapping[str, NamedSharding], reduction: Reduction, dtype: np.dtype) -> None:
         self._mesh = mesh = next(iter(shardings.values())).mesh
-        split = {site: _axes_of(sharding.spec, 3) for site, sharding in shardings.items()}
-
-        def reduce(
-            activations: dict[str, Array], step: StepRows, matrices: tuple[Array, Array] | None
-        ) -> dict[str, ReducedSite]:
-            reduced = {}
-            for site, x in activations.items():
-                whole = jax.lax.all_gather(x, split[site], axis=3, tiled=True) if split[site] else x
-                reduced[site] = reduce_site(whole, step, matrices, reduction, dtype)
-            return reduced
-
-        specs = {site: sharding.spec for site, sharding in shardings.items()}
-        in_specs = (specs, StepRows(*_STEP_ROWS), _WHOLE)
-        self._reduce = jax.jit(
-            jax.shard_map(reduce, mesh=mesh, in_specs=in_specs, out_specs=_LAYERS_ROWS, check_vma=False)
-        )
+        self._reduce = _reduction_of(shardings, reduction, dtype)
         self._matrices = None
         if reduction.projection is not None:
             matrices = (reduction.projection.matrix, reduction.projection.mean)
@@ -91,6 +73,52 @@ class _Program:
         step = StepRows(*jax.device_put(_rows_of(fetch), places))
         reduced: dict[str, ReducedSite] = self._reduce(activations, step, self._matrices)
         return reduced
+
+
+def _reduction_of(shardings: Mapping[str, NamedSharding], reduction: Reduction, dtype: np.dtype) -> jax.stages.Wrapped:
+    """(activations by site, StepRows, matrices and means of the projection) -> `ReducedSite` by site, jitted.
+
+    Rows are reduced where they are; a width that is split over devices is put together there first.
+    """
+    mesh = next(iter(shardings.values())).mesh
+    split = {site: _axes_of(sharding.spec, 3) for site, sharding in shardings.items()}
+
+    def reduce(
+        activations: dict[str, Array], step: StepRows, matrices: tuple[Array, Array] | None
+    ) -> dict[str, ReducedSite]:
+        reduced = {}
+        for site, x in activations.items():
+            whole = jax.lax.all_gather(x, split[site], axis=3, tiled=True) if split[site] else x
+            reduced[site] = reduce_site(whole, step, matrices, reduction, dtype)
+        return reduced
+
+    specs = {site: sharding.spec for site, sharding in shardings.items()}
+    in_specs = (specs, StepRows(*_STEP_ROWS), _WHOLE)
+    return jax.jit(jax.shard_map(reduce, mesh=mesh, in_specs=in_specs, out_specs=_LAYERS_ROWS, check_vma=False))
+
+
+def lower_reduction(
+    activations: Mapping[str, jax.ShapeDtypeStruct], fetch: Fetch, reduction: Reduction, dtype: np.dtype
+) -> jax.stages.Lowered:
+    """What a run compiles to reduce `activations`, (L, B, K, D) with their shardings: for devices that are not there.
+
+    fetch: of any one row of the step; the others are taken to be like it.
+    """
+    shardings = {site: x.sharding for site, x in activations.items()}
+    mesh, n_rows = next(iter(shardings.values())).mesh, next(iter(activations.values())).shape[1]
+
+    def struct(x: np.ndarray, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        shape = list(x.shape)
+        if DATA_AXIS in spec:
+            shape[tuple(spec).index(DATA_AXIS)] = n_rows
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    rows: Any = map(struct, _rows_of(fetch), _STEP_ROWS)  # shapes in place of arrays
+    step = StepRows(*rows)
+    matrices = None
+    if reduction.projection is not None:
+        matrices = tuple(struct(x, _WHOLE) for x in (reduction.projection.matrix, reduction.projection.mean))
+    return _reduction_of(shardings, reduction, dtype).lower(dict(activations), step, matrices)
 
 
 class ReducedOutput:

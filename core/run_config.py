@@ -179,6 +179,9 @@ class RunConfig:
             self._require(
                 self.backend != "torch", "tpu_topology", "torch does not run on TPUs: leave out --backend torch"
             )
+            self._require(not self.certify, "certify", "leave it out with --tpu_topology, which runs nothing")
+            if self.multihost:
+                raise UsageError("--multihost: leave it out with --tpu_topology: all hosts of a slice are estimated")
             return
         if not self.use_sharded_dataset:
             for name in ("sharded_dataset_dir", "preferred_shard_id"):
@@ -200,6 +203,12 @@ class RunConfig:
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
             raise UsageError(f"--{name} {getattr(self, name)}: {rule}")
+
+    @property
+    def selecting(self) -> tuple[str, ...]:
+        """The flags among these that leave tokens out."""
+        names = ("exclude_tokens", "positions", "exclude_norm_outliers", "max_tokens_per_sample")
+        return tuple(name for name in names if getattr(self, name))
 
     @property
     def selection(self) -> Selection | None:

@@ -1,13 +1,16 @@
 """What the laboratory knows of TPU chips, and what they cost: a table to edit.
 
-Speeds and sizes are those of Google's pages on each generation (docs.cloud.google.com/tpu/docs). Prices are on-demand
-list prices of us regions in dollars an hour; a contract or a spot machine has others: change them here.
+Speeds, sizes and slices are those of Google's pages on each generation (docs.cloud.google.com/tpu/docs). Prices are
+on-demand list prices of us regions in dollars an hour; a contract or a spot machine has others: change them here.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+_CUBE = 4
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Chip:
     """One chip and its share of the machine around it. Sizes in bytes, speeds in bytes or operations a second.
 
@@ -17,9 +20,12 @@ class Chip:
       peak: bfloat16 operations a second of the matrix units.
       memory, memory_speed: HBM.
       chips_per_host: of a slice of several hosts.
-      links_speed: what a chip receives from the chips around it.
+      link_speed: of the link between two neighbours, each way: what is published for a chip over its links.
       host_link: chip to host memory; an assumption, it is not published.
       network: one host's network card.
+      slices: the shapes that can be had.
+      largest_cubes: the sides of the largest slice that is made of 4x4x4 cubes; all shapes of cubes within it can be
+        had too, their sides in ascending order.
       accelerator_type: an example that makes the compiler describe this generation.
       dollars_per_hour: of one chip.
     """
@@ -29,15 +35,88 @@ class Chip:
     memory: int
     memory_speed: float
     chips_per_host: int
-    links_speed: float
+    link_speed: float
     host_link: float
     network: float
+    slices: tuple[str, ...]
+    largest_cubes: tuple[int, ...] = ()
     accelerator_type: str
     dollars_per_hour: float
 
+    def has_slice(self, shape: str) -> bool:
+        """Whether there is a slice such as `8x8`."""
+        if shape in self.slices:
+            return True
+        sides = [int(side) for side in shape.split("x")]
+        return (
+            len(sides) == len(self.largest_cubes)
+            and sides == sorted(sides)
+            and all(side and side % _CUBE == 0 for side in sides)
+            and all(side <= largest for side, largest in zip(sides, self.largest_cubes, strict=True))
+        )
 
+    @property
+    def known_slices(self) -> str:
+        """What `has_slice` takes, for people."""
+        listed = ", ".join(self.slices)
+        if not self.largest_cubes:
+            return listed
+        largest = "x".join(map(str, self.largest_cubes))
+        return f"{listed}, and ascending multiples of {_CUBE} up to {largest}"
+
+
+_FLAT_SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
-    "v5e": Chip(1.5e9, 197e12, 16 << 30, 819e9, 4, 200e9, 15e9, 12.5e9, "v5litepod-64", 1.20),
-    "v5p": Chip(1.75e9, 459e12, 95 << 30, 2765e9, 4, 600e9, 15e9, 25e9, "v5p-8", 4.20),
-    "v6e": Chip(1.75e9, 918e12, 32 << 30, 1640e9, 4, 400e9, 30e9, 50e9, "v6e-64", 2.70),
+    "v5e": Chip(
+        clock=1.5e9,
+        peak=197e12,
+        memory=16 << 30,
+        memory_speed=819e9,
+        chips_per_host=4,
+        link_speed=50e9,
+        host_link=15e9,
+        network=12.5e9,
+        slices=_FLAT_SLICES,
+        accelerator_type="v5litepod-64",
+        dollars_per_hour=1.20,
+    ),
+    "v5p": Chip(
+        clock=1.75e9,
+        peak=459e12,
+        memory=95 << 30,
+        memory_speed=2765e9,
+        chips_per_host=4,
+        link_speed=100e9,
+        host_link=15e9,
+        network=25e9,
+        slices=("2x2x1", "2x2x2", "2x2x4", "2x4x4"),
+        largest_cubes=(16, 16, 24),
+        accelerator_type="v5p-8",
+        dollars_per_hour=4.20,
+    ),
+    "v6e": Chip(
+        clock=1.75e9,
+        peak=918e12,
+        memory=32 << 30,
+        memory_speed=1640e9,
+        chips_per_host=4,
+        link_speed=100e9,
+        host_link=30e9,
+        network=50e9,
+        slices=_FLAT_SLICES,
+        accelerator_type="v6e-64",
+        dollars_per_hour=2.70,
+    ),
 }
+
+
+def links_inside(chips: Sequence[Sequence[int]]) -> int:
+    """Over how many links each of the chips at these coordinates reaches others of them: the fewest of any; at least 1.
+
+    Chips next to each other have a link. The links from one end of a slice to the other do not count.
+    """
+
+    def neighbours(chip: Sequence[int]) -> int:
+        return sum(sum(abs(a - b) for a, b in zip(chip, other, strict=True)) == 1 for other in chips)
+
+    return max(1, min(map(neighbours, chips)))

@@ -1,42 +1,35 @@
 """The TPU laboratory: compiles the real extraction step for a TPU that is not there, and estimates its cost.
 
-The compiler is libtpu's; its own estimate of each operation's cycles is summed over the program (`core.hlo_cost`). What
-the estimate counts, and what it cannot know, is written down in docs/tpu_laboratory.md.
+The compiler is libtpu's (`core.tpu_programs`); its own estimate of each operation's cycles is summed over the program
+(`core.hlo_cost`). What the estimate counts, and what it cannot know, is written down in docs/tpu_laboratory.md.
 """
 
-import importlib.util
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
-from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from core.backend import StepRequest
 from core.batching import default_row_lengths
 from core.capture import resolve_capture
 from core.device_mesh import device_share, model_parallelism
-from core.errors import RunError, UsageError
+from core.formats import DTYPES
 from core.hlo_cost import Collective, Program, ProgramCost
-from core.jax_utils import COMPUTE_DTYPES, step_program
+from core.job import checked_reduction, checked_selection, step_request
 from core.model_flops import model_flops, windows_run
 from core.model_shape import check_sample_length
+from core.progress import format_bytes
+from core.reductions import Reduction
 from core.run_config import RunConfig
-from core.tpu_chips import CHIPS, Chip
-from qwen2_jax import Decoder, DecoderConfig, load_config
+from core.tpu_chips import CHIPS, Chip, links_inside
+from core.tpu_programs import StepPrograms, compile_step, tpu_devices
+from qwen2_jax import DecoderConfig, load_config
 from qwen2_jax.sharding import DATA_AXIS, ModelMesh
 from qwen2_jax.tpu_attention import block_of
-from qwen2_jax.weights import cut_config
 
-_TOPOLOGY = re.compile(r"(v\d+\w?):\d+x\d+(x\d+)?")
-# "Used 20.0G of 15.75G hbm" and "temporaries (28.68G) exceeds available HBM (15.75G)".
-_OUT_OF_MEMORY = re.compile(r"([\d.]+[KMGT])\)?(?: of | exceeds available HBM \()([\d.]+[KMGT])")
 # Shares of the matrix units' peak at which kernels are taken to run, until one is measured on a chip.
 KERNEL_SHARE, NARROW_KERNEL_SHARE, NARROW_HEAD = 0.6, 0.4, 128
 _LISTED = 12
@@ -45,7 +38,7 @@ TOKENS_PRICED = 1e9
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """One step of one chip. Seconds are estimates; bytes are the compiler's.
+    """One step of one chip. Seconds are estimates; bytes are the compiler's, those of the output are of shapes.
 
     Attributes:
       rows, length: of a chip, or of the chips that hold the model together.
@@ -53,8 +46,11 @@ class StepEstimate:
       operations: by name, the seconds of all operations that the compiler prices, longest first.
       kernel_flops: what the attention kernels compute, masked parts of visited blocks included.
       unpriced_seconds: operations without an estimate, as their bytes take in HBM; unpriced: the bytes they write.
-      collective_seconds: as their bytes take on the links between chips.
+      collective_seconds: as their bytes take on the links inside their groups, each after the other.
       copied_bytes: copies in the background, not part of the step's time.
+      reduction: what is done to the tokens that are stored; None: nothing.
+      output_bytes: of a step, what the host brings over from a chip; output_bytes_whole: without the reduction.
+      not_counted: flags that leave tokens out. All are taken to be stored.
       model_flops: 2 x parameters used x tokens, and causal attention inside samples as long as a row.
     """
 
@@ -78,7 +74,10 @@ class StepEstimate:
     copied_bytes: int
     copied_seconds: float
     model_flops: float
+    reduction: str | None
     output_bytes: int
+    output_bytes_whole: int
+    not_counted: tuple[str, ...]
     chip: Chip = field(repr=False)
 
     @property
@@ -103,8 +102,13 @@ class StepEstimate:
         return self.tokens_per_chip / self.step_seconds
 
     @property
+    def chips_of_host(self) -> int:
+        """A slice of one chip has a part of a host."""
+        return min(self.chips, self.chip.chips_per_host)
+
+    @property
     def output_rate(self) -> float:
-        """Bytes a second that leave a chip when nothing holds it back."""
+        """Bytes a second that leave a chip when nothing holds it back; what several chips hold alike leaves one."""
         return self.output_bytes / self.step_seconds
 
     @property
@@ -115,7 +119,7 @@ class StepEstimate:
     @property
     def network_share(self) -> float:
         """What the outputs of a host, uncompressed, need of its network card; above 1 it sets the pace of uploads."""
-        return self.output_rate * self.chip.chips_per_host / self.chip.network
+        return self.output_rate * self.chips_of_host / self.chip.network
 
     @property
     def dollars(self) -> float:
@@ -129,7 +133,7 @@ class StepEstimate:
             "estimated_step_seconds": self.step_seconds,
             "tokens_per_second_per_chip": round(self.tokens_per_second, 1),
             "output_bytes_per_second_per_chip": round(self.output_rate),
-            "output_bytes_per_second_per_host": round(self.output_rate * self.chip.chips_per_host),
+            "output_bytes_per_second_per_host": round(self.output_rate * self.chips_of_host),
             "host_link_share": round(self.link_share, 4),
             "network_share": round(self.network_share, 4),
             "dollars_per_billion_tokens": round(self.dollars, 2),
@@ -141,7 +145,16 @@ class StepEstimate:
         operations = list(self.operations.items())
         listed = [f"  {1e3 * spent:9.3f} ms  {name}" for name, spent in operations[:_LISTED]]
         rest = sum(spent for _, spent in operations[_LISTED:])
-        exchanged = [f"{c.times} {c.operation} of {_gb(c.bytes)} in all" for c in self.collectives]
+        exchanged = [
+            f"{c.times} {c.operation} of {_gb(c.bytes)} in all over {len(c.group) or self.chips}"
+            for c in self.collectives
+        ]
+        reduced = [
+            f"reduction        {self.reduction}",
+            f"device to host   {format_bytes(self.output_bytes)} of a chip and step, not "
+            f"{format_bytes(self.output_bytes_whole)}",
+        ]
+        left_out = ", ".join(self.not_counted)
         return [
             f"{self.topology}: {self.chips} chips, a copy of the model on {self.model_parallel}; "
             f"a step is {self.rows} rows of {self.length} tokens for each copy",
@@ -156,8 +169,14 @@ class StepEstimate:
             f"  {1e3 * self.collective_seconds:9.3f} ms  collectives: {', '.join(exchanged) or 'none'}",
             f"copies beside it {_gb(self.copied_bytes)}, {1e3 * self.copied_seconds:.2f} ms at the speed of HBM",
             f"tokens/s         {self.tokens_per_second:.0f} a chip",
+            *(reduced if self.reduction else ()),
+            *(
+                [f"not counted      {left_out}: the data decides; all tokens are taken to be stored"]
+                if left_out
+                else ()
+            ),
             f"output           {_gb(self.output_rate)}/s a chip: {self.link_share:.0%} of its host link; "
-            f"{_gb(self.output_rate * chip.chips_per_host)}/s a host: {self.network_share:.0%} of its network",
+            f"{_gb(self.output_rate * self.chips_of_host)}/s a host: {self.network_share:.0%} of its network",
             f"price            ${self.dollars:.2f} for 10^9 tokens at ${chip.dollars_per_hour:.2f} a chip and hour",
         ]
 
@@ -174,46 +193,6 @@ class _StepShape:
     length: int
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology such as `v5e:8x8`, host by host, as the compiler describes them.
-
-    Raises UsageError for a topology that does not exist, and where libtpu is not installed.
-    """
-    generation = topology.partition(":")[0]
-    known = ", ".join(CHIPS)
-    if not _TOPOLOGY.fullmatch(topology) or generation not in CHIPS:
-        raise UsageError(f"--tpu_topology {topology}: must be a generation ({known}) and its shape, such as v5e:8x8")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UsageError("--tpu_topology needs the TPU compiler, which runs on any Linux: pip install -e '.[lab]'")
-    try:
-        with _compiler_environment(CHIPS[generation]):
-            devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # the runtime's own kinds, which differ by version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"--tpu_topology {topology}: the TPU compiler does not know it ({reason})") from error
-    return sorted(devices, key=lambda device: (device.process_index, device.id))
-
-
-@contextmanager
-def _compiler_environment(chip: Chip) -> Iterator[None]:
-    """libtpu otherwise asks the machine it runs on for its TPU, lets one process run it at a time, and numbers workers
-    in a variable that names this project's workers too. It reads all of them when it is loaded."""
-    wanted = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": chip.accelerator_type,
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_WORKER_ID": "0",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
-
-
 def estimate_run(config: RunConfig, topology: str) -> StepEstimate:
     """A full step of a run with these flags, in its longest rows; the model's config is all that is read.
 
@@ -225,16 +204,34 @@ def estimate_run(config: RunConfig, topology: str) -> StepEstimate:
     capture = resolve_capture(config.activation_type, config.layers_to_extract, model, config.model_path)
     check_sample_length(config.max_seq_length, model, config.model_path)
     compute_dtype = "bfloat16" if config.compute_dtype == "auto" else config.compute_dtype
-    request = StepRequest(capture, config.dtype, compute_dtype)
-    length = default_row_lengths(config.max_seq_length)[-1]
-    return estimate_step(model, request, topology, rows=config.batch_size, length=length, layout=config.mesh)
+    selection, reduction = checked_selection(config, capture), checked_reduction(config, capture, model)
+    found = estimate_step(
+        model,
+        step_request(config, capture, compute_dtype, selection, reduction),
+        topology,
+        rows=config.batch_size,
+        length=default_row_lengths(config.max_seq_length)[-1],
+        layout=config.mesh,
+        reduction=reduction,
+        dtype=config.dtype,
+    )
+    return replace(found, not_counted=tuple(f"--{name}" for name in config.selecting))
 
 
 def estimate_step(
-    config: DecoderConfig, request: StepRequest, topology: str, *, rows: int, length: int, layout: str = "auto"
+    config: DecoderConfig,
+    request: StepRequest,
+    topology: str,
+    *,
+    rows: int,
+    length: int,
+    layout: str = "auto",
+    reduction: Reduction | None = None,
+    dtype: str | None = None,
 ) -> StepEstimate:
     """What one step costs on `topology`. rows: of `length` tokens, for each copy of the model. layout: as `--mesh`.
 
+    dtype: of values that are stored and not quantized, where it is not that of the request.
     Raises UsageError for the topology, RunError when the step does not fit into a chip's memory.
     """
     devices = tpu_devices(topology)
@@ -245,45 +242,21 @@ def estimate_step(
         return device_share(config, request, ModelMesh.of(config, devices, n))
 
     mesh = ModelMesh.of(config, devices, model_parallelism(layout, per_host, share, chip.memory))
-    compiled = _compile(config, request, mesh, rows * mesh.mesh.shape[DATA_AXIS], length)
-    return _estimate(compiled, config, request, mesh, _StepShape(topology, chip, rows, length))
-
-
-def _compile(
-    config: DecoderConfig, request: StepRequest, mesh: ModelMesh, rows: int, length: int
-) -> jax.stages.Compiled:
-    capture = request.capture
-    model = Decoder.abstract(
-        cut_config(config, max(1, capture.layers_run(config.n_layers))),
-        COMPUTE_DTYPES[request.compute_dtype],
-        mesh=mesh,
-        with_final_norm=capture.needs_final_norm,
-        with_head=capture.logits,
-    )
-    program = step_program(model, request, mesh)
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=program.rows)
-    lowered = program.forward.lower(program.state, ids, ids, ids)
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found = _OUT_OF_MEMORY.search(str(error))
-        reason = f"it needs {found[1]}iB of a chip's {found[2]}iB" if found else str(error).splitlines()[0]
-        raise RunError(
-            f"the step does not fit: {reason}: lower --batch_size, capture fewer layers, or split the model with --mesh"
-        ) from error
+    stored = DTYPES[dtype or request.stored_dtype]
+    programs = compile_step(config, request, mesh, rows * mesh.mesh.shape[DATA_AXIS], length, reduction, stored)
+    found = _estimate(programs, config, request, mesh, _StepShape(topology, chip, rows, length))
+    return replace(found, reduction=None if reduction is None else str(reduction))
 
 
 def _estimate(
-    compiled: jax.stages.Compiled, config: DecoderConfig, request: StepRequest, mesh: ModelMesh, step: _StepShape
+    programs: StepPrograms, config: DecoderConfig, request: StepRequest, mesh: ModelMesh, step: _StepShape
 ) -> StepEstimate:
     chip, rows, length = step.chip, step.rows, step.length
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None  # an executable of another kind may lack both
-    assert memory is not None
-    cost = ProgramCost.of(Program.parse(text))
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    cost = _cost(programs.forward)
+    for part in programs.after:
+        cost = cost.then(_cost(part), "reduction")
+    # The weights lie there while what they gave is reduced.
+    weights = _memory(programs.forward).argument_size_in_bytes
     kernel_flops = _visited_flops(config, request, mesh, rows, length) if cost.kernels else 0.0
     kernel_share = KERNEL_SHARE if config.head_dim >= NARROW_HEAD else NARROW_KERNEL_SHARE
     model_parallel = mesh.mesh.size // mesh.mesh.shape[DATA_AXIS]
@@ -294,7 +267,7 @@ def _estimate(
         rows=rows,
         length=length,
         tokens_per_chip=rows * length / model_parallel,
-        hbm_bytes=held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        hbm_bytes=max(_held(programs.forward), *(weights + _held(part) for part in programs.after), 0),
         hbm_capacity=chip.memory,
         operations={name: cycles / chip.clock for name, cycles in cost.cycles.items()},
         kernels=cost.kernels,
@@ -305,13 +278,40 @@ def _estimate(
         # What is written was read first.
         unpriced_seconds=2 * sum(cost.unpriced.values()) / chip.memory_speed,
         collectives=cost.collectives,
-        collective_seconds=sum(c.bytes for c in cost.collectives) / chip.links_speed,
+        collective_seconds=sum(_seconds(c, mesh.mesh, chip) for c in cost.collectives),
         copied_bytes=cost.copied_bytes,
         copied_seconds=cost.copied_bytes / chip.memory_speed,
         model_flops=model_flops(config, request.capture, rows, length) / model_parallel,
-        output_bytes=memory.output_size_in_bytes,
+        reduction=None,
+        output_bytes=programs.output_bytes // mesh.mesh.size,
+        output_bytes_whole=programs.output_bytes_whole // mesh.mesh.size,
+        not_counted=(),
         chip=chip,
     )
+
+
+def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> float:
+    devices = list(mesh.devices.flat)
+    group = [devices[place].coords for place in collective.group or range(len(devices))]
+    return collective.sent(len(group)) / (links_inside(group) * chip.link_speed)
+
+
+def _cost(compiled: jax.stages.Compiled) -> ProgramCost:
+    text = compiled.as_text()
+    assert text is not None  # an executable of another kind may lack it, and what `_memory` asks for
+    return ProgramCost.of(Program.parse(text))
+
+
+def _memory(compiled: jax.stages.Compiled) -> Any:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory
+
+
+def _held(compiled: jax.stages.Compiled) -> int:
+    memory = _memory(compiled)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return int(held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
 
 
 def _visited_flops(config: DecoderConfig, request: StepRequest, mesh: ModelMesh, rows: int, length: int) -> float:

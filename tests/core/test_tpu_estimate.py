@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tpu_estimate
 from benchmarks.shapes import Case
 from benchmarks.tpu_estimate import CASES, estimate
 from core.batching import default_row_lengths
 from core.errors import RunError, UsageError
 from core.run_config import RunConfig
-from core.tpu_estimate import estimate_run, tpu_devices
+from core.tpu_estimate import estimate_run
+from core.tpu_programs import tpu_devices
 
 ROOT = Path(__file__).parents[2]
 BASELINES = json.loads(Path(__file__).with_name("tpu_baselines.json").read_text())
@@ -53,6 +55,7 @@ def test_one_layer_adds_up_and_is_no_slower_than_it_was():
 def test_no_estimate_falls_and_replicated_models_exchange_nothing(case):
     found = estimate(case, "v5e:8x8")
     assert_not_slower(found, case.name)
+    assert case.target is None or found.mfu >= case.target
     assert found.hbm_bytes < found.hbm_capacity
     if found.model_parallel == 1:
         assert found.collectives == ()
@@ -70,10 +73,18 @@ def test_a_malformed_topology_is_refused(topology):
         tpu_devices(topology)
 
 
+@pytest.mark.parametrize("topology", ["v5e:3x5", "v5e:100x100", "v6e:2x2x2", "v5p:4x4"])
+def test_a_shape_that_no_slice_has_is_refused_before_the_compiler_sees_it(topology):
+    generation = topology.partition(":")[0]
+    with pytest.raises(UsageError, match=rf"--tpu_topology {topology}: slices of {generation} are \w+, 2x2"):
+        tpu_devices(topology)
+
+
 @has_compiler
-def test_a_shape_that_no_slice_has_is_refused():
-    with pytest.raises(UsageError, match=r"--tpu_topology v5e:3x5: the TPU compiler does not know it \(.+\)$"):
-        tpu_devices("v5e:3x5")
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
+def test_a_slice_may_be_one_chip(topology):
+    (chip,) = tpu_devices(topology)
+    assert tuple(chip.coords) == (0, 0, 0)
 
 
 def test_without_the_compiler_the_flag_says_what_to_install(tmp_path):
@@ -112,6 +123,87 @@ def test_a_run_is_estimated_from_its_flags_and_a_config_alone(tmp_path):
     found = estimate_run(config, "v5e:2x2")
     assert (found.rows, found.length) == (2, default_row_lengths(300)[-1])
     assert any(line.startswith("estimated step") for line in found.lines())
+
+
+def run_of(tmp_path, **flags):
+    """Of one layer of Qwen2.5-0.5B, four rows of 512 tokens, bfloat16."""
+    (tmp_path / "config.json").write_text(json.dumps(shape_fields()))
+    asked = {"layers_to_extract": (0,), "max_seq_length": 512, "batch_size": 4, "dtype": "bfloat16"} | flags
+    config = RunConfig(model_path=str(tmp_path), plan=True, tpu_topology="v5e:1x1", **asked)
+    return estimate_run(config, "v5e:1x1")
+
+
+# Beside the arrays a token's peaks and a row's two losses leave, in float32.
+TOKENS, WIDTH, PEAK, LOSSES = 4 * 512, 896, 4, 4 * 2 * 4
+
+
+@has_compiler
+def test_what_is_reduced_leaves_less_and_its_arithmetic_takes_time(tmp_path):
+    found = run_of(tmp_path, quantize="int8", dtype="float16", exclude_tokens=("bos",), positions=("4:",))
+    assert found.output_bytes_whole == TOKENS * (2 * WIDTH + PEAK)
+    # A code of a byte for each value, a float32 scale for each 32 of them; the peaks of the forward pass too.
+    assert found.output_bytes == TOKENS * (WIDTH + 4 * WIDTH // 32 + 2 * PEAK) + LOSSES
+    assert found.output_rate == found.output_bytes / found.step_seconds
+    assert any(name.startswith("reduction: ") for name in found.operations)
+    assert found.not_counted == ("--exclude_tokens", "--positions")
+    lines = "\n".join(found.lines())
+    assert "reduction        quantize int8 (blocks of 32)\n" in lines
+    assert "not counted      --exclude_tokens, --positions: the data decides" in lines
+
+
+@has_compiler
+def test_of_a_sample_that_is_pooled_one_row_leaves(tmp_path):
+    found = run_of(tmp_path, pool=("last",))
+    assert found.output_bytes == 4 * (2 * WIDTH + PEAK) + LOSSES + TOKENS * PEAK
+    assert json.loads(json.dumps(found.to_json()))["reduction"] == "pool last"
+
+
+def test_flags_of_a_reduction_are_checked_against_the_model(tmp_path):
+    with pytest.raises(UsageError, match=r"--project \S+nope.npy: there is no such file"):
+        run_of(tmp_path, project=str(tmp_path / "nope.npy"))
+    with pytest.raises(UsageError, match="--topk 5000: residual is only 896 wide"):
+        run_of(tmp_path, topk=5000)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"certify": 3}, "--certify 3: leave it out with --tpu_topology"),
+        ({"multihost": True}, "--multihost: leave it out with --tpu_topology"),
+    ],
+)
+def test_flags_that_mean_nothing_for_an_estimate_are_refused(flags, reason):
+    with pytest.raises(UsageError, match=reason):
+        RunConfig(plan=True, tpu_topology="v5e:8x8", **flags)
+
+
+@has_compiler
+@pytest.mark.parametrize(("layout", "links"), [("2x2", 1), ("1x4", 2)])
+def test_what_chips_exchange_takes_the_links_between_them(layout, links):
+    """Two sums of a layer, and one of the embedding, of which each chip of Qwen2.5-7B's four kv heads has a part."""
+    found = estimate(Case("Qwen2.5-7B", (0,), 512, layout=layout, rows=2), "v5e:2x2")
+    n = found.model_parallel
+    assert {(c.operation, len(c.group)) for c in found.collectives} == {("all-reduce", n)}
+    sums = sum(c.times for c in found.collectives)
+    sent = sums * 2 * 512 * 3584 * 2 * 2 * (n - 1) / n
+    assert found.collective_seconds == pytest.approx(sent / (links * 50e9))
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--model", "Qwen2.5-0.5B", "--layers", "50"], "--layers 50: Qwen2.5-0.5B has layers 0 to 23"),
+        (["--layers", "3"], "--layers needs --model"),
+        (["--row_length", "512"], "--row_length needs --model"),
+        (["--model", "SHORT"], "--row_length 2048: .* knows 1024 positions: pass --row_length 1024 or less"),
+        (["--model", "SHORT", "--row_length", "100"], "--row_length 100: must be a multiple of 128"),
+    ],
+)
+def test_the_benchmark_refuses_what_its_model_does_not_have(tmp_path, flags, reason):
+    (tmp_path / "config.json").write_text(json.dumps(shape_fields() | {"max_position_embeddings": 1024}))
+    argv = [str(tmp_path) if flag == "SHORT" else flag for flag in flags]
+    with pytest.raises(UsageError, match=reason):
+        tpu_estimate.run(tpu_estimate.build_parser().parse_args(argv))
 
 
 def test_the_flag_needs_plan():

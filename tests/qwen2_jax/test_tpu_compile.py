@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from core.hlo_cost import Program
-from core.tpu_estimate import tpu_devices
+from core.tpu_programs import tpu_devices
 from qwen2_jax.attention import attention
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[lab]'")
