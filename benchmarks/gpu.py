@@ -6,6 +6,7 @@ Random weights made on the device: no checkpoint, no hub. See README.md for what
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import sys
@@ -157,8 +158,13 @@ class Settings:
 
     def workload(self, case: Case) -> Workload:
         """As many rows as hold a step's tokens."""
-        length = TINY_LENGTHS[case.length] if self.is_rehearsal else case.length
+        length = row_length(case, is_rehearsal=self.is_rehearsal)
         return Workload(max(1, self.tokens // length), length, self.samples)
+
+
+def row_length(case: Case, *, is_rehearsal: bool) -> int:
+    """Tokens of its rows."""
+    return TINY_LENGTHS[case.length] if is_rehearsal else case.length
 
 
 class Side(Protocol):
@@ -272,10 +278,11 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for flag in ("tokens", "samples_per_row", "steps", "repeats"):
         if getattr(args, flag) < 1:
             raise UsageError(f"--{flag} {getattr(args, flag)}: must be at least 1")
-    if args.peak_tflops is not None and args.peak_tflops <= 0:
-        raise UsageError(f"--peak_tflops {args.peak_tflops:g}: must be above 0")
-    if min(case.length for case in CASES) % args.samples_per_row:
-        raise UsageError(f"--samples_per_row {args.samples_per_row}: must be a power of two, at most 128")
+    if args.peak_tflops is not None and not 0 < args.peak_tflops < math.inf:
+        raise UsageError(f"--peak_tflops {args.peak_tflops:g}: must be a number above 0")
+    shortest = min(row_length(case, is_rehearsal=args.rehearse) for case in CASES)
+    if shortest % args.samples_per_row:
+        raise UsageError(f"--samples_per_row {args.samples_per_row}: must be a power of two, at most {shortest}")
     known = TINY_TFLOPS if args.rehearse else None
     return Settings(
         device_kind=kind,

@@ -23,6 +23,11 @@ PEAK_TFLOPS = {
     "L40S": 362.0,
     "RTX 4090": 165.0,
 }
+_REASON = 300
+_ADVICE = (
+    "Run this on a machine with an NVIDIA GPU after pip install -c constraints.txt -e '.[cuda]', "
+    "or look at it with --rehearse"
+)
 
 
 def peak_tflops(device_kind: str) -> float:
@@ -39,10 +44,13 @@ def peak_tflops(device_kind: str) -> float:
 
 def require_gpu(*, is_rehearsal: bool) -> str:
     """JAX's name of the device. Raises RunError where it is no GPU, unless this is a rehearsal."""
-    if jax.default_backend() != "gpu" and not is_rehearsal:
-        raise RunError(
-            "no GPU: JAX computes on the CPU here. Run this on a machine with an NVIDIA GPU after "
-            "pip install -c constraints.txt -e '.[cuda]', or look at it with --rehearse"
-        )
-    kind: str = jax.local_devices()[0].device_kind
+    try:
+        backend = jax.default_backend()
+        kind: str = jax.local_devices()[0].device_kind
+    except Exception as error:  # of the plugin, or an assertion of JAX's, which says nothing
+        nothing = f"no platform of JAX_PLATFORMS={jax.config.jax_platforms} works; a plugin that failed says why above"
+        reason = " ".join(str(error).split())[:_REASON] or nothing
+        raise RunError(f"no GPU: JAX cannot start: {reason}. {_ADVICE}") from error
+    if backend != "gpu" and not is_rehearsal:
+        raise RunError(f"no GPU: JAX computes on the CPU here. {_ADVICE}")
     return kind

@@ -21,7 +21,7 @@ from qwen2_jax.rope import Tables, rotate
 if TYPE_CHECKING:
     from qwen2_jax.gpu_tiles import Tiles
 
-# Finite, so that a block in which a query sees nothing gives numbers that a later block wipes out, not NaN.
+# Finite, so that a block in which a query sees nothing gives numbers that its own block wipes out, not NaN.
 MASKED_LOGIT = -1e30
 
 # Measured on XLA:CPU. A block's logits should stay in the L2 cache, and its matmuls should be large enough to be split
@@ -72,7 +72,7 @@ def attention(
         from qwen2_jax.tpu_attention import splash_attention
 
         paths["tpu"] = partial(splash_attention, scale=scale, softcap=softcap)
-    if tiles := _gpu_tiles(q, softcap):
+    if tiles := kernel_tiles(q, softcap):
         from qwen2_jax.gpu_attention import triton_attention
 
         paths["cuda"] = partial(triton_attention, scale=scale, softcap=softcap, tiles=tiles)
@@ -92,8 +92,11 @@ def _suits_splash(q: Float[Array, "B T K G H"]) -> bool:
     return q.dtype == jnp.bfloat16 and length % ROW_MULTIPLE == 0 and bits <= 31
 
 
-def _gpu_tiles(q: Float[Array, "B T K G H"], softcap: float | None) -> "Tiles | None":
-    """How the GPU's kernel cuts its work: on the GPU of this process, or one that is not here but compiled for."""
+def kernel_tiles(q: Float[Array, "B T K G H"] | jax.ShapeDtypeStruct, softcap: float | None) -> "Tiles | None":
+    """How the GPU's kernel cuts its work: on the GPU of this process, or one that is not here but compiled for.
+
+    None where `attention` takes no such kernel. Raises ModelError when the GPU's memory is too full to find out.
+    """
     if q.dtype != jnp.bfloat16 or q.shape[1] % ROW_MULTIPLE:
         return None
     target = jax.sharding.get_abstract_mesh().abstract_device

@@ -21,15 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from qwen2_jax.attention import MASKED_LOGIT
 from qwen2_jax.gpu_tiles import Tiles
 from qwen2_jax.rope import Tables, rotate
 
-# Finite, so that a block in which a query sees nothing gives numbers that its own block wipes out, not NaN.
-_MASKED_LOGIT = -1e30
 # The unit that computes exponentials takes powers of two.
 _LOG2_E = math.log2(math.e)
-
-
 # The narrowest matrices that Triton multiplies.
 _NARROWEST = 16
 
@@ -103,7 +100,7 @@ def _kernel(
         logits = _powers(plgpu.dot(q, load(k_ref.at[tokens]).T), scale, softcap)
         key = index * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)
         visible = (first[:, None] <= key) & (key <= place[:, None])
-        logits = jnp.where(visible, logits, _MASKED_LOGIT)
+        logits = jnp.where(visible, logits, MASKED_LOGIT)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
         keep, probs = jnp.exp2(peak - new_peak), jnp.exp2(logits - new_peak[:, None])
         seen = plgpu.dot(probs.astype(v_ref.dtype), load(v_ref.at[tokens]))
@@ -112,7 +109,7 @@ def _kernel(
     begin = lax.div(jnp.min(first), tiles.keys)
     end = lax.div((block + 1) * tiles.queries + tiles.keys - 1, tiles.keys)
     nothing = jnp.zeros((tiles.queries,), jnp.float32)
-    start = (nothing + _MASKED_LOGIT, nothing, jnp.zeros((tiles.queries, width), jnp.float32))
+    start = (nothing + MASKED_LOGIT, nothing, jnp.zeros((tiles.queries, width), jnp.float32))
     _, total, out = lax.fori_loop(begin, end, visit, start)
     plgpu.store(out_ref, (out / total[:, None]).astype(out_ref.dtype), mask=held)
 

@@ -15,6 +15,7 @@ from absl import logging
 from jaxtyping import Array
 
 from qwen2_jax.attention import dense_path, first_visible
+from qwen2_jax.errors import ModelError
 
 _LENGTH, _WINDOW, _SCALE = 256, 150, 0.3
 # The kernel and the dense path each round probabilities and outputs, at most 1 in this case, to bfloat16.
@@ -36,7 +37,8 @@ def candidates(head_dim: int) -> tuple[Tiles, ...]:
     """The tiles to try, best first.
 
     The first suits an H100 or H200: by its compiler, the kernel then multiplies by warp groups and keeps all in
-    registers. The last needs a third of the shared memory, and fits on every GPU from Ampere on.
+    registers. The last needs a third of the shared memory, and up to a head_dim of 256 fits on every GPU from Ampere
+    on; for wider heads nothing was compiled.
     """
     small = Tiles(64, 32, 4, 2)
     if head_dim <= 64:
@@ -50,8 +52,9 @@ def candidates(head_dim: int) -> tuple[Tiles, ...]:
 def usable_tiles(head_dim: int, softcap: float | None) -> Tiles | None:
     """The first of the `candidates` with which this process's GPU computes what the dense path does.
 
-    None, after a line that says why, when there is none. It is the same on every GPU of one kind, so that a run which
-    is started again computes the same bits.
+    None, after a line that says why, when there is none. Which it is depends on the kind of GPU alone, since a run that
+    is started again should compute the same bits: memory that somebody else fills for a moment chooses nothing, and is
+    a ModelError.
     """
     # A thread of its own: the caller may be tracing, and here something has to be computed.
     with ThreadPoolExecutor(1, "attention") as thread:
@@ -59,30 +62,52 @@ def usable_tiles(head_dim: int, softcap: float | None) -> Tiles | None:
         for tiles in candidates(head_dim):
             reason = thread.submit(_fault, head_dim, softcap, tiles).result()
             if reason is None:
+                logging.info("attention: the kernel for GPUs, cut as %s%s", tiles, _passed_over(reasons))
                 return tiles
             reasons.append(reason)
     logging.warning(
         "attention: the kernel for GPUs cannot be used here, so a step holds all logits of its rows: %s",
-        "; ".join(dict.fromkeys(reasons)),
+        _listed(reasons),
     )
     return None
 
 
+def _passed_over(reasons: list[str]) -> str:
+    return f"; larger blocks do not run here: {_listed(reasons)}" if reasons else ""
+
+
+def _listed(reasons: list[str]) -> str:
+    return "; ".join(dict.fromkeys(reasons))
+
+
 def _fault(head_dim: int, softcap: float | None, tiles: Tiles) -> str | None:
     """What is wrong with the kernel on this GPU, in a few words; None: nothing."""
-    operands = _case(head_dim)
+    programs: list[jax.stages.Compiled] = []
     try:
+        operands = _case(head_dim)
         # Here, since JAX has announced that what the kernel is written in will go one day.
         from qwen2_jax.gpu_attention import triton_attention
 
         kernel = partial(triton_attention, scale=_SCALE, softcap=softcap, tiles=tiles)
-        actual, expected = (
-            np.asarray(jax.jit(path)(*operands, None), np.float32) for path in (kernel, dense_path(_SCALE, softcap))
-        )
+        paths = kernel, dense_path(_SCALE, softcap)
+        programs += [jax.jit(path).lower(*operands, None).compile() for path in paths]
+        actual, expected = (np.asarray(program(*operands, None), np.float32) for program in programs)
     except Exception as error:  # the compiler's and the runtime's own kinds, which differ by version
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:_REASON]}"
+        reason = " ".join(str(error).split())[:_REASON]
+        if _is_memory_full(str(error), is_compiled=bool(programs)):
+            raise ModelError(
+                f"the GPU's memory is full before the first step; does something else run on it? {reason}"
+            ) from error
+        return f"{type(error).__name__}: {reason}"
     off = np.abs(actual - expected).max()
     return None if off <= _TOLERANCE else f"it is off by {off:.2g}"
+
+
+def _is_memory_full(message: str, *, is_compiled: bool) -> bool:
+    """Of the GPU itself. The compiler says RESOURCE_EXHAUSTED of registers and shared memory too."""
+    if is_compiled and "RESOURCE_EXHAUSTED" in message:
+        return True
+    return "out of memory" in message.lower().replace("_", " ")
 
 
 def _case(head_dim: int) -> tuple[Array, Array, Array, Array]:

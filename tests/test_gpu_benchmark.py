@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from benchmarks import gpu, gpu_attention, gpu_compile, gpu_step
+from benchmarks import gpu, gpu_attention, gpu_compile, gpu_devices, gpu_step
 from benchmarks.gpu_devices import peak_tflops
 from benchmarks.gpu_step import Workload
 from benchmarks.measuring import Ratio
@@ -113,8 +114,28 @@ def test_without_a_gpu_one_line_says_what_to_do():
     assert raised.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (AssertionError(), "no platform of JAX_PLATFORMS=cuda works; a plugin that failed says why above"),
+        (RuntimeError("Unable to initialize 'cuda':\n no driver"), "Unable to initialize 'cuda': no driver"),
+    ],
+)
+def test_a_jax_that_cannot_start_is_no_gpu_either(failure, reason, monkeypatch):
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(gpu_devices, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms="cuda")))
+    monkeypatch.setattr(gpu_devices.jax, "default_backend", fail, raising=False)
+    for is_rehearsal in (False, True):
+        with pytest.raises(RunError, match=r"^no GPU: JAX cannot start: ") as raised:
+            gpu_devices.require_gpu(is_rehearsal=is_rehearsal)
+        assert f": {reason}. Run this on a machine" in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
 def attention_alone(*flags):
-    gpu_attention.run(gpu_attention.build_parser().parse_args([*flags, "--repeats", "1"]))
+    gpu_attention.run(gpu_attention.build_parser().parse_args(["--repeats", "1", *flags]))
 
 
 def test_attention_alone_compares_every_way_that_runs(capsys):
@@ -144,6 +165,7 @@ def test_attention_alone_lists_the_fastest_and_what_a_run_tries():
         ([], "^no GPU: JAX computes on the CPU here"),
         (["--rehearse", "--row_length", "200"], "--row_length 200: must be a multiple of 128, at most --tokens 16384"),
         (["--rehearse", "--samples_per_row", "3"], "--samples_per_row 3: must divide --row_length 2048"),
+        (["--rehearse", "--repeats", "0"], "--repeats 0: must be at least 1"),
     ],
 )
 def test_attention_alone_refuses_in_one_line(flags, message):
@@ -190,13 +212,25 @@ def test_an_unknown_gpu_asks_for_its_peak(kind):
     ("flags", "message"),
     [
         (["--steps", "0"], "--steps 0: must be at least 1"),
-        (["--samples_per_row", "3"], "--samples_per_row 3: must be a power of two"),
-        (["--peak_tflops", "-1"], "--peak_tflops -1: must be above 0"),
+        (["--samples_per_row", "3"], "--samples_per_row 3: must be a power of two, at most 128"),
+        (["--samples_per_row", "256"], "--samples_per_row 256: must be a power of two, at most 128"),
+        (["--peak_tflops", "-1"], "--peak_tflops -1: must be a number above 0"),
+        (["--peak_tflops", "nan"], "--peak_tflops nan: must be a number above 0"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         settings(*flags)
+
+
+def test_samples_are_counted_against_the_rows_that_are_used(monkeypatch):
+    """512 tokens on a GPU, 128 in a rehearsal."""
+    monkeypatch.setattr(gpu, "require_gpu", lambda is_rehearsal: "NVIDIA H200")
+    flags = ["--peers", "--samples_per_row"]
+    assert gpu.settings_of(gpu.build_parser().parse_args([*flags, "512"])).samples == 512
+    with pytest.raises(UsageError, match="must be a power of two, at most 512"):
+        gpu.settings_of(gpu.build_parser().parse_args([*flags, "1024"]))
+    assert settings("--samples_per_row", "128").samples == 128
 
 
 def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):

@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny_run import cache_dir, committed_files, environment, token_lines, write_jsonl, write_model
 
@@ -21,11 +24,13 @@ mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 values = np.arange(2 * 4 * 3 * 8, dtype=np.float16).reshape(2, 4, 3, 8)
 specs = {"whole": PartitionSpec(), "rows": PartitionSpec(None, "data"), "both": PartitionSpec("model", "data")}
 arrays = {name: jax.device_put(values, NamedSharding(mesh, spec)) for name, spec in specs.items()}
-host_copies._is_pinned_for = lambda array: True
+host_copies._writes_pinned_memory = lambda device: True
 copied = host_copies.begin_copies(arrays)
 for name, array in copied.items():
-    assert array.sharding == arrays[name].sharding.with_memory_kind("pinned_host"), (name, array.sharding)
     np.testing.assert_array_equal(np.asarray(array), values)
+assert copied["both"].sharding == arrays["both"].sharding.with_memory_kind("pinned_host"), copied["both"].sharding
+assert copied["whole"] is arrays["whole"]
+assert copied["rows"] is arrays["rows"]
 """
 
 
@@ -51,18 +56,43 @@ def test_a_run_stores_the_same_bytes_through_pinned_memory(tmp_path, monkeypatch
     write_jsonl(tmp_path / "s.jsonl", token_lines(12, seed=5))
     plain = stored(tmp_path, "plain", **flags)
     taken = []
-    monkeypatch.setattr(host_copies, "_is_pinned_for", lambda array: taken.append(array) or True)
+    monkeypatch.setattr(host_copies, "_writes_pinned_memory", lambda device: taken.append(device) or True)
     assert stored(tmp_path, "pinned", **flags) == plain
     assert taken
 
 
-def test_arrays_that_are_split_over_devices_keep_their_places(tmp_path):
+def test_an_array_whose_parts_lie_on_one_device_each_takes_pinned_memory_and_a_repeated_one_is_copied_once(tmp_path):
     env = environment(XLA_FLAGS="--xla_force_host_platform_device_count=4")
     done = subprocess.run([sys.executable, "-c", SPLIT], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.parametrize(
+    ("platform", "kinds", "taken"),
+    [
+        ("gpu", ("device", "pinned_host"), True),
+        ("gpu", ("device",), False),
+        ("cpu", ("device", "pinned_host"), False),
+        ("tpu", ("device", "pinned_host"), False),
+    ],
+)
+def test_gpus_with_pinned_memory_are_told_from_other_devices(platform, kinds, taken):
+    """CUDA's devices name themselves "gpu"."""
+    memories = [SimpleNamespace(kind=kind) for kind in kinds]
+    device = SimpleNamespace(platform=platform, addressable_memories=lambda: memories)
+    assert host_copies._writes_pinned_memory(device) is taken
+
+
 def test_devices_that_are_no_gpus_copy_as_before():
     arrays = {"residual": jnp.ones((2, 3)), "mlp": jnp.zeros(4)}
-    assert begin_copies(arrays) is arrays
+    copied = begin_copies(arrays)
+    assert all(copied[name] is array for name, array in arrays.items())
     assert begin_copies({}) == {}
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; with one: JAX_PLATFORMS=cuda pytest -k real_gpu")
+def test_a_real_gpu_copies_the_same_bytes_to_pinned_memory():
+    values = np.random.default_rng(0).integers(0, 1 << 16, (2, 3, 1000), np.uint16).view(jnp.bfloat16)
+    copied = begin_copies({"residual": jnp.asarray(values)})["residual"]
+    assert copied.sharding.memory_kind == "pinned_host"
+    np.testing.assert_array_equal(np.asarray(copied).view(np.uint16), values.view(np.uint16))

@@ -12,6 +12,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from qwen2_jax import attention as attention_module
 from qwen2_jax import gpu_attention, gpu_tiles
 from qwen2_jax.attention import attention, first_visible
+from qwen2_jax.errors import ModelError
 from qwen2_jax.gpu_attention import triton_attention
 from qwen2_jax.gpu_tiles import Tiles
 from qwen2_jax.rope import rotate
@@ -167,10 +168,55 @@ def too_large(out):
 
 
 @pytest.mark.parametrize("fault", [too_large, lambda out: out.at[0, 0].add(0.1)])
-def test_tiles_that_fail_or_compute_something_else_are_passed_over(interpreted, fault):
+def test_tiles_that_fail_or_compute_something_else_are_passed_over(interpreted, fault, caplog):
+    caplog.set_level("INFO")
     best, small = gpu_tiles.candidates(64)
     interpreted[best] = fault
+    for _ in range(2):
+        assert gpu_tiles.usable_tiles(64, None) == small
+    (record,) = caplog.records
+    said = (
+        "attention: the kernel for GPUs, cut as Tiles(queries=64, keys=32, warps=4, stages=2); larger blocks do not run"
+    )
+    assert record.getMessage().startswith(said)
+
+
+def while_compiling(reason):
+    def fail(out):
+        raise RuntimeError(reason)
+
+    return fail
+
+
+def while_running(reason):
+    def fail(values):
+        raise RuntimeError(reason)
+
+    return lambda out: jax.pure_callback(fail, jax.ShapeDtypeStruct(out.shape, out.dtype), out)
+
+
+@pytest.mark.parametrize("reason", ["Shared memory size limit exceeded: requested 9", "Register allocation failed"])
+def test_what_the_compiler_finds_too_large_for_the_gpu_passes_tiles_over(interpreted, reason):
+    best, small = gpu_tiles.candidates(64)
+    interpreted[best] = while_compiling(f"RESOURCE_EXHAUSTED: {reason}")
     assert gpu_tiles.usable_tiles(64, None) == small
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        while_compiling("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.00GiB"),
+        while_compiling("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY"),
+        while_running("RESOURCE_EXHAUSTED: Failed to allocate request for 8.00GiB"),
+    ],
+)
+def test_a_gpu_whose_memory_is_full_is_an_error_and_chooses_no_tiles(interpreted, fault):
+    best = gpu_tiles.candidates(64)[0]
+    interpreted[best] = fault
+    with pytest.raises(ModelError, match=r"^the GPU's memory is full before the first step; does something else run"):
+        gpu_tiles.usable_tiles(64, None)
+    interpreted.clear()
+    assert gpu_tiles.usable_tiles(64, None) == best
 
 
 def test_a_gpu_that_runs_none_of_them_is_told_in_one_line_and_takes_the_dense_path(interpreted, caplog, monkeypatch):
