@@ -3,6 +3,7 @@
 Axis letters: L captured layers, B samples, T tokens of a sample, D d_model.
 """
 
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,6 +85,7 @@ class TransformersSide:
 def forget_other_cases() -> None:
     """torch stops compiling, and goes on without, once it has compiled one model's code for several others."""
     torch.compiler.reset()
+    gc.collect()  # compiled code and the model refer to one another, and keep their memory until then
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -49,7 +49,8 @@ def test_ours_alone_adds_up():
 
 @has_torch
 @pytest.mark.parametrize(
-    ("model", "attention", "length", "samples"), [("Qwen2.5-7B", "sdpa", 2048, "1"), ("gemma-2-2b", "eager", 512, "4")]
+    ("model", "attention", "length", "samples"),
+    [("Qwen2.5-7B", "sdpa", 2048, "1"), ("gemma-2-2b", "eager", 512, "4"), ("Qwen2.5-0.5B", "sdpa", 512, "1")],
 )
 def test_transformers_computes_the_same_from_the_same_weights(model, attention, length, samples):
     found = measured(model, length, "--peers", "own", "--samples_per_row", samples)
@@ -58,6 +59,28 @@ def test_transformers_computes_the_same_from_the_same_weights(model, attention, 
     assert 0 < peer.disagreement < 2e-2
     assert peer.ratio.median == pytest.approx(peer.step_seconds / ours.step_seconds, rel=1e-3)
     assert peer.ratio_copied.median == pytest.approx(peer.copied_step_seconds / ours.copied_step_seconds, rel=1e-3)
+
+
+def test_a_layer_that_is_off_stops_the_benchmark_however_small_it_is():
+    ours = np.ones((2, 1, 4, 8), np.float32)
+    ours[1] *= 100
+    theirs = ours.reshape(2, 2, 2, 8).copy()
+    theirs[0] += 0.04
+    assert gpu._checked_distance("own", theirs, ours) == pytest.approx(0.04)
+    theirs[0] += 0.04
+    with pytest.raises(RunError, match=r"^the activations differ from those of own by 8\.00e-02, more than 0\.05$"):
+        gpu._checked_distance("own", theirs, ours)
+    with pytest.raises(RunError, match="by nan"):
+        gpu._checked_distance("own", theirs * np.nan, ours)
+
+
+def test_the_tiles_that_are_told_are_those_of_the_step(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "kernel_tiles", lambda *given: seen.append(given))
+    config = gpu.decoder_config(settings().fields(gpu.CASES[-1]))
+    assert gpu._tiles(config, Workload(2, 256, 1)) is None
+    ((q, softcap),) = seen
+    assert (q.shape, q.dtype, softcap) == ((2, 256, KV, HEADS // KV, HEAD), "bfloat16", 50.0)
 
 
 @has_torch
@@ -236,7 +259,7 @@ def test_samples_are_counted_against_the_rows_that_are_used(monkeypatch):
 def test_what_is_not_installed_is_said_in_one_line(monkeypatch, capsys):
     installed = {"torch", "transformers"}
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if name in installed else None)
-    assert gpu.runnable_peers(tuple(gpu.PEERS), is_rehearsal=True) == ("own", "own_compiled")
+    assert gpu.runnable_peers(tuple(gpu.PEERS), is_rehearsal=True) == ("own", "own_compiled", "flex_compiled")
     assert capsys.readouterr().err == "flash attention is left out: flash_attn is not installed\n"
     installed.clear()
     assert gpu.runnable_peers(("own",), is_rehearsal=True) == ()
@@ -264,6 +287,7 @@ def test_the_next_step_is_started_before_one_is_fetched():
 
         def fetch(self):
             events.append(f"fetch {self.number}")
+            return {}
 
         def wait(self):
             events.append(f"wait {self.number}")
@@ -275,6 +299,9 @@ def test_the_next_step_is_started_before_one_is_fetched():
     ours = gpu_step.OurSide(None, {}, None, step)
     ours.extract(3)
     assert events == ["step 0", "copy 0", "step 1", "copy 1", "fetch 0", "step 2", "copy 2", "fetch 1", "fetch 2"]
+    events.clear()
+    ours.copy()
+    assert events == ["step 0", "wait 0", "copy 0", "fetch 0"], "what is timed is the copy of a step that is done"
     events.clear()
     ours.forward(2)
     assert events == ["step 0", "step 1", "wait 0", "wait 1"]
