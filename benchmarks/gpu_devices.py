@@ -4,6 +4,8 @@ Dense bfloat16 TFLOP/s with sums in float32, as NVIDIA's data sheets have them (
 its neighbours; the Ada white paper for GeForce): half of what they print "with sparsity".
 """
 
+import os
+
 import jax
 
 from core.errors import RunError, UsageError
@@ -48,7 +50,7 @@ def require_gpu(*, is_rehearsal: bool) -> str:
         backend = jax.default_backend()
         kind: str = jax.local_devices()[0].device_kind
     except Exception as error:  # of the plugin, or an assertion of JAX's, which says nothing
-        nothing = f"no platform of JAX_PLATFORMS={jax.config.jax_platforms} works; a plugin that failed says why above"
+        nothing = f"no platform of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} works; a plugin that failed says why above"
         reason = " ".join(str(error).split())[:_REASON] or nothing
         raise RunError(f"no GPU: JAX cannot start: {reason}. {_ADVICE}") from error
     if backend != "gpu" and not is_rehearsal:

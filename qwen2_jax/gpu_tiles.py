@@ -58,7 +58,7 @@ def usable_tiles(head_dim: int, softcap: float | None) -> Tiles | None:
     """
     # A thread of its own: the caller may be tracing, and here something has to be computed.
     with ThreadPoolExecutor(1, "attention") as thread:
-        reasons = []
+        reasons: list[str] = []
         for tiles in candidates(head_dim):
             reason = thread.submit(_fault, head_dim, softcap, tiles).result()
             if reason is None:

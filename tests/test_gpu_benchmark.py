@@ -148,8 +148,8 @@ def test_a_jax_that_cannot_start_is_no_gpu_either(failure, reason, monkeypatch):
     def fail():
         raise failure
 
-    monkeypatch.setattr(gpu_devices, "jax", SimpleNamespace(config=SimpleNamespace(jax_platforms="cuda")))
-    monkeypatch.setattr(gpu_devices.jax, "default_backend", fail, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(gpu_devices, "jax", SimpleNamespace(default_backend=fail))
     for is_rehearsal in (False, True):
         with pytest.raises(RunError, match=r"^no GPU: JAX cannot start: ") as raised:
             gpu_devices.require_gpu(is_rehearsal=is_rehearsal)
