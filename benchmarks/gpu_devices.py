@@ -50,7 +50,8 @@ def require_gpu(*, is_rehearsal: bool) -> str:
         backend = jax.default_backend()
         kind: str = jax.local_devices()[0].device_kind
     except Exception as error:  # of the plugin, or an assertion of JAX's, which says nothing
-        nothing = f"no platform of JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} works; a plugin that failed says why above"
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        nothing = f"no platform of JAX_PLATFORMS={asked} works; a plugin that failed says why above"
         reason = " ".join(str(error).split())[:_REASON] or nothing
         raise RunError(f"no GPU: JAX cannot start: {reason}. {_ADVICE}") from error
     if backend != "gpu" and not is_rehearsal:
