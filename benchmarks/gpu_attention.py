@@ -133,10 +133,8 @@ def measure(model: str, args: argparse.Namespace) -> list[Found]:
 
 
 def workload_of(args: argparse.Namespace) -> Workload:
-    """What the flags say. Raises UsageError where rows are not cut evenly, or nothing is repeated."""
+    """What the flags say. Raises UsageError where rows are not cut evenly."""
     length, samples = args.row_length, args.samples_per_row
-    if args.repeats < 1:
-        raise UsageError(f"--repeats {args.repeats}: must be at least 1")
     if length < 1 or length % 128 or length > args.tokens:
         raise UsageError(f"--row_length {length}: must be a multiple of 128, at most --tokens {args.tokens}")
     if samples < 1 or length % samples:
