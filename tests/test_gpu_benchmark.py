@@ -50,7 +50,7 @@ def test_ours_alone_adds_up():
 @has_torch
 @pytest.mark.parametrize(
     ("model", "attention", "length", "samples"),
-    [("Qwen2.5-7B", "sdpa", 2048, "1"), ("gemma-2-2b", "eager", 512, "4"), ("Qwen2.5-0.5B", "sdpa", 512, "1")],
+    [("gemma-2-2b", "eager", 512, "4"), ("Qwen2.5-0.5B", "sdpa", 512, "1")],
 )
 def test_transformers_computes_the_same_from_the_same_weights(model, attention, length, samples):
     found = measured(model, length, "--peers", "own", "--samples_per_row", samples)
