@@ -71,7 +71,7 @@ class Instruction:
     def op_name(self) -> str:
         """Where in the traced function it comes from."""
         found = _OP_NAME.search(self.attributes)
-        return found[1] if found else ""
+        return found[1].replace("\\'", "'") if found else ""
 
     @property
     def label(self) -> str:
