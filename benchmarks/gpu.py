@@ -18,8 +18,7 @@ import jax
 import numpy as np
 from absl.flags import argparse_flags
 
-from benchmarks.cases import add_output_flags
-from benchmarks.gpu_devices import peak_tflops, require_gpu
+from benchmarks.gpu_devices import add_gpu_flags, peak_tflops, require_gpu
 from benchmarks.gpu_step import DTYPE, OurSide, Workload
 from benchmarks.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.shapes import Case, published_shapes
@@ -329,10 +328,8 @@ def runnable_peers(names: Sequence[str], *, is_rehearsal: bool) -> tuple[str, ..
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
+    add_gpu_flags(parser, MODELS)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="whose cases to run (default all)")
-    add("--tokens", type=positive(int), default=16384, help="of a step (default 16384)")
-    add("--samples_per_row", type=positive(int), default=1, help="samples of equal length that fill a row (default 1)")
     add("--steps", type=positive(int), default=20, help="of a repetition (default 20)")
     add("--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), help="settings of transformers (default all)")
     add(
@@ -340,9 +337,6 @@ def build_parser() -> argparse_flags.ArgumentParser:
         type=positive(float),
         help="dense bfloat16 TFLOP/s of the GPU; default from benchmarks/gpu_devices.py",
     )
-    add("--rehearse", action="store_true", help="tiny models on any device: all of it runs, and nothing is measured")
-    add("--verbose", action="store_true", help="stack traces of errors")
-    add_output_flags(parser, repeats=5)
     return parser
 
 

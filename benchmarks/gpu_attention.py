@@ -19,8 +19,7 @@ import numpy as np
 from absl.flags import argparse_flags
 from jaxtyping import Array
 
-from benchmarks.cases import add_output_flags
-from benchmarks.gpu_devices import require_gpu
+from benchmarks.gpu_devices import add_gpu_flags, require_gpu
 from benchmarks.gpu_step import Workload
 from benchmarks.measuring import alternate, machine, table
 from benchmarks.shapes import shape_of
@@ -135,9 +134,9 @@ def measure(model: str, args: argparse.Namespace) -> list[Found]:
 def workload_of(args: argparse.Namespace) -> Workload:
     """What the flags say. Raises UsageError where rows are not cut evenly."""
     length, samples = args.row_length, args.samples_per_row
-    if length < 1 or length % 128 or length > args.tokens:
+    if length % 128 or length > args.tokens:
         raise UsageError(f"--row_length {length}: must be a multiple of 128, at most --tokens {args.tokens}")
-    if samples < 1 or length % samples:
+    if length % samples:
         raise UsageError(f"--samples_per_row {samples}: must divide --row_length {length}")
     return Workload(1, 128, samples) if args.rehearse else Workload(args.tokens // length, length, samples)
 
@@ -157,14 +156,8 @@ def _flops(heads: Heads, workload: Workload) -> float:
 def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
-    add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="whose heads (default all)")
-    add("--tokens", type=positive(int), default=16384, help="of a call (default 16384)")
-    add("--row_length", type=positive(int), default=2048, help="a multiple of 128 (default 2048)")
-    add("--samples_per_row", type=positive(int), default=1, help="samples of equal length that fill a row (default 1)")
-    add("--rehearse", action="store_true", help="one small case on any device: all of it runs, and nothing is measured")
-    add("--verbose", action="store_true", help="stack traces of errors")
-    add_output_flags(parser, repeats=5)
+    add_gpu_flags(parser, MODELS)
+    parser.add_argument("--row_length", type=positive(int), default=2048, help="a multiple of 128 (default 2048)")
     return parser
 
 

@@ -1,13 +1,17 @@
-"""What GPUs could do: a table to edit; and whether there is one.
+"""What GPUs could do: a table to edit; whether there is one; and what both benchmarks on one can be told.
 
 Dense bfloat16 TFLOP/s with sums in float32, as NVIDIA's data sheets have them (nvidia.com/en-us/data-center/h200 and
 its neighbours; the Ada white paper for GeForce): half of what they print "with sparsity".
 """
 
 import os
+from collections.abc import Sequence
 
 import jax
+from absl.flags import argparse_flags
 
+from benchmarks.cases import add_output_flags
+from core.command_line import positive
 from core.errors import RunError, UsageError
 
 # A part of JAX's name of the device; the longest that fits counts.
@@ -57,3 +61,14 @@ def require_gpu(*, is_rehearsal: bool) -> str:
     if backend != "gpu" and not is_rehearsal:
         raise RunError(f"no GPU: JAX computes on the CPU here. {_ADVICE}")
     return kind
+
+
+def add_gpu_flags(parser: argparse_flags.ArgumentParser, models: Sequence[str]) -> None:
+    """The flags of both benchmarks that need a GPU."""
+    add = parser.add_argument
+    add("--models", nargs="+", choices=models, default=models, help="which of the models (default all)")
+    add("--tokens", type=positive(int), default=16384, help="of a step, or of a call (default 16384)")
+    add("--samples_per_row", type=positive(int), default=1, help="samples of equal length that fill a row (default 1)")
+    add("--rehearse", action="store_true", help="tiny models on any device: all of it runs, and nothing is measured")
+    add("--verbose", action="store_true", help="stack traces of errors")
+    add_output_flags(parser, repeats=5)
