@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from doc_snippets import snippet
-from tiny_run import D_MODEL, cache_dir, token_lines, write_jsonl, write_model
+from tiny_run import D_MODEL, stream_config, token_lines, write_model
 
 from core.run_config import RunConfig
 from core.runner import run
@@ -24,12 +24,10 @@ FIRST_LINE = {"pickle": "with gzip.open", "safetensors": "def tensor", "planes":
 def whole(tmp_path_factory) -> RunConfig:
     """The run of all tokens in float32."""
     home = tmp_path_factory.mktemp("whole")
-    config = RunConfig(
-        model_path=str(write_model(home / "model")),
-        dataset_path=str(write_jsonl(home / "s.jsonl", token_lines(N_SAMPLES, seed=1))),
-        output_dir=str(home / "out"),
-        checkpoint_dir=str(home / "ck"),
-        compilation_cache_dir=cache_dir(),
+    config = stream_config(
+        home,
+        write_model(home / "model"),
+        token_lines(N_SAMPLES, seed=1),
         layers_to_extract=(0, LAYER),
         dtype="float32",
     )

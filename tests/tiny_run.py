@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from core.run_config import RunConfig
+
 REPOSITORY = Path(__file__).parents[1]
 VOCAB, D_MODEL, N_LAYERS = 320, 32, 3
 CHAT_TEMPLATE = (
@@ -139,6 +141,18 @@ def cache_dir() -> str:
     """Where the tests keep compiled programs."""
     return os.environ.get(
         "TEST_COMPILATION_CACHE", str(Path(os.environ.get("TMPDIR", "/tmp")) / "qwen2_jax_test_cache")
+    )
+
+
+def stream_config(home: Path, model: Path, lines: list[Any], **flags: Any) -> RunConfig:
+    """The flags of a run over `lines`, which are written to `home`; its output is `home / "out"`."""
+    return RunConfig(
+        model_path=str(model),
+        dataset_path=str(write_jsonl(home / "s.jsonl", lines)),
+        output_dir=str(home / "out"),
+        checkpoint_dir=str(home / "ck"),
+        compilation_cache_dir=cache_dir(),
+        **flags,
     )
 
 

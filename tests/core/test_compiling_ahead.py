@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tiny_run import cache_dir, token_lines, write_jsonl, write_model
+from tiny_run import stream_config, token_lines, write_model
 
 from core import jax_utils
 from core.batching import step_arrays
@@ -17,12 +17,10 @@ from qwen2_jax import ModelError
 
 @pytest.fixture
 def config(tmp_path) -> RunConfig:
-    return RunConfig(
-        model_path=str(write_model(tmp_path / "model", tokenizer=False)),
-        dataset_path=str(write_jsonl(tmp_path / "s.jsonl", token_lines(9))),
-        output_dir=str(tmp_path / "out"),
-        checkpoint_dir=str(tmp_path / "ck"),
-        compilation_cache_dir=cache_dir(),
+    return stream_config(
+        tmp_path,
+        write_model(tmp_path / "model", tokenizer=False),
+        token_lines(9),
         activation_type=("mlp", "residual", "final_norm"),
         max_seq_length=256,
     )

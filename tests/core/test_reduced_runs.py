@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 from resealing import write_and_reseal
 from safetensors.numpy import load_file, save_file
-from tiny_run import D_MODEL, cache_dir, committed_files, environment, extract, token_lines, write_jsonl, write_model
+from tiny_run import (
+    D_MODEL,
+    committed_files,
+    environment,
+    extract,
+    stream_config,
+    token_lines,
+    write_jsonl,
+    write_model,
+)
 
 from analysis.verification import verify
 from core.backend import Step
@@ -45,12 +54,10 @@ Key = tuple[str, int, int]
 def full(tmp_path_factory) -> RunConfig:
     """The run of everything in float32."""
     home = tmp_path_factory.mktemp("full")
-    config = RunConfig(
-        model_path=str(write_model(home / "model")),
-        dataset_path=str(write_jsonl(home / "s.jsonl", LINES)),
-        output_dir=str(home / "out"),
-        checkpoint_dir=str(home / "ck"),
-        compilation_cache_dir=cache_dir(),
+    config = stream_config(
+        home,
+        write_model(home / "model"),
+        LINES,
         max_seq_length=256,
         activation_type=SITES,
         layers_to_extract=LAYERS,

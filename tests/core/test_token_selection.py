@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from resealing import write_and_reseal
 from safetensors.numpy import load_file, save_file
-from tiny_run import D_MODEL, cache_dir, committed_files, environment, token_lines, write_jsonl, write_model
+from tiny_run import (
+    D_MODEL,
+    committed_files,
+    environment,
+    stream_config,
+    token_lines,
+    write_jsonl,
+    write_model,
+)
 
 from analysis.verification import verify
 from core.activation_storage import ActivationStorage
@@ -46,12 +54,10 @@ def model(tmp_path_factory) -> Path:
 def full(model, tmp_path_factory) -> RunConfig:
     """The run of all tokens, in float32 and one window."""
     home = tmp_path_factory.mktemp("full")
-    config = RunConfig(
-        model_path=str(model),
-        dataset_path=str(write_jsonl(home / "s.jsonl", LINES)),
-        output_dir=str(home / "out"),
-        checkpoint_dir=str(home / "ck"),
-        compilation_cache_dir=cache_dir(),
+    config = stream_config(
+        home,
+        model,
+        LINES,
         max_seq_length=256,
         activation_type=SITES,
         layers_to_extract=(0, 2),

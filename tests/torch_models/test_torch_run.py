@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tiny_run import cache_dir, committed_files, extract, write_jsonl, write_model
+from tiny_run import cache_dir, committed_files, extract, stream_config, write_jsonl, write_model
 from tiny_run import run as run_command
 from torch_families import N_LAYERS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token
 from without_torch import hide_torch
@@ -36,12 +36,10 @@ def lines(n: int) -> list[dict]:
 def opt_run(tmp_path_factory) -> RunConfig:
     """A finished run of a tiny OPT, in several windows."""
     home = tmp_path_factory.mktemp("opt")
-    config = RunConfig(
-        model_path=str(save_tiny("opt", home / "model")),
-        dataset_path=str(write_jsonl(home / "s.jsonl", lines(20))),
-        output_dir=str(home / "out"),
-        checkpoint_dir=str(home / "ck"),
-        compilation_cache_dir=cache_dir(),
+    config = stream_config(
+        home,
+        save_tiny("opt", home / "model"),
+        lines(20),
         max_seq_length=64,
         activation_type=SITES,
         layers_to_extract=(0, 2),
@@ -122,12 +120,10 @@ def test_selected_tokens_are_those_of_the_run_that_stores_all(opt_run, tmp_path)
 
 def test_the_other_backend_is_refused_in_the_same_folder(tmp_path):
     model = write_model(tmp_path / "model")
-    config = RunConfig(
-        model_path=str(model),
-        dataset_path=str(write_jsonl(tmp_path / "s.jsonl", lines(3))),
-        output_dir=str(tmp_path / "out"),
-        checkpoint_dir=str(tmp_path / "ck"),
-        compilation_cache_dir=cache_dir(),
+    config = stream_config(
+        tmp_path,
+        model,
+        lines(3),
         max_seq_length=64,
         layers_to_extract=(0,),
     )
