@@ -42,7 +42,7 @@ test: .venv/.installed-dev
 
 # A selection of these is a part of `make test`.
 test-faults: .venv/.installed-dev
-	FAULTS=all $(PYTEST) tests/faults tests/test_pod_slice.py
+	FAULTS=all $(PYTEST) tests/faults tests/runs/test_pod_slice.py
 
 # In an environment of their own: these tools pin packages that the project uses too.
 build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt
@@ -60,7 +60,7 @@ test-launchers: build/launchers/.installed
 	@touch $@
 
 test-tpu: .venv/.installed-lab
-	TPU_LAB=all $(BIN)/python -m pytest tests/core/test_tpu_estimate.py tests/qwen2_jax/test_tpu_compile.py
+	TPU_LAB=all $(BIN)/python -m pytest tests/core/pricing/test_tpu_estimate.py tests/qwen2_jax/test_tpu_compile.py
 
 # 600 MB, outside of .venv: JAX looks for a GPU wherever this is installed.
 build/gpu_compiler/.installed: .venv/.installed-dev

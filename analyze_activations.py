@@ -5,9 +5,9 @@ import json
 
 from absl import logging
 
-from core.backends import BACKENDS, choose_backend
-from core.command_line import CommandParser, run_command
-from core.formats import DTYPES
+from core.base.command_line import CommandParser, run_command
+from core.base.dtypes import DTYPES
+from core.step.backends import BACKENDS, choose_backend
 
 
 def build_parser() -> CommandParser:
@@ -43,9 +43,9 @@ def _add_status(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
 
 def status_command(args: argparse.Namespace) -> None:
     """Prints how far a fleet is; with --json one object for each look."""
-    from analysis.status import status, watch
-    from core.errors import UsageError
-    from core.run_config import LONGEST_WAIT_S
+    from analysis.fleet_status.status import status, watch
+    from core.base.errors import UsageError
+    from core.run.config import LONGEST_WAIT_S
 
     if not 0 < args.interval <= LONGEST_WAIT_S:
         raise UsageError(f"--interval {args.interval}: must be above 0 and at most a year")
@@ -58,7 +58,7 @@ def status_command(args: argparse.Namespace) -> None:
 
 def retry_command(args: argparse.Namespace) -> None:
     """Has shards tried again that were set aside."""
-    from analysis.status import retry
+    from analysis.fleet_status.status import retry
 
     cleared = retry(args.dir, args.shard)
     for shard, failures in cleared.items():
@@ -85,11 +85,11 @@ def _add_certify(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def certify_command(args: argparse.Namespace) -> int:
     """Prints the certificate of a run; returns 0 when its activations are those of the model."""
-    from analysis.certification import require_reference
+    from analysis.certificate.certification import require_reference
 
     require_reference("certify: the reference")
 
-    from analysis.certified_outputs import certify_output
+    from analysis.certificate.certified_outputs import certify_output
     from torch_models.loading import ModelSource
 
     source = ModelSource(args.model_path, args.revision, args.trust_remote_code)
@@ -128,7 +128,7 @@ def list_hooks_command(args: argparse.Namespace) -> None:
 
 def verify_command(args: argparse.Namespace) -> int:
     """Prints what is wrong with the shards of a run; returns 0 when nothing is."""
-    from analysis.verification import verify
+    from analysis.verification.verify import verify
 
     report = verify(args.dir, allow_unfinished=args.allow_unfinished)
     for line in report.lines():

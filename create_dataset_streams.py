@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from core.command_line import CommandParser, run_command
+from core.base.command_line import CommandParser, run_command
 
 _SOURCES = """\
 sources for --dataset_name:
@@ -54,7 +54,7 @@ def build_parser() -> CommandParser:
 
 def run(args: argparse.Namespace) -> None:
     """Makes the streams that the flags describe and says what was made."""
-    from core.stream_writing import StreamOptions, create_sharded_dataset, create_streams
+    from core.streams.writing import StreamOptions, create_sharded_dataset, create_streams
 
     _check_shape_flags(args)
     flags = {name: value for name, value in vars(args).items() if name in StreamOptions.__dataclass_fields__}
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_shape_flags(args: argparse.Namespace) -> None:
-    from core.errors import UsageError
+    from core.base.errors import UsageError
 
     if args.sharded and args.num_shards is None:
         raise UsageError("--sharded needs --num_shards")

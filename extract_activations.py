@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from core.backends import BACKENDS
-from core.command_line import CommandParser, log_to_file, run_command
-from core.formats import DTYPES, FORMATS
-from core.reductions import QUANTIZATIONS
-from core.selection import TOKEN_CHOICES, TOKEN_KINDS
+from core.base.command_line import CommandParser, log_to_file, run_command
+from core.base.dtypes import DTYPES
+from core.reduce.reductions import QUANTIZATIONS
+from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS
+from core.shards.formats import FORMATS
+from core.step.backends import BACKENDS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:
-    from core.sharded_run import BeforeExtraction
+    from core.run.sharded_run import BeforeExtraction
 
 
 def build_parser() -> CommandParser:
-    """All flags, in groups; their defaults are those of `core.run_config.RunConfig`."""
+    """All flags, in groups; their defaults are those of `core.run.config.RunConfig`."""
     # A flag that is not given is absent, so that RunConfig alone knows the defaults.
     parser = CommandParser(description=__doc__, argument_default=argparse.SUPPRESS)
     # Without it `--positions -8:` is an unknown flag to argparse.
@@ -150,18 +151,18 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
 
 def _certifier() -> "BeforeExtraction":
     """Certifies the run before it extracts anything; raises RunError when torch, which it needs, is not there."""
-    from analysis.certification import require_reference
+    from analysis.certificate.certification import require_reference
 
     require_reference("--certify: the reference")
 
-    from analysis.certified_runs import certify_run
+    from analysis.certificate.certified_runs import certify_run
 
     return certify_run
 
 
 def extract(args: argparse.Namespace) -> int:
     """Runs the job; what people read goes to stderr, the JSON object of --json to stdout."""
-    from core.run_config import RunConfig, default_worker_id
+    from core.run.config import RunConfig, default_worker_id
 
     known = {field.name for field in fields(RunConfig)}
     values = vars(args)
@@ -175,13 +176,13 @@ def extract(args: argparse.Namespace) -> int:
 
     log_to_file(config.log_file)
     if config.multihost:
-        from core.guarded_process import fork_under_guard
+        from core.hosts.guarded_process import fork_under_guard
 
         code = fork_under_guard()
         if code is not None:
             return code
 
-    from core.runner import run
+    from core.run.runner import run
 
     result = run(config, _certifier() if config.certify else None)
     for line in result.lines():

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core.capture import existing_layer, site_bytes
-from core.model_shape import ModelShape, check_sample_length
-from core.progress import format_bytes
+from core.run.progress import format_bytes
+from core.step.capture import existing_layer, site_bytes
+from core.step.model_shape import ModelShape, check_sample_length
 from qwen2_jax.families import FAMILIES
 from qwen2_jax.hook_names import hugging_face_name, transformer_lens_name
 from qwen2_jax.taps import SITES, Capture

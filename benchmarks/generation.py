@@ -19,14 +19,14 @@ import torch
 from absl.flags import argparse_flags
 
 from archived_old.generation_extractor import GenerationExtractor
-from benchmarks.agreement import read_shards, relative_distance
-from benchmarks.cases import add_case_flags, case_layers
-from benchmarks.engine import Engine
-from benchmarks.hf_model import load_causal_lm
-from benchmarks.measuring import Ratio, Timings, alternate, machine, table
-from benchmarks.workload import Workload, add_workload_flags, workload_of
-from core.command_line import CommandParser, positive, run_command
-from core.errors import RunError
+from benchmarks.common.cases import add_case_flags, case_layers
+from benchmarks.common.engine import Engine
+from benchmarks.common.measuring import Ratio, Timings, alternate, machine, table
+from benchmarks.common.workload import Workload, add_workload_flags, workload_of
+from benchmarks.peers.agreement import read_shards, relative_distance
+from benchmarks.peers.hf_model import load_causal_lm
+from core.base.command_line import CommandParser, positive, run_command
+from core.base.errors import RunError
 from qwen2_jax import load_config
 
 # A decoding step adds up its matrix products in another order than a pass over the whole sequence.

@@ -1,4 +1,4 @@
-"""One start of the engine, for benchmarks.start: what `core.runner` does, with the clock read between its stages.
+"""One start of the engine, for benchmarks.start: what `core.run.runner` does, with the clock read between its stages.
 
 argv: the fields of a RunConfig as JSON. Prints when each stage was over, in seconds since 1970, as JSON. At its top it
 imports nothing that the stages would have to import.
@@ -14,12 +14,12 @@ def main() -> None:
     over = {"interpreter": time.time()}
     import threading
 
-    from core.host_session import HostSession
-    from core.hosts import ALONE
-    from core.job import backend_of, open_storage, open_stores, prepare_job
-    from core.run_config import RunConfig
-    from core.runner import enable_compilation_cache
-    from core.stream_run import load, prepare_stream, run_stream
+    from core.hosts.pod_slice import ALONE
+    from core.hosts.session import HostSession
+    from core.run.config import RunConfig
+    from core.run.job import backend_of, open_storage, open_stores, prepare_job
+    from core.run.runner import enable_compilation_cache
+    from core.run.stream_run import load, prepare_stream, run_stream
 
     over["imports"] = time.time()
     config = RunConfig(**json.loads(sys.argv[1]))

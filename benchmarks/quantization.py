@@ -15,16 +15,16 @@ import numpy as np
 from absl.flags import argparse_flags
 from jaxtyping import Float32, Float64
 
-from benchmarks.engine import Engine
-from benchmarks.measuring import machine, table
-from benchmarks.workload import add_workload_flags, workload_of
-from core.batching import sample_spans, step_arrays
-from core.command_line import CommandParser, run_command
-from core.fetching import plan_fetch
-from core.reduced_step import start_copy
-from core.reducing import quantize
-from core.reductions import QUANTIZATIONS, Quantization
-from core.sinks import deflate_block
+from benchmarks.common.engine import Engine
+from benchmarks.common.measuring import machine, table
+from benchmarks.common.workload import add_workload_flags, workload_of
+from core.base.command_line import CommandParser, run_command
+from core.reduce.arithmetic import quantize
+from core.reduce.reduced_step import start_copy
+from core.reduce.reductions import QUANTIZATIONS, Quantization
+from core.shards.sinks import deflate_block
+from core.step.fetching import plan_fetch
+from core.step.layout import sample_spans, step_arrays
 
 BLOCKS = (0, 128, 64, 32, 16)
 _SAMPLE_BYTES = 4 << 20

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from absl.flags import argparse_flags
 
-from benchmarks.measuring import machine, table
-from benchmarks.workload import add_workload_flags, workload_of
-from core.command_line import CommandParser, positive, run_command
-from core.errors import RunError
+from benchmarks.common.measuring import machine, table
+from benchmarks.common.workload import add_workload_flags, workload_of
+from core.base.command_line import CommandParser, positive, run_command
+from core.base.errors import RunError
 
 _ROOT = Path(__file__).parents[1]
 STAGES = ("interpreter", "imports", "job", "first window", "load", "first shard")

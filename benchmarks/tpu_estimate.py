@@ -9,15 +9,15 @@ from collections.abc import Sequence
 
 from absl.flags import argparse_flags
 
-from benchmarks.measuring import table
-from benchmarks.shapes import Case, shape_of
-from core.backend import StepRequest
-from core.batching import ROW_MULTIPLE
-from core.capture import existing_layer
-from core.command_line import CommandParser, run_command
-from core.errors import UsageError
-from core.model_shape import check_sample_length
-from core.tpu_estimate import StepEstimate, estimate_step
+from benchmarks.common.measuring import table
+from benchmarks.common.shapes import Case, shape_of
+from core.base.command_line import CommandParser, run_command
+from core.base.errors import UsageError
+from core.pricing.tpu_estimate import StepEstimate, estimate_step
+from core.step.backend import StepRequest
+from core.step.capture import existing_layer
+from core.step.layout import ROW_MULTIPLE
+from core.step.model_shape import check_sample_length
 from qwen2_jax import Capture
 
 # Of a step, for each chip.

@@ -15,13 +15,13 @@ from typing import Any
 
 from absl.flags import argparse_flags
 
-from benchmarks.cases import add_case_flags, case_layers
-from benchmarks.engine import Engine
-from benchmarks.measuring import Ratio, Timings, alternate, machine, table
-from benchmarks.workload import Workload, add_workload_flags, workload_of
-from core.command_line import CommandParser, positive, run_command
-from core.errors import RunError
-from core.progress import Summary
+from benchmarks.common.cases import add_case_flags, case_layers
+from benchmarks.common.engine import Engine
+from benchmarks.common.measuring import Ratio, Timings, alternate, machine, table
+from benchmarks.common.workload import Workload, add_workload_flags, workload_of
+from core.base.command_line import CommandParser, positive, run_command
+from core.base.errors import RunError
+from core.run.progress import Summary
 from qwen2_jax import load_config
 
 TARGET = 1.10

@@ -23,19 +23,15 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
-from core.commit_record import CommitRecord, StoredFile, shard_stem
-from core.errors import RunError
-from core.fault_points import fault_point
+from core.base.canonical_json import content_hash, sealed_json
+from core.base.errors import RunError
+from core.base.fault_points import fault_point
+from core.commit.identity import RunPlan, StreamPlan
+from core.commit.output_identity import RUN_FILE, STREAM_FILE, declare, refuse_other
+from core.commit.record import CommitRecord, StoredFile, shard_stem
+from core.commit.stored_records import INDEX_FILE, committed_records, index_of
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
-from core.output_identity import RUN_FILE, STREAM_FILE, declare, refuse_other
-from core.plan import (
-    RunPlan,
-    StreamPlan,
-    content_hash,
-    sealed_json,
-)
-from core.sinks import FileDigest, digest_stream
-from core.stored_records import INDEX_FILE, committed_records, index_of
+from core.shards.sinks import FileDigest, digest_stream
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A line's position, counted from 0, is its identity: it is the same for every worker, selection and resume.
 
-The folder of a dataset shard (see `core.sharded_dataset`) is a stream too: its positions go on from shard to shard.
+The folder of a dataset shard (see `core.streams.sharded_dataset`) is a stream too: its positions go on from shard to
+shard.
 """
 
 import re
@@ -10,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import RunError, UsageError
-from core.sharded_dataset import ShardEntry, check_chunk, find_shard, is_dataset
-from core.stored_files import filesystem, is_file, read_jsonl_lines, storage_errors, stored_info
-from core.stream_lines import Kind, kind_of, parse_json_line, parse_object
+from core.base.errors import RunError, UsageError
+from core.object_store.stored_files import filesystem, is_file, read_jsonl_lines, storage_errors, stored_info
+from core.streams.lines import Kind, kind_of, parse_json_line, parse_object
+from core.streams.sharded_dataset import ShardEntry, check_chunk, find_shard, is_dataset
 
 _NUMBERED_STREAM = re.compile(r"(.*stream_)([0-9]+)(\.jsonl(?:\.gz|\.zst)?)")
 

@@ -19,16 +19,16 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
-from core.backend import StepRequest
-from core.batching import StepArrays
-from core.device_mesh import device_bytes, device_share, model_parallelism
-from core.host_copies import begin_copies
-from core.model_shape import ModelShape
+from core.base.errors import ModelError, UnsupportedError
+from core.step.backend import StepRequest
+from core.step.device_mesh import device_bytes, device_share, model_parallelism
+from core.step.host_copies import begin_copies
+from core.step.layout import StepArrays
+from core.step.model_shape import ModelShape
 from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
-from qwen2_jax.errors import ModelError, UnsupportedError
-from qwen2_jax.loading import model_digest
+from qwen2_jax.checkpoints.loading import model_digest
+from qwen2_jax.checkpoints.weights import cut_config
 from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
-from qwen2_jax.weights import cut_config
 
 # Steps that a CPU computes at once: one fills the cores while another waits for its slowest thread.
 _CPU_LANES = 2
@@ -74,7 +74,7 @@ def _report_split(mesh: ModelMesh, share: int) -> None:
 
 
 class JaxBackend:
-    """The decoder of `qwen2_jax` on all devices of this process. Satisfies `core.backend.Backend`."""
+    """The decoder of `qwen2_jax` on all devices of this process. Satisfies `core.step.backend.Backend`."""
 
     name = "jax"
     can_pack = True
@@ -143,7 +143,7 @@ class JaxBackend:
 
 
 class JaxStepOutput:
-    """Device arrays of one step, still being computed when this is handed out. Satisfies `core.backend.StepOutput`."""
+    """Device arrays of one step, still being computed when this is handed out. Satisfies `backend.StepOutput`."""
 
     def __init__(self, step: "ExtractionStep", outputs: "Future[Outputs]") -> None:
         self._step = step

@@ -8,10 +8,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from core.errors import RunError, UsageError
-from core.redaction import RedactingFormatter, printable, redact
-from fleet import commands, naming
-from fleet.accelerators import require_tpu_type
+from core.base.errors import RunError, UsageError
+from core.base.redaction import RedactingFormatter, printable, redact
+from fleet import commands
+from fleet.gcloud import naming
+from fleet.gcloud.accelerators import require_tpu_type
 
 _MOST_WORKERS = 512
 

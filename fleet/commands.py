@@ -9,14 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import RunError, UsageError
+from core.base.errors import RunError, UsageError
 from fleet.bundle import build_bundle
-from fleet.gcloud import Gcloud, Patience
+from fleet.decisions import (
+    Action,
+    Decision,
+    Machine,
+    Slot,
+    Wishes,
+    existing_slots,
+    plan,
+    require_machines,
+    wanted_slots,
+)
+from fleet.gcloud.calls import Gcloud, Patience
+from fleet.gcloud.listing import Inventory, Resource
+from fleet.gcloud.naming import require_name
+from fleet.gcloud.parallel import each
 from fleet.launching import Job, Launched, launch, require_flags
-from fleet.listing import Inventory, Resource
-from fleet.naming import require_name
-from fleet.parallel import each
-from fleet.planning import Action, Decision, Machine, Slot, Wishes, existing_slots, plan, require_machines, wanted_slots
 from fleet.reconciling import Outcome, delete, reconcile
 from fleet.secrets import refuse_secrets
 from fleet.watching import Round, dataset_finished, output_url, watch

@@ -11,12 +11,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from core.errors import RunError, UsageError
-from fleet.accelerators import hosts_of
+from core.base.errors import RunError, UsageError
 from fleet.bundle import Bundle
-from fleet.gcloud import Gcloud
-from fleet.parallel import each
-from fleet.planning import Decision
+from fleet.decisions import Decision
+from fleet.gcloud.accelerators import hosts_of
+from fleet.gcloud.calls import Gcloud
+from fleet.gcloud.parallel import each
 
 # Of the extraction: the fleet numbers workers, and JAX numbers the hosts of a slice.
 _FLAGS_OF_THE_FLEET = ("--worker_id", "--host_id")

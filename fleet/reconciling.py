@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from core.errors import RunError
-from fleet.gcloud import Failure, Gcloud, GcloudError
-from fleet.listing import Kind, Resource
-from fleet.parallel import each
-from fleet.planning import ABSENT, Action, Decision, Slot, required_action
+from core.base.errors import RunError
+from fleet.decisions import ABSENT, Action, Decision, Slot, required_action
+from fleet.gcloud.calls import Failure, Gcloud, GcloudError
+from fleet.gcloud.listing import Kind, Resource
+from fleet.gcloud.parallel import each
 
 
 class Result(StrEnum):

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from core.errors import UsageError
+from core.base.errors import UsageError
 
 _FORMS = {
     "a Hugging Face token": re.compile(r"hf_[A-Za-z0-9]{16,}"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import RunError, UsageError
+from core.base.errors import RunError, UsageError
 from fleet.launching import Extraction, Launched
 from fleet.reconciling import Outcome
 

@@ -6,11 +6,12 @@ Names are imported at their first use: `--help` and errors need neither JAX nor 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from core.base.errors import ModelError
+
 if TYPE_CHECKING:
+    from qwen2_jax.checkpoints.loading import load_config, load_model, load_tokenizer, model_identity, tokenizer_digest
     from qwen2_jax.config import DecoderConfig, RopeConfig
     from qwen2_jax.decoder import Decoder
-    from qwen2_jax.errors import ModelError
-    from qwen2_jax.loading import load_config, load_model, load_tokenizer, model_identity, tokenizer_digest
     from qwen2_jax.parameters import parameter_specs
     from qwen2_jax.taps import SITES, Capture
 
@@ -19,14 +20,13 @@ _MODULES = {
     "Capture": "taps",
     "Decoder": "decoder",
     "DecoderConfig": "config",
-    "ModelError": "errors",
     "RopeConfig": "config",
-    "load_config": "loading",
-    "load_model": "loading",
-    "load_tokenizer": "loading",
-    "model_identity": "loading",
+    "load_config": "checkpoints.loading",
+    "load_model": "checkpoints.loading",
+    "load_tokenizer": "checkpoints.loading",
+    "model_identity": "checkpoints.loading",
     "parameter_specs": "parameters",
-    "tokenizer_digest": "loading",
+    "tokenizer_digest": "checkpoints.loading",
 }
 
 __all__ = [

@@ -16,9 +16,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from core.base.errors import ModelError
 from qwen2_jax.block import BlockContext, decoder_block, linear
 from qwen2_jax.config import DecoderConfig
-from qwen2_jax.errors import ModelError
 from qwen2_jax.norms import norm
 from qwen2_jax.parameters import ParamSpec, parameter_specs
 from qwen2_jax.rope import rotary_tables

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 from qwen2_jax.taps import SITES
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from absl import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from core.command_line import CommandParser, run_command
-from core.run_config import RunConfig
+from core.base.command_line import CommandParser, run_command
+from core.run.config import RunConfig
 
 
 def build_parser() -> CommandParser:
@@ -32,7 +32,7 @@ def build_parser() -> CommandParser:
 def run(args: argparse.Namespace) -> None:
     """Writes the cache and says where it is."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # weights are cast and stored; an accelerator has no part in it
-    from qwen2_jax.loading import convert_weights
+    from qwen2_jax.checkpoints.loading import convert_weights
 
     if not args.verbose:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every step

@@ -14,10 +14,10 @@ from fake_gcs import CorruptUpload, FakeGcs, Status, gcs_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.base.errors import RunError, UsageError
 from core.dataset_utils import StreamRecord, read_stream, stream_identity
-from core.errors import RunError, UsageError
 from core.object_store.gcs import GcsStore
-from core.stream_writing import StreamOptions, TaskIds, create_streams
+from core.streams.writing import StreamOptions, TaskIds, create_streams
 
 ROOT = Path(__file__).parents[1]
 COMMAND = ROOT / "create_dataset_streams.py"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from core.run_config import RunConfig
+from core.run.config import RunConfig
 
 REPOSITORY = Path(__file__).parents[1]
 VOCAB, D_MODEL, N_LAYERS = 320, 32, 3

@@ -5,7 +5,7 @@ torch is an extra: nothing here is imported before somebody asks for it, and `re
 
 import importlib.util
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 
 INSTALL_TORCH = "pip install -c constraints.txt -e '.[torch]'"
 

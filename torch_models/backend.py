@@ -1,4 +1,4 @@
-"""The torch backend of the engine; see `core.backend.Backend`. Any causal language model that transformers knows."""
+"""The torch backend (`core.step.backend.Backend`): any causal language model that transformers knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from absl import logging
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 from qwen2_jax.taps import SITES, Capture
 from torch_models.hooks import Reader, Tap
 from torch_models.loading import (
@@ -29,7 +29,7 @@ _LENGTH_SCALINGS = {"dynamic", "longrope", "su"}
 
 
 class StepRequest(Protocol):
-    """What is wanted of a step: `core.backend.StepRequest`."""
+    """What is wanted of a step: `core.step.backend.StepRequest`."""
 
     @property
     def capture(self) -> Capture: ...

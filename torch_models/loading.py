@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from absl import logging
 
-from qwen2_jax.errors import ModelError
-from qwen2_jax.locate import locate_model
+from core.base.errors import ModelError
+from qwen2_jax.checkpoints.locate import locate_model
 from torch_models.probing import Taps, find_taps
 from torch_models.structure import decoder_layers, possible_widths
 
@@ -122,7 +122,7 @@ def _count(config: PreTrainedConfig, name: str) -> int:
 
 def model_digest(source: ModelSource) -> str:
     """A content digest of config and weights, and of the code where it may run. Reads every weight once."""
-    from qwen2_jax.loading import model_digest as weights_digest
+    from qwen2_jax.checkpoints.loading import model_digest as weights_digest
 
     digest = weights_digest(source.path, source.revision)
     code = sorted(source.locate(_CODE_FILES).glob("*.py")) if source.trust_remote_code else []

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 from qwen2_jax.taps import EMBEDDING_LAYER
 from torch_models.block_probe import BlockProbe
 from torch_models.hooks import AllSeen, Batch, Tap, hooked, run_model, tokens_first

@@ -23,7 +23,7 @@ _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 
 class StepRows(Protocol):
-    """The rows of a step on the host: `core.batching.StepArrays`. Segment 0 is padding."""
+    """The rows of a step on the host: `core.step.layout.StepArrays`. Segment 0 is padding."""
 
     @property
     def tokens(self) -> Int32[np.ndarray, "B T"]: ...
@@ -36,7 +36,7 @@ class StepRows(Protocol):
 
 
 class TorchStepOutput:
-    """What one step gave; see `core.backend.StepOutput`. On CUDA it may still be computed when it is handed out."""
+    """What one step gave (`core.step.backend.StepOutput`). On CUDA it may still be computed when this is handed out."""
 
     def __init__(self, values: dict[str, Tensor], peaks: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
         self._values = values
@@ -107,7 +107,7 @@ def _as_numpy(tensor: Tensor) -> np.ndarray:
 
 
 class TorchStep:
-    """A model read through hooks; see `core.backend.Step`.
+    """A model read through hooks; see `core.step.backend.Step`.
 
     Args:
       reader: of the sites and layers of `capture`.

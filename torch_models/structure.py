@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _NORM = re.compile(r"norm|(^|_)ln(_|$)", re.IGNORECASE)

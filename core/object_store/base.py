@@ -10,7 +10,7 @@ from typing import BinaryIO, Protocol
 
 import google_crc32c
 
-from core.errors import RunError
+from core.base.errors import RunError
 
 
 class Created(enum.Enum):

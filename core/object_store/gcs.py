@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import quote
 
-from core.errors import RunError, UsageError
-from core.fault_points import fault_point
+from core.base.byte_streams import SeekableBytes
+from core.base.endpoints import emulator_url
+from core.base.errors import ModelError, RunError, UsageError
+from core.base.fault_points import fault_point
+from core.base.redaction import redact
 from core.object_store.base import (
     Created,
     Entry,
@@ -32,10 +35,6 @@ from core.object_store.base import (
     check_name,
     check_size,
 )
-from core.redaction import redact
-from qwen2_jax.byte_streams import SeekableBytes
-from qwen2_jax.endpoints import emulator_url
-from qwen2_jax.errors import ModelError
 
 UPLOAD_CHUNK = 8 << 20  # a multiple of 256 KiB, as resumable uploads demand
 SIGN_IN = "run `gcloud auth application-default login`, or give the machine's service account access to the bucket"

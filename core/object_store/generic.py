@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from core.errors import RunError, UsageError
+from core.base.errors import RunError, UsageError
 from core.object_store.base import Created, Entry, Listing, ObjectInfo, bytes_info, check_name, stream_info
 
 _MEMORY_LOCK = threading.Lock()

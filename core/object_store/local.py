@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from core.errors import RunError
-from core.fault_points import fault_point
+from core.base.errors import RunError
+from core.base.fault_points import fault_point
 from core.object_store.base import Created, Entry, Listing, ObjectInfo, check_name, check_size, file_info
 
 # One for all stores of the process: two of them may write the same name.

@@ -25,10 +25,10 @@ from transformers import (
 from without_torch import hide_torch
 
 import core.jax_utils as jax_side
-from analysis.certification import as_stored
-from analysis.certified_outputs import certify_output
-from analysis.certified_runs import certify_run
-from analysis.fidelity import (
+from analysis.certificate.certification import as_stored
+from analysis.certificate.certified_outputs import certify_output
+from analysis.certificate.certified_runs import certify_run
+from analysis.certificate.fidelity import (
     FLOOR,
     FidelityReport,
     Figures,
@@ -37,11 +37,11 @@ from analysis.fidelity import (
     Tally,
     agreement,
 )
-from analysis.verification import verify
-from core.errors import RunError, UsageError
-from core.run_config import RunConfig
-from core.runner import run
-from core.sharded_dataset import write_dataset
+from analysis.verification.verify import verify
+from core.base.errors import RunError, UsageError
+from core.run.config import RunConfig
+from core.run.runner import run
+from core.streams.sharded_dataset import write_dataset
 from qwen2_jax.taps import SITES
 from torch_models.loading import ModelSource
 

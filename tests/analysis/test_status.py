@@ -12,17 +12,17 @@ import pytest
 from fake_gcs import FakeGcs, gcs_environment
 from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
-from analysis.fleet_status import Commit, ShardStatus, fleet_status, rate_of
-from analysis.status import FleetWatch, retry, status, watch
-from core.claim_records import Owner, poison_of, read_claims
-from core.commit_record import CommitRecord
-from core.errors import RunError, UsageError
+from analysis.fleet_status.report import Commit, ShardStatus, fleet_status, rate_of
+from analysis.fleet_status.status import FleetWatch, retry, status, watch
+from core.base.errors import RunError, UsageError
+from core.claims.leases import ShardClaims
+from core.claims.records import Owner, poison_of, read_claims
+from core.commit.record import CommitRecord
 from core.object_store import LocalStore, open_store
-from core.run_config import RunConfig
-from core.runner import run as extract
-from core.shard_claims import ShardClaims
-from core.sharded_dataset import read_dataset, write_dataset
-from core.windows import StreamPlace
+from core.run.config import RunConfig
+from core.run.runner import run as extract
+from core.samples.windows import StreamPlace
+from core.streams.sharded_dataset import read_dataset, write_dataset
 
 N_LINES, N_SHARDS = 40, 4
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
-from analysis.stream_shares import share_faults
-from analysis.verification import verify
-from core.plan import StreamPlan
-from core.run_config import RunConfig
-from core.runner import run
+from analysis.verification.stream_shares import share_faults
+from analysis.verification.verify import verify
+from core.commit.identity import StreamPlan
+from core.run.config import RunConfig
+from core.run.runner import run
 
 IDENTITY = {"name": "s.jsonl", "bytes": 1, "crc32c": "00000000"}
 

@@ -12,14 +12,14 @@ import pytest
 from resealing import write_and_reseal
 from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
-from analysis.verification import verify
-from core.commit_record import CommitRecord
-from core.errors import RunError, UsageError
+from analysis.verification.verify import verify
+from core.base.canonical_json import read_sealed_json, sealed_json
+from core.base.errors import RunError, UsageError
+from core.commit.record import CommitRecord
 from core.object_store import LocalStore
 from core.object_store.generic import FsspecStore
-from core.plan import read_sealed_json, sealed_json
-from core.run_config import RunConfig
-from core.runner import run
+from core.run.config import RunConfig
+from core.run.runner import run
 
 
 @pytest.fixture(scope="module", params=["pickle", "safetensors", "planes"])
@@ -312,8 +312,8 @@ def test_an_output_behind_a_url_is_downloaded_once_and_in_pieces(out, tmp_path, 
         return Counted(store.read_bytes(name), taken.setdefault(name, []))
 
     monkeypatch.setattr(FsspecStore, "open", counting)
-    monkeypatch.setattr("analysis.window_checks._COPY_BYTES", 1000)
-    monkeypatch.setattr("analysis.window_checks._SPOOL_BYTES", 5000)
+    monkeypatch.setattr("analysis.verification.window_checks._COPY_BYTES", 1000)
+    monkeypatch.setattr("analysis.verification.window_checks._SPOOL_BYTES", 5000)
     report = verify(f"memory:/{root}")
     assert report.ok, report.lines()
     sizes = {file.name: file.bytes for path in out.glob("tpu_0/shard_*.json") for file in record_of(path).files}

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.commit_record import CommitRecord, StoredFile, StoredSite
-from core.plan import read_sealed_json, sealed_json
-from core.stored_records import index_of
-from core.windows import StreamPlace
+from core.base.canonical_json import read_sealed_json, sealed_json
+from core.commit.record import CommitRecord, StoredFile, StoredSite
+from core.commit.stored_records import index_of
+from core.samples.windows import StreamPlace
 
 TABLE = "samples_0001.jsonl.gz"
 RECORD = CommitRecord(

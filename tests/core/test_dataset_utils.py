@@ -11,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.base.errors import RunError, UsageError
 from core.dataset_utils import (
     BadRecord,
     StreamRecord,
@@ -21,8 +22,7 @@ from core.dataset_utils import (
     samples_per_record,
     stream_identity,
 )
-from core.errors import RunError, UsageError
-from core.stream_lines import parse_object
+from core.streams.lines import parse_object
 
 NO_SAMPLE = "no sample: expected 'train' and 'test', 'examples', 'text', 'messages' or 'input_ids', found"
 TOO_FEW = "[input, output] pairs: a task needs at least 2, of which the last is the test"
@@ -186,7 +186,7 @@ def test_lines_that_are_not_yielded_are_not_parsed(tmp_path, monkeypatch):
     path = write(tmp_path / "s.jsonl", texts(30))
     parsed = []
     loads = json.loads
-    monkeypatch.setattr("core.stream_lines.json.loads", lambda text, **how: parsed.append(text) or loads(text, **how))
+    monkeypatch.setattr("core.streams.lines.json.loads", lambda text, **how: parsed.append(text) or loads(text, **how))
     records = list(read_stream(path, machine_id=1, total_machines=10, start_position=5))
     assert [record.position for record in records] == [11, 21]
     assert [json.loads(text)["text"] for text in list(parsed)] == ["sample 0", "sample 11", "sample 21"]

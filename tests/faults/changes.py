@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from core import commit_record, runner, sharded_run, stream_run
 from core.activation_storage import ActivationStorage
-from core.commit_record import StoredFile
+from core.claims.leases import Lease, ShardClaims
+from core.commit import record as commit_record
+from core.commit.record import StoredFile
 from core.object_store import Created, LocalStore, gcs, local
-from core.shard_claims import Lease, ShardClaims
+from core.run import runner, sharded_run, stream_run
 
 CHANGES: dict[str, Callable[[], None]] = {}
 

@@ -43,7 +43,7 @@ def _is_whole(config) -> bool:
     """Whether all of the faults were asked for, as `make test-faults` does."""
     asked = {Path(argument).resolve() for argument in config.args}
     folder = Path(__file__).parent
-    return is_full() and asked >= {folder, folder.parent / "test_pod_slice.py"} and not config.option.keyword
+    return is_full() and asked >= {folder, folder.parent / "runs/test_pod_slice.py"} and not config.option.keyword
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ from typing import Any
 from nursery import Nursery, Running, Worker
 from tiny_run import committed_files, token_lines, write_jsonl
 
-from analysis.verification import verify
-from core.commit_record import CommitRecord
-from core.sharded_dataset import write_dataset
+from analysis.verification.verify import verify
+from core.commit.record import CommitRecord
+from core.streams.sharded_dataset import write_dataset
 
 N_LINES, N_SHARDS = 60, 6
 # Signs of life often enough that a dead worker is replaced within a second.

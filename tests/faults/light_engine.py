@@ -1,4 +1,4 @@
-"""A model of a few numpy lines behind `core.backend.Backend`: the whole engine, storage and claims run, at no cost.
+"""A model of a few numpy lines behind `core.step.backend.Backend`: engine, storage and claims run at no cost.
 
 What it computes depends on the token, its place in its sample and the layer, so every mix-up shows in the bytes.
 """
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.backend import StepRequest
-from core.batching import StepArrays
-from core.formats import DTYPES
+from core.base.dtypes import DTYPES
+from core.step.backend import StepRequest
+from core.step.layout import StepArrays
 
 N_LAYERS, VOCAB = 2, 320
 
 
 @dataclass(frozen=True)
 class LightShape:
-    """Satisfies `core.model_shape.ModelShape`."""
+    """Satisfies `core.step.model_shape.ModelShape`."""
 
     d_model: int
     family: str = "light"
@@ -35,7 +35,7 @@ class LightShape:
 
 @dataclass(frozen=True)
 class LightBackend:
-    """Satisfies `core.backend.Backend`.
+    """Satisfies `core.step.backend.Backend`.
 
     Attributes:
       step_s: how long a step takes.
@@ -72,7 +72,7 @@ class LightBackend:
 
 @dataclass(frozen=True)
 class LightStep:
-    """Satisfies `core.backend.Step`."""
+    """Satisfies `core.step.backend.Step`."""
 
     backend: LightBackend
     request: StepRequest
@@ -93,7 +93,7 @@ class LightStep:
 
 
 class LightOutput:
-    """Satisfies `core.backend.StepOutput`."""
+    """Satisfies `core.step.backend.StepOutput`."""
 
     def __init__(self, by_site, dtype):
         self._by_site, self._dtype, self._kept = by_site, dtype, None

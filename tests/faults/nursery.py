@@ -35,7 +35,7 @@ class Worker:
 
     Attributes:
       flags: of `RunConfig`.
-      fault: as in the environment variable of `core.fault_points`.
+      fault: as in the environment variable of `core.base.fault_points`.
       step_s, rounding, width, weights, stuck_after: of the light model.
       clock_s: how far the wall clock is off; clock_jumps: by how much more at some looks.
       retry: of `RetryPolicy`.
@@ -179,7 +179,7 @@ class Nursery:
 def _serve() -> None:
     """The nursery's own process: has no thread, so that forking it is safe."""
     # Whatever a worker needs is imported once, before the first fork: JAX alone takes a second.
-    for name in ("gcsfs", "light_engine", "extract_activations", "core.runner", "core.object_store.gcs"):
+    for name in ("gcsfs", "light_engine", "extract_activations", "core.run.runner", "core.object_store.gcs"):
         importlib.import_module(name)
     children: set[int] = set()
     pending = b""
@@ -230,7 +230,7 @@ def work(worker: Worker) -> int:
     from absl.flags import FLAGS, argparse_flags
 
     import extract_activations
-    from core import command_line
+    from core.base import command_line
 
     os.environ.update(worker.environment)
     prepare(worker)
@@ -248,14 +248,14 @@ def prepare(worker: Worker) -> None:
     """Makes this process the worker that is wanted."""
     from light_engine import LightBackend
 
-    import core.job
     import core.object_store
     import core.object_store.gcs
-    import core.runner
-    from core import fault_points
+    import core.run.job
+    import core.run.runner
+    from core.base import fault_points
 
     backend = LightBackend(worker.step_s, worker.rounding, worker.weights, worker.width, worker.stuck_after)
-    core.job.backend_of = core.runner.backend_of = lambda config: backend
+    core.run.job.backend_of = core.run.runner.backend_of = lambda config: backend
     policy = core.object_store.RetryPolicy(**worker.retry)
     core.object_store.RetryPolicy = lambda: policy
     if worker.upload_chunk is not None:

@@ -18,16 +18,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from core.activation_storage import ActivationStorage, SpooledFile
-from core.claim_records import POISON_AFTER, Owner, clear_failures, read_claims
-from core.commit_record import RECORD_NAME, CommitRecord, StoredFile, StoredSite, shard_stem
-from core.errors import RunError
+from core.base.canonical_json import read_sealed_json
+from core.base.errors import RunError
+from core.claims.leases import Lease, ShardClaims
+from core.claims.records import POISON_AFTER, Owner, clear_failures, read_claims
+from core.commit.identity import RunPlan, StreamPlan
+from core.commit.record import RECORD_NAME, CommitRecord, StoredFile, StoredSite, shard_stem
+from core.commit.stored_records import INDEX_FILE, committed_records, index_of
 from core.object_store import LocalStore
-from core.plan import RunPlan, StreamPlan, read_sealed_json
-from core.shard_claims import Lease, ShardClaims
-from core.sharded_run import is_shard_finished
-from core.sinks import DigestWriter
-from core.stored_records import INDEX_FILE, committed_records, index_of
-from core.windows import StreamPlace
+from core.run.sharded_run import is_shard_finished
+from core.samples.windows import StreamPlace
+from core.shards.sinks import DigestWriter
 
 SHARDS = ("shard_000", "shard_001")
 WINDOWS, WORKERS, TTL_S = 3, 3, 90.0
@@ -93,7 +94,7 @@ class Protocol(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.open = ExitStack()
-        for module in ("stored_records", "shard_claims"):
+        for module in ("commit.stored_records", "claims.leases"):
             self.open.enter_context(mock.patch(f"core.{module}.ThreadPoolExecutor", one_after_another))
         self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         self.open.enter_context(self.folder)

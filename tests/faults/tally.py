@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.fault_points import POINTS
+from core.base.fault_points import POINTS
 
 # Each row, and how often the whole suite tries it; None: as often as there are places, files or fields.
 KILLS_AT_POINTS = "SIGKILL at an instrumented point"
@@ -87,7 +87,7 @@ def reasons_in(reports: Iterable[Any]) -> dict[str, str]:
     return {
         row: report.longrepr[2].removeprefix("Skipped: ")
         for report in reports
-        for name, row in report.user_properties
+        for name, row in getattr(report, "user_properties", ())
         if name == SKIPPED
     }
 

@@ -13,8 +13,8 @@ from nursery import Nursery, Worker
 from tally import DAMAGE
 from tiny_run import token_lines
 
-from analysis.verification import verify
-from core.commit_record import RECORD_NAME
+from analysis.verification.verify import verify
+from core.commit.record import RECORD_NAME
 
 KINDS = {
     "shards, pickle": {},

@@ -30,8 +30,8 @@ from nursery import Nursery, Worker
 from tally import KILLS_AT_POINTS, KILLS_AT_RANDOM, KILLS_IN_A_BUCKET, SCALING
 from tiny_run import committed_files, token_lines
 
-from analysis.verification import verify
-from core.fault_points import POINTS
+from analysis.verification.verify import verify
+from core.base.fault_points import POINTS
 
 BUCKET_POINTS = ("mirror.before", "mirror.after", "bucket.sent", "bucket.chunk")
 FAILURE_POINTS = ("failure.before", "failure.after")

@@ -21,8 +21,8 @@ from nursery import Worker
 from tally import LOST
 from tiny_run import token_lines, write_jsonl
 
-from core.sharded_dataset import read_dataset, write_dataset
-from core.stream_writing import StreamOptions, create_streams
+from core.streams.sharded_dataset import read_dataset, write_dataset
+from core.streams.writing import StreamOptions, create_streams
 
 LOSSES = {"an error instead": CommitThenStatus(503), "no reply": CommitThenReset()}
 # Nobody may have to wait for a lease to expire: whoever does not know its own claim again would.

@@ -25,19 +25,14 @@ from nursery import Running, Worker
 from protocol_model import Protocol, file_name
 from test_lost_acknowledgements import PATIENT, lose_first
 
-from core import (
-    activation_storage,
-    commit_record,
-    fault_points,
-    object_store,
-    runner,
-    shard_claims,
-    sharded_run,
-    stream_run,
-)
-from core.claim_records import Owner
-from core.errors import RunError
+from core import activation_storage, object_store
+from core.base import fault_points
+from core.base.errors import RunError
+from core.claims import leases as shard_claims
+from core.claims.records import Owner
+from core.commit import record as commit_record
 from core.object_store import Created, RetryPolicy, gcs, local, open_store
+from core.run import runner, sharded_run, stream_run
 
 PATCHED = (activation_storage.ActivationStorage, commit_record, fault_points, gcs.GcsStore, local,
            object_store.LocalStore, runner, shard_claims.Lease, shard_claims.ShardClaims, sharded_run, stream_run,

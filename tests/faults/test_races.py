@@ -7,10 +7,10 @@ import pytest
 from fleets import is_full
 from tally import RACES
 
-from core.claim_records import Owner
+from core.base.canonical_json import read_sealed_json
+from core.claims.leases import Lease, ShardClaims
+from core.claims.records import Owner
 from core.object_store import ObjectStore, RetryPolicy, open_store
-from core.plan import read_sealed_json
-from core.shard_claims import Lease, ShardClaims
 
 CLAIMANTS = 32
 SHARD = "shard_000"

@@ -10,7 +10,7 @@ from nursery import Worker
 from tally import REFUSED
 from tiny_run import token_lines, write_jsonl
 
-from core.run_config import RunConfig
+from core.run.config import RunConfig
 
 OTHER = {
     "model": ({}, {"weights": 1}, "model.digest"),

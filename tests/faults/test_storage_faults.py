@@ -6,8 +6,8 @@ from fleets import LARGE, LARGE_WIDTH, counts, flags, outputs
 from nursery import Worker
 from tally import STORAGE
 
-from analysis.verification import verify
-from core.commit_record import CommitRecord
+from analysis.verification.verify import verify
+from core.commit.record import CommitRecord
 from core.object_store import RetryPolicy
 
 UPLOAD_CHUNK = 256 << 10

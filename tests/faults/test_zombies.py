@@ -9,7 +9,7 @@ from fleets import check_committed, counts, flags, leave_alone, make_dataset, sa
 from nursery import Running, Worker
 from tally import ZOMBIES
 
-from analysis.verification import verify
+from analysis.verification.verify import verify
 
 N_LINES = 30
 # Where a worker may fall asleep with something in its hands.

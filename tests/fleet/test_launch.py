@@ -222,15 +222,15 @@ def test_the_bundle_is_a_function_of_the_code_and_holds_nothing_else(tmp_path):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     for module in ("extract_activations", "create_dataset_streams", "analyze_activations"):
         (tmp_path / f"{module}.py").write_text("")
-    (tmp_path / "core").mkdir()
-    (tmp_path / "core/runner.py").write_text("x = 1\n")
+    (tmp_path / "core/run").mkdir(parents=True)
+    (tmp_path / "core/run/runner.py").write_text("x = 1\n")
     first = build_bundle(tmp_path)
     for name in (".env", "key.json", "notes.py", "core/token", "core/.netrc"):
         (tmp_path / name).write_text("secret")
     time.sleep(0.01)
-    (tmp_path / "core/runner.py").touch()
+    (tmp_path / "core/run/runner.py").touch()
     assert build_bundle(tmp_path) == first
-    (tmp_path / "core/runner.py").write_text("x = 2\n")
+    (tmp_path / "core/run/runner.py").write_text("x = 2\n")
     assert build_bundle(tmp_path).digest != first.digest
 
 

@@ -7,11 +7,11 @@ from fake_tpus import NODES, QUEUE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import RunError
-from fleet.accelerators import hosts_of, require_tpu_type, runtime_of
-from fleet.gcloud import Failure, meaning_of
-from fleet.listing import Kind, Resource, inventory, parse_list
-from fleet.planning import NODE_ACTIONS, QUEUE_ACTIONS, Action, Machine, Slot, Wishes, machine_for, plan, wanted_slots
+from core.base.errors import RunError
+from fleet.decisions import NODE_ACTIONS, QUEUE_ACTIONS, Action, Machine, Slot, Wishes, machine_for, plan, wanted_slots
+from fleet.gcloud.accelerators import hosts_of, require_tpu_type, runtime_of
+from fleet.gcloud.calls import Failure, meaning_of
+from fleet.gcloud.listing import Kind, Resource, inventory, parse_list
 from fleet.reconciling import Result, delete
 
 A, B = "us-central1-a", "us-central1-b"

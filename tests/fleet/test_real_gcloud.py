@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Fleet
+from fleet_commands import Fleet
 from tpu_api import serve
 
 A, B = "us-central1-a", "us-central1-b"

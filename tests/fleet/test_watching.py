@@ -2,9 +2,9 @@
 
 import pytest
 
-from core.errors import RunError, UsageError
+from core.base.errors import RunError, UsageError
+from fleet.decisions import Action, Decision, Machine, Slot
 from fleet.launching import Extraction, Launched
-from fleet.planning import Action, Decision, Machine, Slot
 from fleet.reconciling import Outcome, Result
 from fleet.watching import Round, dataset_finished, output_url, watch
 

@@ -3,7 +3,7 @@
 import pytest
 from fake_gcs import FakeGcs, gcs_environment
 
-from qwen2_jax.files import remote_files
+from qwen2_jax.checkpoints.files import remote_files
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Olmo2Config, Qwen2Config
 
-from qwen2_jax import Capture, Decoder, ModelError, load_config, load_model, parameter_specs
+from core.base.errors import ModelError
+from qwen2_jax import Capture, Decoder, load_config, load_model, parameter_specs
 from qwen2_jax.decoder import layer_runs
 from qwen2_jax.taps import SITES
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from benchmarks.gpu_compile import GPUS, Gpu, gpu_device, has_compiler, step_memory
-from benchmarks.shapes import Case
+from benchmarks.common.shapes import Case
+from benchmarks.gpu.compilation import GPUS, Gpu, gpu_device, has_compiler, step_memory
 from qwen2_jax import attention as attention_module
-from qwen2_jax.gpu_attention import triton_attention
-from qwen2_jax.gpu_tiles import Tiles, candidates
+from qwen2_jax.attention.gpu import triton_attention
+from qwen2_jax.attention.gpu_tiles import Tiles, candidates
 
 if not has_compiler():
     pytest.skip("the GPU compiler is not installed: make test-gpu", allow_module_level=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 from qwen2_jax.hook_names import HookName, hugging_face_name, parse_hook_name, transformer_lens_name
 from qwen2_jax.taps import SITES
 

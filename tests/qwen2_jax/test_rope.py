@@ -11,9 +11,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbeddin
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from core.base.errors import ModelError
 from qwen2_jax.config import FrequencyDivisors, RopeConfig
-from qwen2_jax.errors import ModelError
-from qwen2_jax.hf_rope import read_rope
+from qwen2_jax.mapping.hf_rope import read_rope
 from qwen2_jax.rope import rotary_frequencies, rotary_tables, rotate, sample_lengths
 
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}

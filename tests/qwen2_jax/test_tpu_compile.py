@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from core.hlo_cost import Program
-from core.tpu_programs import tpu_devices
+from core.pricing.hlo_cost import Program
+from core.pricing.tpu_programs import tpu_devices
 from qwen2_jax.attention import attention
 
 pytest.importorskip("libtpu", reason="the TPU compiler is not installed: pip install -e '.[lab]'")

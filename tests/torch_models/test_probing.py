@@ -9,7 +9,7 @@ from torch_families import N_LAYERS, VOCAB, tiny_model
 from transformers.models.gptj import modeling_gptj
 from transformers.models.stablelm import modeling_stablelm
 
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
 from torch_models.probing import find_taps, probe_batch
 from torch_models.structure import decoder_layers
 

@@ -11,9 +11,9 @@ torch = pytest.importorskip("torch")
 from torch_families import CONFIGS, N_LAYERS, ODD_CONFIGS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token
 from transformers import AutoModelForCausalLM
 
-from core.backend import StepRequest
-from core.batching import StepArrays
-from qwen2_jax.errors import ModelError
+from core.base.errors import ModelError
+from core.step.backend import StepRequest
+from core.step.layout import StepArrays
 from qwen2_jax.taps import Capture
 from torch_models.backend import TorchBackend
 

@@ -16,13 +16,12 @@ from tiny_run import run as run_command
 from torch_families import N_LAYERS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token
 from without_torch import hide_torch
 
-from analysis.verification import verify
-from core.backends import choose_backend
-from core.errors import UsageError
-from core.reductions import restore
-from core.run_config import RunConfig
-from core.runner import run
-from qwen2_jax.errors import ModelError
+from analysis.verification.verify import verify
+from core.base.errors import ModelError, UsageError
+from core.reduce.reductions import restore
+from core.run.config import RunConfig
+from core.run.runner import run
+from core.step.backends import choose_backend
 
 SITES = ("attn", "mlp_act", "residual", "final_norm")
 

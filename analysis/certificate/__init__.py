@@ -1,0 +1,1 @@
+"""The fidelity certificate: activations beside those of transformers in float32."""

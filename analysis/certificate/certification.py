@@ -1,0 +1,163 @@
+"""Compares activations with transformers in float32, eager attention, each sample alone: the fidelity certificate.
+
+Axis letters: L layers stored for a site, T tokens of a sample, K those that are compared, D width of the site.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32, Shaped
+
+from analysis.certificate.fidelity import CertifiedSample, Comparison, FidelityReport, NextTokens, agreement, verdicts
+from core.base.dtypes import DTYPES
+from core.base.errors import ModelError, RunError
+from qwen2_jax.taps import Capture
+
+if TYPE_CHECKING:
+    from torch_models.loading import ModelSource
+    from torch_models.reference import Reference
+
+FIDELITY_FILE = "fidelity.json"
+_OTHER_FILES = (
+    "{} has other files than the model of the run: another format of it, or another model; the numbers alone decide"
+)
+_FEW_TOKENS = 16
+_TOO_FEW = "only {} tokens were compared: by chance alone a right run can be beyond the limit; compare more samples"
+_PACKAGES = ("transformers", "torch", "jax", "numpy")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is certified.
+
+    Attributes:
+      layers: site → the layer numbers of its arrays.
+      digest: of the model that computed it.
+      about: more for the report.
+      device: where the reference runs.
+    """
+
+    capture: Capture
+    layers: Mapping[str, tuple[int, ...]]
+    compute_dtype: str
+    stored_dtype: str
+    digest: str | None
+    about: Mapping[str, Any]
+    device: str = "cpu"
+
+
+def require_reference(wanted_by: str) -> None:
+    """Raises RunError when torch is not installed."""
+    from torch_models import require_torch
+
+    try:
+        require_torch(wanted_by)
+    except ModelError as error:
+        raise RunError(str(error)) from error
+
+
+def final_site(layers: Mapping[str, tuple[int, ...]], n_layers: int) -> str | None:
+    """The captured site whose last layer the next token follows from."""
+    if "final_norm" in layers:
+        return "final_norm"
+    return "residual" if layers.get("residual", ())[-1:] == (n_layers - 1,) else None
+
+
+def compare_with_transformers(
+    samples: Sequence[CertifiedSample], subject: Subject, source: ModelSource
+) -> FidelityReport:
+    """The report on `samples`. Raises RunError when the reference is no model of these sizes, ModelError if unloadable.
+
+    Two models are loaded, one after the other: in float32, and in the compute dtype for the yardstick.
+    """
+    from torch_models.loading import model_digest
+    from torch_models.reference import Reference
+
+    reference = Reference.load(source, "float32", subject.device)
+    truths = [_activations(reference, sample, subject.capture) for sample in samples]
+    _require_alike(samples, truths, source)
+    ours, yardstick = Comparison(subject.layers), Comparison(subject.layers)
+    for sample, truth in zip(samples, truths, strict=True):
+        ours.add(sample.ours, truth)
+    missing = reference.missing(subject.capture)
+    next_tokens, wanted = _next_tokens(reference, samples)
+    if subject.compute_dtype != "float32":
+        del reference
+        reference = Reference.load(source, subject.compute_dtype, subject.device)
+    for sample, truth in zip(samples, truths, strict=True):
+        rounded = truth if subject.compute_dtype == "float32" else _activations(reference, sample, subject.capture)
+        yardstick.add({site: as_stored(values, subject.stored_dtype) for site, values in rounded.items()}, truth)
+    if wanted:
+        theirs = [reference.next_tokens(sample.token_ids)[sample.kept] for sample in samples]
+        next_tokens = replace(next_tokens, yardstick=agreement(theirs, wanted)[0])
+    digest, tokens = model_digest(source), sum(len(sample.kept) for sample in samples)
+    notes = [_OTHER_FILES.format(source.path)] if digest != subject.digest else []
+    return FidelityReport(
+        about=_about(subject, digest),
+        samples=tuple(sample.name for sample in samples),
+        tokens=tokens,
+        layers=verdicts(ours.figures(), yardstick.figures()),
+        next_tokens=next_tokens,
+        not_compared=missing,
+        notes=(*notes, _TOO_FEW.format(tokens)) if tokens < _FEW_TOKENS else tuple(notes),
+    )
+
+
+def _activations(
+    reference: Reference, sample: CertifiedSample, capture: Capture
+) -> dict[str, Float32[np.ndarray, "L K D"]]:
+    values = reference.activations(sample.token_ids, capture)
+    return {site: array[:, sample.kept] for site, array in values.items()}
+
+
+def _require_alike(
+    samples: Sequence[CertifiedSample], truths: Sequence[Mapping[str, np.ndarray]], source: ModelSource
+) -> None:
+    for sample, truth in zip(samples, truths, strict=True):
+        for site, array in truth.items():
+            if sample.ours[site].shape != array.shape:
+                theirs, width = array.shape[-1], sample.ours[site].shape[-1]
+                raise RunError(
+                    f"{source.path}: its {site} is {theirs} wide, that of the run {width}: "
+                    "name the model that the run was made with"
+                )
+
+
+def as_stored(values: Float32[np.ndarray, " *shape"], dtype: str) -> Shaped[np.ndarray, " *shape"]:
+    """Rounded to the stored dtype; values beyond it become its largest."""
+    stored = DTYPES[dtype]
+    largest = float(ml_dtypes.finfo(stored).max)
+    return np.clip(values, -largest, largest).astype(stored)
+
+
+def _next_tokens(reference: Reference, samples: Sequence[CertifiedSample]) -> tuple[NextTokens, list[np.ndarray]]:
+    """How often the reference's head finds the same next token in our last values, and the tokens it should find."""
+    finals = [sample.final for sample in samples if sample.final is not None]
+    if len(finals) < len(samples):
+        return NextTokens("neither the residual of the last layer nor final_norm is stored"), []
+    if not reference.loaded.has_head:
+        return NextTokens("the reference has no output head"), []
+    wanted = [reference.next_tokens(sample.token_ids)[sample.kept] for sample in samples]
+    found = [reference.next_tokens_of(final.values, normed=final.normed) for final in finals]
+    share, positions = agreement(found, wanted)
+    site = "final norm" if finals[0].normed else "last residual"
+    return NextTokens(f"our {site} through the reference's head", share, positions=positions), wanted
+
+
+def _about(subject: Subject, reference_digest: str) -> dict[str, Any]:
+    versions = {package: metadata.version(package) for package in _PACKAGES} | {"python": platform.python_version()}
+    return {
+        "reference": f"transformers {versions['transformers']} in float32, eager attention, one sample at a time",
+        "reference_digest": reference_digest,
+        "compute_dtype": subject.compute_dtype,
+        "stored_dtype": subject.stored_dtype,
+        "versions": versions,
+        **subject.about,
+    }

@@ -1,0 +1,175 @@
+"""The certificate of a run that is about to start: `extract_activations.py --certify N`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from absl import logging
+from jaxtyping import Float32, Shaped
+
+from analysis.certificate.certification import (
+    FIDELITY_FILE,
+    Subject,
+    compare_with_transformers,
+    final_site,
+    require_reference,
+)
+from analysis.certificate.fidelity import CertifiedSample, FinalValues
+from core.base.canonical_json import canonical_json, content_hash
+from core.base.errors import RunError
+from core.run.job import Job, Stores
+from core.samples.windows import TokenizedSample, Window
+from core.step.backend import Step, StepRequest
+from core.step.layout import plan_steps, sample_spans, step_arrays
+from qwen2_jax.taps import Capture
+
+if TYPE_CHECKING:
+    from torch_models.loading import ModelSource
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """What a step gave of one sample: by site in the step's dtype; the norms of P pairs of site and layer."""
+
+    values: dict[str, Shaped[np.ndarray, "L T D"]]
+    norms: Float32[np.ndarray, "P T"]
+
+
+def certify_run(job: Job, stores: Stores) -> None:
+    """Certifies the first `config.certify` samples that store a token, and writes fidelity.json into the job's folder.
+
+    The run's own step computes them, packed as the run packs them, and is let go before the reference is loaded.
+    Raises RunError, with nothing written, when the verdict is bad and --allow_unfaithful is not given.
+    """
+    config = job.config
+    require_reference("--certify: the reference")
+    windows = _first_windows(job, config.certify)
+    if not windows:
+        logging.warning("--certify: there is no certificate, for no sample of %s stores a token", job.stream_path)
+        return
+    logging.info("certifying the first %d samples against transformers in float32", config.certify)
+    report = compare_with_transformers(_samples(job, windows), _subject(job), _source(job))
+    for line in report.lines():
+        logging.info("%s", line)
+    if not report.ok and not config.allow_unfaithful:
+        raise RunError(
+            f"--certify: not faithful: {report.failure()}; nothing was written "
+            "(--allow_unfaithful extracts all the same)"
+        )
+    # All hosts of a slice come to the same verdict; one of them writes it.
+    for store in stores.all() if job.hosts.is_first else ():
+        store.replace_bytes(f"{job.folder}/{FIDELITY_FILE}", canonical_json(report.to_json()))
+
+
+def _source(job: Job) -> ModelSource:
+    from torch_models.loading import ModelSource
+
+    config = job.config
+    if config.certify_against is not None:
+        return ModelSource(config.certify_against, None, config.trust_remote_code)
+    return ModelSource(config.model_path, config.revision, config.trust_remote_code)
+
+
+def _subject(job: Job) -> Subject:
+    from torch_models.loading import best_device
+
+    return Subject(
+        capture=job.capture,
+        layers=job.layers,
+        compute_dtype=job.compute_dtype,
+        stored_dtype=job.step_request.stored_dtype,
+        digest=job.plan.model["digest"],
+        about={
+            "computed_by": f"the step of the run, {'packed' if job.batch_shape.pack else 'one sample a row'}",
+            "backend": job.backend.name,
+            "model": job.plan.model,
+            "plan_hash": content_hash(job.plan.to_json()),
+        },
+        # JAX has reserved the memory of its devices.
+        device=best_device() if job.backend.name == "torch" else "cpu",
+    )
+
+
+def _samples(job: Job, windows: Sequence[tuple[Window, list[int]]]) -> list[CertifiedSample]:
+    """The chosen samples of each window through the run's step; of those of their tokens that the run stores.
+
+    What the next token follows from takes a pass of its own where the run does not capture it.
+    """
+    step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
+    computed = [found for window, chosen in windows for found in _window_values(job, step, window, chosen)]
+    del step
+    site = final_site(job.layers, job.model.n_layers)
+    finals = computed
+    if site is None:
+        site = "final_norm"
+        request = StepRequest(Capture((), (site,)), "float32", job.compute_dtype)
+        step = job.backend.load(job.config.model_path, job.config.revision, request)
+        finals = [found for window, chosen in windows for found in _window_values(job, step, window, chosen)]
+    samples = [window.samples[index] for window, chosen in windows for index in chosen]
+    return [
+        _certified(job, sample, found, FinalValues(final.values[site][-1], normed=site == "final_norm"))
+        for sample, found, final in zip(samples, computed, finals, strict=True)
+    ]
+
+
+def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: FinalValues) -> CertifiedSample:
+    kept = _kept(job, sample, found)
+    ours = {site: values[:, kept] for site, values in found.values.items()}
+    for site, values in ours.items():
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise RunError(
+                f"{job.stream_path}, sample_idx {sample.sample_idx}, {site}: a value does not fit {job.config.dtype}, "
+                "or is NaN: store with --dtype bfloat16 or --dtype float32, compute with --compute_dtype float32"
+            )
+    return CertifiedSample(
+        name=str(sample.sample_idx),
+        token_ids=sample.token_ids,
+        kept=kept,
+        ours=ours,
+        final=FinalValues(final.values[kept], final.normed),
+    )
+
+
+def _kept(job: Job, sample: TokenizedSample, found: _Computed) -> np.ndarray:
+    """The places of the tokens that the run stores."""
+    reasons = sample.reasons
+    if reasons is None:
+        return np.arange(len(sample.token_ids))
+    if job.selection is not None and job.selection.needs_norms:
+        reasons = job.selection.after(reasons, found.norms, sample.sample_idx)
+    return np.flatnonzero(reasons == 0)
+
+
+def _first_windows(job: Job, n_samples: int) -> list[tuple[Window, list[int]]]:
+    """The windows of the first `n_samples` samples that store a token, each with which of its samples they are."""
+    chosen: list[tuple[Window, list[int]]] = []
+    left = n_samples
+    for window in job.windows():
+        storing = [index for index, sample in enumerate(window.samples) if sample.n_kept][:left]
+        if storing:
+            chosen.append((window, storing))
+        left -= len(storing)
+        if not left:
+            break
+    return chosen
+
+
+def _window_values(job: Job, step: Step, window: Window, chosen: Sequence[int]) -> list[_Computed]:
+    """What the step computes of each chosen sample of a window. Only steps that hold one of them run."""
+    found: dict[int, _Computed] = {}
+    token_ids = [sample.token_ids for sample in window.samples]
+    for planned in plan_steps(window.lengths, job.batch_shape):
+        spans = [span for span in sample_spans(planned, window.lengths) if span[1] in chosen]
+        if not spans:
+            continue
+        output = step(step_arrays(planned, token_ids))
+        output.start_copy(None)
+        norms, values = output.norms(), output.fetch()
+        stacked = np.concatenate([*norms.values(), np.zeros((0, planned.n_rows, planned.length), np.float32)])
+        for row, sample, start, stop in spans:
+            of_sample = {site: array[:, row, start:stop].copy() for site, array in values.items()}
+            found[sample] = _Computed(of_sample, stacked[:, row, start:stop])
+    return [found[sample] for sample in chosen]

@@ -1,0 +1,122 @@
+"""Reads the JSON files of an output that say what it is for, and takes nothing in them on trust."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from core.base.canonical_json import canonical_json, content_hash
+from core.base.errors import RunError
+from core.base.json_types import NONE, Kinds, mistyped
+from core.commit.identity import StreamPlan
+from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
+from core.object_store import ObjectStore
+from core.shards.formats import FORMATS
+from core.streams.sharded_dataset import SHARD_NAME
+
+_STREAM: Kinds = {
+    "identity": (dict,),
+    "machine_id": (int,),
+    "total_machines": (int,),
+    "max_tasks": (int, NONE),
+    "first_position": (int,),
+}
+
+
+@dataclass(frozen=True)
+class StoredPlan:
+    """What is needed of run.json: the format of the shards, and the hash that the records must carry."""
+
+    format: str
+    hash: str
+
+
+@dataclass(frozen=True)
+class StoredStream:
+    """What stream.json says, and the hash that the records must carry."""
+
+    plan: StreamPlan
+    hash: str
+
+
+def read_object(store: ObjectStore, name: str) -> dict[str, Any]:
+    """The JSON object stored under `name`; raises RunError naming the file when there is none to be had."""
+    where = f"{store.url}/{name}"
+    try:
+        value = json.loads(store.read_bytes(name))
+    except FileNotFoundError as error:
+        raise RunError(f"{where} is missing") from error
+    except OSError as error:
+        raise RunError(f"{where} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{where} is not a JSON object")
+    return value
+
+
+def _read_written(store: ObjectStore, name: str) -> dict[str, Any]:
+    """The same for a file of which every byte counts, spaces too: runs compare it with what they would write."""
+    value = read_object(store, name)
+    if canonical_json(value) != store.read_bytes(name):
+        raise RunError(f"{store.url}/{name} is not as it was written: it was damaged or changed")
+    return value
+
+
+def read_run(store: ObjectStore) -> StoredPlan:
+    """run.json; raises RunError when it is unreadable or names no format."""
+    value = _read_written(store, RUN_FILE)
+    name = value.get("format")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise RunError(f"{store.url}/{RUN_FILE}: its format is {name!r}, expected one of {', '.join(FORMATS)}")
+    return StoredPlan(name, content_hash(value))
+
+
+def read_stream(store: ObjectStore, folder: str) -> StoredStream:
+    """A folder's stream.json; raises RunError when it is unreadable or says nothing that could be."""
+    name = f"{folder}/{STREAM_FILE}"
+    value = _read_written(store, name)
+    return StoredStream(_stream_plan(value, f"{store.url}/{name}"), content_hash(value))
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard of the dataset: its stream, and how many of its lines are to be done."""
+
+    plan: StreamPlan
+    num_tasks: int
+
+    @property
+    def first_task(self) -> int:
+        """The position of its first line in the dataset."""
+        return self.plan.first_position
+
+
+def read_dataset_shards(store: ObjectStore) -> dict[str, StoredShard]:
+    """The shards of dataset.json; raises RunError when it is unreadable or says nothing that could be."""
+    where = f"{store.url}/{DATASET_FILE}"
+    value = _read_written(store, DATASET_FILE)
+    wrong = mistyped(value, {"shards": (dict,), "num_tasks": (dict,)})
+    if wrong is None and value["shards"].keys() != value["num_tasks"].keys():
+        wrong = "num_tasks"
+    if wrong is None:
+        wrong = mistyped(value["num_tasks"], dict.fromkeys(value["num_tasks"], (int,)))
+    if wrong is not None:
+        raise RunError(f"{where}: {wrong!r} is missing or of the wrong type")
+    strange = [shard for shard in value["shards"] if not SHARD_NAME.fullmatch(shard)]
+    if strange:
+        raise RunError(f"{where}: {strange[0]!r} is not the name of a shard")
+    return {
+        shard: StoredShard(_stream_plan(stream, f"{where}: {shard}"), value["num_tasks"][shard])
+        for shard, stream in value["shards"].items()
+    }
+
+
+def _stream_plan(value: Any, where: str) -> StreamPlan:
+    value = {"first_position": 0} | value if isinstance(value, dict) else value
+    wrong = mistyped(value, _STREAM)
+    if wrong is not None:
+        raise RunError(f"{where}: {wrong!r} is missing or of the wrong type")
+    plan = StreamPlan(**{name: value[name] for name in _STREAM})
+    if not 0 <= plan.machine_id < plan.total_machines:
+        raise RunError(f"{where}: machine_id {plan.machine_id} of total_machines {plan.total_machines} cannot be")
+    return plan

@@ -1,0 +1,82 @@
+"""Whether the folders that share a stream hold each of its lines once: no share twice, none left out."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+from core.base.canonical_json import canonical_json
+from core.commit.identity import StreamPlan
+
+_SHOWN_MACHINES = 8
+
+
+@dataclass(frozen=True)
+class ShareFaults:
+    """`problems` are wrong whatever happens next; `unfinished` are shares that may still be run."""
+
+    problems: tuple[str, ...]
+    unfinished: tuple[str, ...]
+
+
+def share_faults(streams: Mapping[str, StreamPlan]) -> ShareFaults:
+    """What is wrong between folders; `streams` gives by folder which lines it holds.
+
+    Folders share a stream when its identity and the position of its first line are the same.
+    """
+    groups: dict[bytes, dict[str, StreamPlan]] = defaultdict(dict)
+    for folder, plan in sorted(streams.items()):
+        groups[canonical_json([plan.identity, plan.first_position])][folder] = plan
+    return ShareFaults(
+        tuple(fault for group in groups.values() for fault in _conflicts(group)),
+        tuple(fault for group in groups.values() for fault in _missing_shares(group)),
+    )
+
+
+def _conflicts(group: Mapping[str, StreamPlan]) -> Iterator[str]:
+    name = _stream_name(group)
+    totals = {plan.total_machines for plan in group.values()}
+    limits = {plan.max_tasks for plan in group.values()}
+    if len(totals) > 1:
+        yield (
+            f"{name} is cut into different shares ({_listed(group)}): samples are stored twice or are in no folder; "
+            "keep the folders of one --total_machines"
+        )
+    if len(limits) > 1:
+        yield f"{name} is cut by different --max_tasks ({_listed(group)}): keep the folders of one --max_tasks"
+    holders: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for folder, plan in group.items():
+        holders[plan.machine_id, plan.total_machines].append(folder)
+    for (machine, total), folders in holders.items():
+        if len(folders) > 1:
+            yield (
+                f"{' and '.join(folders)} hold the same lines of {name} (machine {machine} of {total}): "
+                "their samples are stored twice; keep one of these folders"
+            )
+
+
+def _missing_shares(group: Mapping[str, StreamPlan]) -> Iterator[str]:
+    totals = {plan.total_machines for plan in group.values()}
+    if len(totals) > 1:
+        return
+    total = totals.pop()
+    present = {plan.machine_id for plan in group.values()}
+    if len(present) < total:
+        missing = islice((machine for machine in range(total) if machine not in present), _SHOWN_MACHINES)
+        more = f" and {total - len(present) - _SHOWN_MACHINES} more" * (total - len(present) > _SHOWN_MACHINES)
+        yield (
+            f"the lines of machine {', '.join(map(str, missing))}{more} of {total} of {_stream_name(group)} are in no "
+            "folder: run the extraction with those --machine_id too"
+        )
+
+
+def _listed(group: Mapping[str, StreamPlan]) -> str:
+    return ", ".join(
+        f"{folder}: machine {plan.machine_id} of {plan.total_machines}, "
+        + ("all tasks" if plan.max_tasks is None else f"{plan.max_tasks} tasks")
+        for folder, plan in group.items()
+    )
+
+
+def _stream_name(group: Mapping[str, StreamPlan]) -> str:
+    return str(next(iter(group.values())).identity.get("name", "a stream"))

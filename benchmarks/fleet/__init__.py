@@ -1,0 +1,1 @@
+"""Fleets on paper and in simulation."""

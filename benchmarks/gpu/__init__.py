@@ -1,0 +1,1 @@
+"""The step on a GPU, against its peak, its copies and transformers."""

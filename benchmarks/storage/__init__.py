@@ -1,0 +1,1 @@
+"""Formats, compressors, disks and buckets."""

@@ -1,0 +1,5 @@
+"""python -m benchmarks.storage"""
+
+from benchmarks.storage.benchmark import main
+
+main()

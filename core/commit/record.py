@@ -1,0 +1,278 @@
+"""The commit record of a window: which files it has, what they hold, and how they are named."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from core.base.canonical_json import read_sealed_json, sealed_json
+from core.base.dtypes import ARRAY_DTYPES, CODE_DTYPES, DTYPES
+from core.base.json_types import NONE, Kinds, require_all, require_types
+from core.reduce.losses import Losses, is_losses
+from core.samples.windows import StreamPlace
+
+RECORD_NAME = re.compile(r"shard_([0-9]{4,})\.json")
+# What a record names is read, and becomes a path.
+_FILE_NAME = re.compile(r"(?:[a-z][a-z0-9_]*/)?(?:shard|samples)_([0-9]{4,})(?:_part_([0-9]{1,6}))?(?:\.[a-z0-9_]+)+")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as its commit record names it; `name` is relative to the worker's folder, `site` None for the table."""
+
+    name: str
+    site: str | None
+    bytes: int
+    crc32c: str
+    sha256: str
+
+    @property
+    def part(self) -> int:
+        """The part of the window that it holds, from 0; windows of one part do not say so in their names."""
+        named = _FILE_NAME.fullmatch(self.name)
+        return int(named[2] or 0) if named is not None else 0
+
+
+@dataclass(frozen=True)
+class PartCounts:
+    """What one part of a window holds; its first and last `sample_idx` are None where it holds no sample."""
+
+    first_sample_idx: int | None
+    last_sample_idx: int | None
+    n_samples: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A part of a window that is stored but not committed.
+
+    number: of the part; None where a host had none to compute. n_dropped, n_empty: as in `CommitRecord`.
+    """
+
+    number: int | None
+    counts: PartCounts
+    n_dropped: dict[str, int]
+    n_empty: int
+    n_rows: int
+    files: tuple[StoredFile, ...]
+    losses: Losses
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "StoredPart":
+        """From what `dataclasses.asdict` gave, by way of JSON."""
+        files = tuple(StoredFile(**file) for file in fields["files"])
+        return cls(**fields | {"files": files, "counts": PartCounts(**fields["counts"])})
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """What the arrays of a site are: `layers` in their order, each of (rows, width).
+
+    Attributes:
+      arrays: where less than a row is stored, the arrays of the site by name, each with its width and dtype.
+      block: how many of its values share a scale there; 0: all of them.
+    """
+
+    layers: tuple[int, ...]
+    width: int
+    arrays: dict[str, dict[str, Any]] = field(default_factory=dict)
+    block: int | None = None
+
+
+_FILE: Kinds = {"name": (str,), "site": (str, NONE), "bytes": (int,), "crc32c": (str,), "sha256": (str,)}
+_PLACE: Kinds = {"position": (int,), "sample_idx": (int,)}
+_SITE: Kinds = {"layers": (list,), "width": (int,)}
+_PART: Kinds = {
+    **dict.fromkeys(("first_sample_idx", "last_sample_idx"), (int, NONE)),
+    **dict.fromkeys(("n_samples", "n_tokens"), (int,)),
+}
+_ARRAYS: Kinds = {"arrays": (dict,), "block": (int, NONE)}
+_COUNTS = ("n_samples", "n_tokens", "n_truncated", "n_empty")
+# Left out of the records of runs that have none.
+_OF_SOME = {"parts", "pools", "losses", "arrays", "block"}
+_RECORD: Kinds = {
+    **dict.fromkeys(("window", "first_sample_idx", "last_sample_idx", "samples_per_record", *_COUNTS), (int,)),
+    **dict.fromkeys(("plan_hash", "stream_hash", "dtype"), (str,)),
+    "next_place": (dict, NONE),
+    "n_dropped": (dict,),
+    "sites": (dict,),
+    "files": (list,),
+    "bad_records": (list,),
+}
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """What one committed window holds. It carries no time and no name of who wrote it: same window, same bytes.
+
+    Attributes:
+      next_place: where the next window begins; None when the stream ends with this one.
+      n_tokens: stored; n_dropped: by reason, those that the model saw besides (`core.samples.selection`).
+      n_empty: samples of which no token is stored.
+      pools: what is stored of a sample in the place of its tokens; empty: a row for each token.
+      losses: what is lost where less than a row is stored, see `core.reduce.losses.Losses`.
+      samples_per_record: each record of the stream makes so many samples, `sample_idx` = position ×
+        samples_per_record + prediction.
+      parts: what each part of the window holds; empty, and not stored, where the window is one part.
+    """
+
+    window: int
+    plan_hash: str
+    stream_hash: str
+    first_sample_idx: int
+    last_sample_idx: int
+    next_place: StreamPlace | None
+    n_samples: int
+    n_tokens: int
+    n_truncated: int
+    n_dropped: dict[str, int]
+    n_empty: int
+    samples_per_record: int
+    sites: dict[str, StoredSite]
+    dtype: str
+    files: tuple[StoredFile, ...]
+    bad_records: tuple[dict[str, Any], ...] = field(default=())
+    pools: tuple[str, ...] = ()
+    losses: Losses = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Of each stored array."""
+        return (self.n_samples - self.n_empty) * len(self.pools) if self.pools else self.n_tokens
+
+    parts: tuple[PartCounts, ...] = field(default=())
+
+    @classmethod
+    def of_nothing(cls, plan_hash: str, stream_hash: str, dtype: str) -> "CommitRecord":
+        """The only window of a folder whose share of a short stream is empty."""
+        nothing: dict[str, Any] = dict.fromkeys((*_COUNTS, "first_sample_idx"), 0)
+        return cls(
+            window=1,
+            plan_hash=plan_hash,
+            stream_hash=stream_hash,
+            last_sample_idx=-1,
+            next_place=None,
+            n_dropped={},
+            samples_per_record=1,
+            sites={},
+            dtype=dtype,
+            files=(),
+            **nothing,
+        )
+
+    def files_of_parts(self) -> Iterator[tuple[PartCounts, list[StoredFile]]]:
+        """The parts of the window in the order of their samples, each with its files, the sample table first."""
+        whole = PartCounts(self.first_sample_idx, self.last_sample_idx, self.n_samples, self.n_tokens)
+        for number, counts in enumerate(self.parts or [whole]):
+            own = [file for file in self.files if file.part == number]
+            yield counts, sorted(own, key=lambda file: file.site is not None)
+
+    @property
+    def n_seen(self) -> int:
+        """Tokens that the model saw."""
+        return self.n_tokens + sum(self.n_dropped.values())
+
+    def to_bytes(self) -> bytes:
+        """The record as stored, with its own checksum; what only some runs have is left out of others."""
+        fields = asdict(self)
+        for holder in (fields, *fields["sites"].values()):
+            for name in _OF_SOME & holder.keys():
+                if holder[name] in ((), {}, None):
+                    del holder[name]
+        return sealed_json(fields)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "CommitRecord":
+        """Reads a stored record; raises ValueError when it was changed, or a field is missing or cannot be."""
+        try:
+            fields = read_sealed_json(data)
+            _check_record(fields)
+            if fields["next_place"] is not None:
+                fields["next_place"] = StreamPlace(**fields["next_place"])
+            fields["files"] = tuple(StoredFile(**file) for file in fields["files"])
+            fields["sites"] = {
+                name: StoredSite(**site | {"layers": tuple(site["layers"])}) for name, site in fields["sites"].items()
+            }
+            fields["bad_records"] = tuple(fields["bad_records"])
+            fields["parts"] = tuple(PartCounts(**part) for part in fields.get("parts", ()))
+            fields["pools"] = tuple(fields.get("pools", ()))
+            return cls(**fields)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not a commit record: {error}") from error
+
+
+def _check_record(fields: Any) -> None:
+    require_types(fields, _RECORD)
+    if fields["next_place"] is not None:
+        require_types(fields["next_place"], _PLACE, "next_place.")
+    for file in fields["files"]:
+        require_types(file, _FILE, "files.")
+        named = _FILE_NAME.fullmatch(file["name"])
+        if named is None or int(named[1]) != fields["window"]:
+            raise ValueError(f"'files.name' is {file['name']!r}, which is no file of window {fields['window']}")
+    for bad in fields["bad_records"]:
+        require_types(bad, {"position": (int,)}, "bad_records.")
+    for name, site in fields["sites"].items():
+        require_types(site, _SITE, f"sites.{name}.")
+        require_all(site["layers"], int, f"sites.{name}.layers")
+        _check_arrays(site, name)
+    require_all(fields.get("pools", []), str, "pools")
+    if not is_losses(fields.get("losses", {})):
+        raise ValueError("'losses' are not figures by site and layer")
+    require_types(fields["n_dropped"], dict.fromkeys(fields["n_dropped"], (int,)), "n_dropped.")
+    is_coded = any(site.get("arrays") for site in fields["sites"].values())
+    dtypes = DTYPES | CODE_DTYPES if is_coded or not fields["sites"] else DTYPES
+    negative = [name for name in _COUNTS if fields[name] < 0]
+    if negative or fields["samples_per_record"] < 1 or fields["dtype"] not in dtypes:
+        name = [*negative, "samples_per_record" if fields["samples_per_record"] < 1 else "dtype"][0]
+        raise ValueError(f"{name!r} is {fields[name]!r}, which cannot be")
+    if {file["site"] for file in fields["files"]} - {None} != fields["sites"].keys():
+        raise ValueError("'sites' are not those of its files")
+    if "parts" in fields:
+        _check_parts(fields)
+
+
+def _check_parts(fields: dict[str, Any]) -> None:
+    require_all(fields["parts"], dict, "parts")
+    for part in fields["parts"]:
+        require_types(part, _PART, "parts.")
+    for count in ("n_samples", "n_tokens"):
+        if sum(part[count] for part in fields["parts"]) != fields[count]:
+            raise ValueError(f"the 'parts' do not add up to {count!r}")
+    sites = [None, *fields["sites"]]
+    for number, part in enumerate(fields["parts"]):
+        own = [file["site"] for file in fields["files"] if StoredFile(**file).part == number]
+        if sorted(own, key=str) != (sorted(sites, key=str) if part["n_samples"] else []):
+            raise ValueError(f"the files of part {number} are not one for each site and a sample table")
+    if any(StoredFile(**file).part >= len(fields["parts"]) for file in fields["files"]):
+        raise ValueError("a file is of none of the 'parts'")
+
+
+def _check_arrays(site: dict[str, Any], name: str) -> None:
+    arrays = site.get("arrays", {})
+    require_types(site | {"arrays": arrays, "block": site.get("block")}, _ARRAYS, f"sites.{name}.")
+    for array, described in arrays.items():
+        require_types(described, {"width": (int,), "dtype": (str,)}, f"sites.{name}.arrays.{array}.")
+        if described["dtype"] not in ARRAY_DTYPES:
+            raise ValueError(f"'sites.{name}.arrays.{array}.dtype' is {described['dtype']!r}, which cannot be")
+
+
+def shard_stem(window: int) -> str:
+    """`shard_0001` for window 1."""
+    return f"shard_{window:04d}"
+
+
+def table_name(window: int, part: int | None = None) -> str:
+    """The name of the sample table of a window, or of a part of it."""
+    return f"samples_{window:04d}{_of_part(part)}.jsonl.gz"
+
+
+def site_file_name(window: int, site: str, sites: Sequence[str], suffix: str, part: int | None = None) -> str:
+    """Where one site's file of a window lies in the worker's folder: in a folder of its own when there are several."""
+    name = f"{shard_stem(window)}{_of_part(part)}{suffix}"
+    return name if len(sites) == 1 else f"{site}/{name}"
+
+
+def _of_part(part: int | None) -> str:
+    return "" if part is None else f"_part_{part}"

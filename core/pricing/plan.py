@@ -1,0 +1,297 @@
+"""What a run will cost, before it is paid for: a quick survey for every start, and the exact plan for `--plan`."""
+
+import errno
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from core.base.errors import RunError
+from core.commit.record import CommitRecord
+from core.dataset_utils import survey_records
+from core.reduce.reduced_step import ReducedStep, start_copy
+from core.run.config import RunConfig
+from core.run.extraction import WINDOWS_IN_MEMORY
+from core.run.job import Job
+from core.run.progress import format_bytes, format_reasons
+from core.samples.selection import count_reasons
+from core.samples.window_parts import PartOfWindow
+from core.samples.windows import TokenizedSample, Window
+from core.shards.formats import FORMATS
+from core.shards.sinks import deflate_block
+from core.step import backend
+from core.step.fetching import plan_fetch
+from core.step.layout import Step, step_arrays
+
+_SURVEYED_RECORDS = 32
+# Stored over raw bytes of gzipped activations, measured on real models: what a survey assumes before any is computed.
+_GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93, "int8": 0.9, "float8_e4m3fn": 0.85}
+# What `--plan` compresses to learn the same of the run at hand.
+_MEASURED_BYTES = 16 << 20
+# A token in the sample table: its id and its share of preview and labels, compressed.
+_TABLE_BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Survey:
+    """An estimate of a stream from a few records spread evenly over it: what the model sees, and what is stored.
+
+    rows: of the stored arrays, each a token or a pool of a sample.
+    """
+
+    samples: int
+    tokens: int
+    rows: int
+
+
+def survey_stream(job: Job) -> Survey:
+    """Counts the records and tokenises a few of them; a small stream is counted whole."""
+    config = job.config
+    share = (config.machine_id, config.total_machines, job.stream.max_tasks)
+    n_records, records = survey_records(job.stream_path, *share, wanted=_SURVEYED_RECORDS)
+    samples = [item for item in map(job.select, job.tokenizer.samples(records)) if isinstance(item, TokenizedSample)]
+    scale = n_records / max(len(records), 1)
+    return Survey(
+        round(len(samples) * scale),
+        round(sum(len(sample.token_ids) for sample in samples) * scale),
+        round(sum(sample.n_rows for sample in samples) * scale),
+    )
+
+
+def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
+    """Bytes on disk when the model sees `tokens` and stored arrays have `rows`.
+
+    ratio: of stored over raw bytes, where it was measured.
+    """
+    config = job.config
+    if ratio is None:
+        ratio = _usual_share(config, job.stored_dtype)
+    return int(rows * sum(job.bytes_per_row.values()) * ratio + tokens * _TABLE_BYTES_PER_TOKEN)
+
+
+def _usual_share(config: RunConfig, dtype: str) -> float:
+    return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[dtype]
+
+
+def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
+    """Local bytes a run needs: everything, or the few windows under way when the local files do not stay."""
+    needed = stored_bytes(job, tokens, rows, ratio)
+    if job.keeps_local_copy:
+        return needed
+    sizes = job.bytes_per_row.values()
+    return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))
+
+
+def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
+    """Raises RunError when the run cannot fit on the disk."""
+    needed = disk_needed(job, survey.tokens, survey.rows) - already_stored
+    if free is not None and needed > free:
+        raise RunError(
+            f"the run needs about {format_bytes(needed)} below {job.config.output_dir}, where {format_bytes(free)} "
+            "are free: capture fewer layers, use another --output_dir, or --upload_to_gcs --delete_local_after_upload"
+        ) from OSError(errno.ENOSPC, "disk full")
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What `--plan` prints: what is left to do, and what earlier runs have committed.
+
+    Attributes:
+      padding_waste: share of computed tokens that belong to no sample.
+      dropped_tokens: by reason, the tokens that are computed and not stored; without norm outliers, which only the
+        run will know.
+      reduction: what is done to the tokens that are stored; None: nothing.
+      bytes_copied: from the devices to the host; bytes_copied_whole: without selection and reduction.
+      bytes_saved: what these take off the disk.
+    """
+
+    committed_samples: int
+    committed_shards: int
+    samples: int = 0
+    tokens: int = 0
+    stored_tokens: int = 0
+    dropped_tokens: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    bad_records: int = 0
+    padding_waste: float = 0.0
+    steps: int = 0
+    shards: int = 0
+    bytes_on_disk: int = 0
+    bytes_saved: int = 0
+    reduction: str | None = None
+    bytes_copied: int = 0
+    bytes_copied_whole: int = 0
+    free_disk_bytes: int | None = None
+    fits_on_disk: bool = True
+    seconds_per_step: float = 0.0
+    tokens_per_second: float = 0.0
+    estimated_seconds: float = 0.0
+
+    @property
+    def exit_code(self) -> int:
+        """1 when the run would not fit on the disk."""
+        return 0 if self.fits_on_disk else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan for people."""
+        done = [f"committed        {self.committed_samples} samples in {self.committed_shards} shards; what is left:"]
+        lines = done if self.committed_shards else []
+        if not self.samples:
+            return [*lines, "nothing is left to do"]
+        free = "unbounded" if self.free_disk_bytes is None else format_bytes(self.free_disk_bytes)
+        lines += [
+            f"samples          {self.samples} ({self.truncated} truncated, {self.bad_records} bad records)",
+            f"tokens           {self.tokens}",
+        ]
+        if self.dropped_tokens:
+            lines.append(
+                f"stored tokens    {self.stored_tokens} (left out: {format_reasons(self.dropped_tokens)})"
+                + ("" if self.reduction else f", which saves {format_bytes(self.bytes_saved)}")
+            )
+        if self.reduction:
+            lines += [
+                f"reduction        {self.reduction}, which saves {format_bytes(self.bytes_saved)} on disk",
+                f"device to host   {format_bytes(self.bytes_copied)}, not {format_bytes(self.bytes_copied_whole)}",
+            ]
+        return [
+            *lines,
+            f"padding waste    {self.padding_waste:.1%} of {self.steps} steps",
+            f"shards           {self.shards}",
+            f"bytes on disk    {format_bytes(self.bytes_on_disk)} ({free} free"
+            + ("" if self.fits_on_disk else "; it does not fit")
+            + ")",
+            f"estimated time   {format_duration(self.estimated_seconds)} at {self.tokens_per_second:.0f} tokens/s "
+            f"(one step of {self.seconds_per_step:.2f} s timed)",
+        ]
+
+
+def format_duration(seconds: float) -> str:
+    """`1 h 05 min`, `3 min 20 s` or `12.5 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plan_run(
+    job: Job,
+    windows: Iterator[Window],
+    load: Callable[[], backend.Step | ReducedStep],
+    *,
+    committed: Sequence[CommitRecord],
+    free: int | None,
+) -> PlanReport:
+    """Lays `windows` (of one stream, or of all shards) out exactly as the run would, and times one step.
+
+    Args:
+      windows: those that are left, behind the `committed` ones.
+      load: loads the model, if anything is left.
+    """
+    samples_done = sum(record.n_samples for record in committed)
+    first = next(windows, None)
+    if first is None:
+        return PlanReport(samples_done, len(committed), free_disk_bytes=free)
+    part = next(job.parts_of(first))
+    timed = part.steps[0]
+    seconds, ratio = time_step(job, load(), part.own, timed)
+    totals = _Totals(job.hosts.count)
+    for window in itertools.chain([first], windows):
+        totals.add(window, job.parts_of(window))
+    rate = job.hosts.count * timed.n_rows * timed.length / seconds
+    needed = disk_needed(job, totals.tokens, totals.rows, ratio)
+    on_disk = stored_bytes(job, totals.tokens, totals.rows, ratio)
+    whole = totals.tokens * sum(job.bytes_per_token.values())
+    return PlanReport(
+        committed_samples=samples_done,
+        committed_shards=len(committed),
+        samples=totals.samples,
+        tokens=totals.tokens,
+        stored_tokens=totals.stored,
+        dropped_tokens=dict(totals.dropped),
+        truncated=totals.truncated,
+        bad_records=totals.bad_records,
+        padding_waste=round(1 - totals.tokens / totals.computed, 4),
+        steps=totals.steps,
+        shards=totals.windows,
+        bytes_on_disk=on_disk,
+        bytes_saved=int(whole * _plain_ratio(job, ratio)) + totals.tokens * _TABLE_BYTES_PER_TOKEN - on_disk,
+        reduction=None if job.reduction is None else str(job.reduction),
+        bytes_copied=totals.rows * sum(job.bytes_per_row.values()),
+        bytes_copied_whole=whole,
+        free_disk_bytes=free,
+        fits_on_disk=free is None or needed <= free,
+        seconds_per_step=round(seconds, 4),
+        tokens_per_second=round(totals.tokens / (totals.computed / rate), 1),
+        estimated_seconds=round(totals.computed / rate, 2),
+    )
+
+
+def _plain_ratio(job: Job, ratio: float | None) -> float:
+    """Of stored over raw bytes without the reduction; `ratio` is what was measured with it."""
+    return _usual_share(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
+
+
+@dataclass
+class _Totals:
+    """n_hosts: that take every step together, with rows of their own."""
+
+    n_hosts: int
+    windows: int = 0
+    samples: int = 0
+    tokens: int = 0
+    stored: int = 0
+    rows: int = 0
+    truncated: int = 0
+    bad_records: int = 0
+    steps: int = 0
+    computed: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, window: Window, parts: Iterable[PartOfWindow]) -> None:
+        steps = [step for part in parts for step in part.steps]
+        self.windows += 1
+        self.samples += len(window.samples)
+        self.tokens += window.n_tokens
+        self.stored += window.n_kept
+        self.rows += window.n_rows
+        self.dropped.update(count_reasons(s.reasons for s in window.samples if s.reasons is not None))
+        self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)
+        self.bad_records += len(window.bad_records)
+        self.steps += len(steps)
+        self.computed += self.n_hosts * sum(step.n_rows * step.length for step in steps)
+
+
+def time_step(job: Job, step: backend.Step | ReducedStep, window: Window, planned: Step) -> tuple[float, float | None]:
+    """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
+    arrays = step_arrays(planned, [sample.token_ids for sample in window.samples])
+    fetch = plan_fetch(planned, window.samples, window.lengths, job.pools)
+
+    def fetched() -> dict[str, np.ndarray]:
+        output = step(arrays)
+        start_copy(output, fetch)
+        return output.fetch()
+
+    fetched()
+    started = time.monotonic()
+    activations = fetched()
+    seconds = time.monotonic() - started
+    values = next(iter(activations.values()))
+    stored = [values[:, row, places].reshape(-1) for row, places in fetch.samples.values() if row == 0]
+    sample = np.concatenate(stored)[: _MEASURED_BYTES // values.itemsize] if stored else values[:0]
+    return seconds, _stored_share(job, sample) if sample.size else None
+
+
+def _stored_share(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
+    """Stored over raw bytes."""
+    if job.config.gzipped:
+        return len(deflate_block([values.view(np.uint8).data])) / values.nbytes
+    return FORMATS[job.config.format].stored_bytes(values) / values.nbytes

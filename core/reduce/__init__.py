@@ -1,0 +1,1 @@
+"""What makes activations smaller before they leave the device."""

@@ -1,0 +1,1 @@
+"""One run: flags, checks, the stages of the extraction, and the summary."""

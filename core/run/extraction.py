@@ -1,0 +1,442 @@
+"""The engine: windows through the device to committed shards, all stages at once.
+
+read      stream → prompts → tokens → windows            a thread
+forward   windows → packed steps → device                the main thread; timed on the device
+select    norms → which tokens are stored                a thread, only where norms decide
+copy      device → window buffers on the host            a thread
+encode    window buffers → finished files                a pool
+store     upload, commit record, index, checkpoint       a pool, and a thread that commits in order
+"""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Bool, Shaped
+
+from core.activation_storage import ActivationStorage
+from core.base.dtypes import DTYPES
+from core.base.errors import RunError
+from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
+from core.hosts.session import HostSession
+from core.reduce.losses import Losses, LossSum, total_losses
+from core.reduce.reduced_step import ReducedOutput, ReducedStep, StepOutput, start_copy
+from core.reduce.reductions import Reduction, array_name
+from core.run.job import Job
+from core.run.pipeline import Channel, Pipeline, StageClock
+from core.run.progress import Progress
+from core.samples.selection import Selection, count_reasons
+from core.samples.window_parts import PartOfWindow
+from core.samples.windows import StreamPlace, TokenizedSample, Window
+from core.shards.encoding import ShardEncoder, WindowActivations
+from core.step import backend
+from core.step.fetching import Fetch, plan_fetch
+from core.step.layout import Step, sample_spans, step_arrays
+from qwen2_jax.taps import SITES
+
+# One window fills while others are encoded: what bounds host memory is this many times the shard size.
+WINDOWS_IN_MEMORY = 3
+# Windows between the last step and their commit record; files wait on disk, not in memory.
+_WINDOWS_IN_STORAGE = 4
+_STEPS_IN_FLIGHT = 1
+
+
+@dataclass
+class WindowBuffer:
+    """A window, or a part of it, whose activations arrive step by step, scattered to where each sample belongs.
+
+    `samples` are those of the part, replaced where norms decide what is stored of them. `losses` are those of rows of
+    which less is stored.
+    """
+
+    part: PartOfWindow
+    activations: WindowActivations
+    samples: list[TokenizedSample]
+    steps_left: int
+    losses: LossSum = field(default_factory=LossSum)
+
+    @classmethod
+    def allocate(cls, job: Job, part: PartOfWindow) -> "WindowBuffer":
+        """Room for every stored array: (L, N, width), N the rows that are stored at most."""
+        arrays = {
+            array_name(site, name): np.empty((len(job.layers[site]), part.own.n_rows, array.width), array.dtype)
+            for site, stored in job.stored.items()
+            for name, array in stored.items()
+        }
+        number = part.part if job.plan.parts > 1 else None
+        activations = WindowActivations(part.own, job.layers, arrays, number)
+        return cls(part, activations, list(part.own.samples), len(part.steps))
+
+    def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
+        """Copies the samples of one step to their places."""
+        offsets = self.activations.window.offsets
+        for name, buffer in self.activations.by_site.items():
+            for sample, (row, places) in fetch.samples.items():
+                values = fetched[name][:, row, places]
+                buffer[:, offsets[sample] : offsets[sample] + values.shape[1]] = values
+        self.steps_left -= 1
+
+    def select(self, step: Step, norms: dict[str, Shaped[np.ndarray, "L B T"]], selection: Selection) -> None:
+        """Decides by their norms which tokens of the step's samples are stored."""
+        stacked = np.concatenate(list(norms.values()))
+        for row, index, start, stop in sample_spans(step, self.activations.window.lengths):
+            sample = self.samples[index]
+            assert sample.reasons is not None
+            reasons = selection.after(sample.reasons, stacked[:, row, start:stop], sample.sample_idx)
+            self.samples[index] = replace(sample, reasons=reasons, most_kept=None)
+
+    def finished(self) -> WindowActivations:
+        """The window's activations, once all steps have arrived."""
+        if all(final is first for final, first in zip(self.samples, self.activations.window.samples, strict=True)):
+            return self.activations
+        return self.activations.narrowed_to(tuple(self.samples))
+
+
+@dataclass(frozen=True)
+class StepInFlight:
+    """A step the device is working on. `fetch` is None until norms have decided."""
+
+    buffer: WindowBuffer
+    step: Step
+    output: StepOutput
+    started: float
+    fetch: Fetch | None
+
+
+@dataclass
+class Extraction:
+    """One run of a job over what its storage does not hold yet.
+
+    Attributes:
+      session: what the hosts of a slice agree on. Its `stop` ends the run early: what is computed is committed, the
+        window under way is dropped.
+      on_commit: called after each commit, in order.
+    """
+
+    job: Job
+    storage: ActivationStorage
+    step: backend.Step | ReducedStep
+    encoder: ShardEncoder
+    progress: Progress
+    pipeline: Pipeline
+    session: HostSession
+    on_commit: Callable[[CommitRecord], None]
+    _buffers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(WINDOWS_IN_MEMORY))
+    _device_free_at: float = 0.0
+
+    def run(self, windows: Iterator[Window]) -> None:
+        """Runs all stages to the end of `windows`; raises the first error of any of them."""
+        pipeline = self.pipeline
+        read: Channel[Window] = pipeline.channel(1)
+        steps: Channel[StepInFlight] = pipeline.channel(_STEPS_IN_FLIGHT)
+        encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]] = pipeline.channel(_WINDOWS_IN_STORAGE)
+        pool = ThreadPoolExecutor(_WINDOWS_IN_STORAGE, "encode")
+        pipeline.start("read", lambda clock: self._read(windows, read, clock))
+        selected = self._start_select(steps)
+        pipeline.start("copy", lambda clock: self._copy(selected, encoded, pool, clock))
+        pipeline.start("commit", lambda clock: self._commit(encoded, clock))
+        try:
+            self._forward(read, steps, StageClock("dispatch"))
+        except BaseException as error:
+            pipeline.fail(error)
+        finally:
+            steps.close()
+            try:
+                pipeline.join()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _read(self, windows: Iterator[Window], read: Channel[Window], clock: StageClock) -> None:
+        for window in windows:
+            if self.session.stop.is_set():
+                break
+            read.put(window, clock)
+        read.close()
+
+    def _forward(self, read: Channel[Window], steps: Channel[StepInFlight], clock: StageClock) -> None:
+        for window in read.drain(clock):
+            # A run that is stopped still empties the channel: the reader may be waiting for room in it.
+            for part in self.job.parts_of(window):
+                if not self.session.stop.is_set():
+                    self._forward_part(part, steps, clock)
+
+    def _forward_part(self, part: PartOfWindow, steps: Channel[StepInFlight], clock: StageClock) -> None:
+        self._acquire_buffer()
+        buffer = WindowBuffer.allocate(self.job, part)
+        token_ids = [sample.token_ids for sample in part.own.samples]
+        for step in part.steps:
+            if self.session.stop.is_set():
+                return
+            started = time.monotonic()
+            output = self.step(step_arrays(step, token_ids))
+            fetch = None
+            if not self._norms_decide:
+                fetch = self._start_copy(output, step, buffer)
+            steps.put(StepInFlight(buffer, step, output, started, fetch), clock)
+
+    def _start_copy(self, output: StepOutput, step: Step, buffer: WindowBuffer) -> Fetch:
+        fetch = plan_fetch(step, buffer.samples, buffer.part.own.lengths, self.job.pools)
+        start_copy(output, fetch)
+        return fetch
+
+    def _acquire_buffer(self) -> None:
+        while not self._buffers.acquire(timeout=0.1):
+            self.pipeline.check()
+
+    @property
+    def _norms_decide(self) -> bool:
+        return self.job.selection is not None and self.job.selection.needs_norms
+
+    def _start_select(self, steps: Channel[StepInFlight]) -> Channel[StepInFlight]:
+        """Where norms decide, a stage of its own asks for the copy of a step while the one before is being copied."""
+        if not self._norms_decide:
+            return steps
+        selected: Channel[StepInFlight] = self.pipeline.channel(_STEPS_IN_FLIGHT)
+        self.pipeline.start("select", lambda clock: self._select(steps, selected, clock))
+        return selected
+
+    def _select(self, steps: Channel[StepInFlight], selected: Channel[StepInFlight], clock: StageClock) -> None:
+        selection = self.job.selection
+        assert selection is not None
+        for flight in steps.drain(clock):
+            self._wait_for_device(flight, clock)
+            flight.buffer.select(flight.step, flight.output.norms(), selection)
+            fetch = self._start_copy(flight.output, flight.step, flight.buffer)
+            selected.put(replace(flight, fetch=fetch), clock)
+            del flight
+        selected.close()
+
+    def _copy(
+        self,
+        steps: Channel[StepInFlight],
+        encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]],
+        pool: ThreadPoolExecutor,
+        clock: StageClock,
+    ) -> None:
+        for flight in steps.drain(clock):
+            fetch = flight.fetch
+            assert fetch is not None
+            if not self._norms_decide:
+                self._wait_for_device(flight, clock)
+            check_peaks(flight, fetch, self.job)
+            flight.buffer.scatter(fetch, flight.output.fetch())
+            if isinstance(flight.output, ReducedOutput) and self._codes_rows:
+                flight.buffer.losses.add(flight.output.losses())
+            lengths = [len(flight.buffer.samples[sample].token_ids) for sample in fetch.samples]
+            self.progress.computed(len(lengths), sum(lengths))
+            if not flight.buffer.steps_left:
+                part, activations = flight.buffer.part, flight.buffer.finished()
+                stored = pool.submit(self._encode_and_store, part, activations, flight.buffer.losses)
+                encoded.put((part, stored), clock)
+                del part, activations
+            del flight
+        encoded.close()
+
+    def _wait_for_device(self, flight: StepInFlight, clock: StageClock) -> None:
+        """Waits for the step, and counts the time as the device's rather than the copy's."""
+        waiting_since = time.monotonic()
+        flight.output.wait()
+        ready = time.monotonic()
+        clock.waiting += ready - waiting_since
+        self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
+        self._device_free_at = ready
+
+    def _encode_and_store(self, part: PartOfWindow, activations: WindowActivations, losses: LossSum) -> StoredPart:
+        started = time.monotonic()
+        try:
+            files = self.encoder.encode(activations)
+        finally:
+            # Files wait for their upload on disk: the arrays go before it, and another window may fill.
+            activations.by_site.clear()
+            self._buffers.release()
+        self.pipeline.clock("encode").add_busy(time.monotonic() - started)
+        started = time.monotonic()
+        try:
+            stored = [self.storage.store(activations.window.index, file) for file in files]
+        finally:
+            for file in files:
+                file.path.unlink(missing_ok=True)
+        self.pipeline.clock("store").add_busy(time.monotonic() - started)
+        lost = losses.of_rows(activations.window.n_rows, activations.layers)
+        return _stored_part(part.part, activations.window, stored, lost)
+
+    def _commit(self, encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]], clock: StageClock) -> None:
+        is_whole, stored = True, list[StoredPart]()
+        for part, future in encoded.drain(clock):
+            told = self.session.gather(f"stored/{part.window.index}/{part.turn}", asdict(future.result()))
+            # Behind a window that is given up none counts.
+            is_whole &= told is not None
+            stored += [StoredPart.from_json(fields) for fields in told or ()]
+            if part.is_last:
+                self._commit_window(part.window, stored if is_whole else None)
+                stored = []
+            del part, future
+
+    def _commit_window(self, window: Window, stored: list[StoredPart] | None) -> None:
+        """Commits a window on the host that has gathered its parts; the others wait for it, and believe it.
+
+        stored: None when a host has ended without its part.
+        """
+        key = f"committed/{window.index}"
+        if self.session.hosts.is_first:
+            record = None if stored is None else self.storage.commit(self._record(window, stored))
+            self.session.share(key, None if record is None else record.to_bytes().decode())
+            self.session.forget(f"committed/{window.index - 1}")
+        else:
+            told = self.session.share(key, None)
+            record = None if told is None else self.storage.believe(CommitRecord.from_bytes(told.encode()))
+        if record is not None:
+            self.progress.committed(record)
+            self.on_commit(record)
+
+    def _record(self, window: Window, stored: list[StoredPart]) -> CommitRecord:
+        parts = sorted((part for part in stored if part.number is not None), key=lambda part: part.number or 0)
+        counts = {part.number: part.counts for part in parts}
+        nothing = PartCounts(None, None, 0, 0)
+        dropped: Counter[str] = Counter()
+        for part in parts:
+            dropped.update(part.n_dropped)
+        return CommitRecord(
+            window=window.index,
+            plan_hash=self.storage.plan_hash,
+            stream_hash=self.storage.stream_hash,
+            first_sample_idx=window.samples[0].sample_idx,
+            last_sample_idx=window.samples[-1].sample_idx,
+            next_place=window.next_place,
+            n_samples=len(window.samples),
+            n_tokens=sum(part.counts.n_tokens for part in parts),
+            n_truncated=sum(sample.full_length > len(sample.token_ids) for sample in window.samples),
+            n_dropped=dict(dropped),
+            n_empty=sum(part.n_empty for part in parts),
+            samples_per_record=window.samples_per_record,
+            sites=self._stored_sites(),
+            dtype=self.job.stored_dtype,
+            files=tuple(file for part in parts for file in part.files),
+            pools=tuple(map(str, self.job.pools)),
+            losses=total_losses((part.n_rows, part.losses) for part in parts),
+            bad_records=tuple(asdict(bad) for bad in window.bad_records),
+            parts=tuple(counts.get(n, nothing) for n in range(self.job.plan.parts)) if self.job.plan.parts > 1 else (),
+        )
+
+    @property
+    def _codes_rows(self) -> bool:
+        return self.job.reduction is not None and self.job.reduction.codes_rows
+
+    def _stored_sites(self) -> dict[str, StoredSite]:
+        reduction, widths = self.job.reduction or Reduction(), self.job.model.site_widths
+        block = reduction.quantization.block if reduction.quantization is not None else None
+        return {
+            site: StoredSite(
+                layers,
+                reduction.width(widths[site]),
+                {
+                    name: {"width": array.width, "dtype": array.dtype.name}
+                    for name, array in self.job.stored[site].items()
+                    if self._codes_rows
+                },
+                block,
+            )
+            for site, layers in self.job.layers.items()
+        }
+
+
+def _stored_part(number: int | None, window: Window, files: list[StoredFile], losses: Losses) -> StoredPart:
+    """window: with the part's samples alone, as they were stored."""
+    samples = window.samples
+    first, last = (samples[0].sample_idx, samples[-1].sample_idx) if samples else (None, None)
+    return StoredPart(
+        number=number,
+        counts=PartCounts(first, last, len(samples), window.n_kept),
+        n_dropped=count_reasons(sample.reasons for sample in samples if sample.reasons is not None),
+        n_empty=sum(sample.n_kept == 0 for sample in samples),
+        n_rows=window.n_rows,
+        files=tuple(files),
+        losses=losses,
+    )
+
+
+def check_peaks(flight: StepInFlight, fetch: Fetch, job: Job) -> None:
+    """Raises RunError when a stored value is NaN, infinite or too large for the stored dtype, naming where it is."""
+    stored = DTYPES.get(job.stored_dtype)
+    # Codes have scales in float32, which fit whatever the model computes.
+    limit = float(ml_dtypes.finfo(np.float32 if stored is None else stored).max)
+    is_stored = fetch.stored if job.reduction is None else fetch.units()
+    for site, peaks in flight.output.peaks().items():
+        for slot, row, unit in np.argwhere(~(peaks <= limit) & is_stored):
+            if not np.isfinite(peaks[slot, row, unit]):
+                raise RunError(_not_finite(flight, fetch, job, row, is_stored[row]))
+            sample, place = _place_of(flight, fetch, job, row, unit)
+            raise RunError(
+                f"{job.stream_path}, sample_idx {sample.sample_idx}, {_stage(job, site, slot)}: "
+                f"magnitude {peaks[slot, row, unit]:.0f} {place} does not fit "
+                f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
+                "leave such tokens out, see --exclude_norm_outliers"
+            )
+
+
+def _not_finite(flight: StepInFlight, fetch: Fetch, job: Job, row: int, is_stored: Bool[np.ndarray, "U"]) -> str:
+    """What is wrong with a row: the sample that holds a NaN or infinity, or those of which one brought it in.
+
+    Attention gives what a token does not see the weight zero, and zero times NaN is NaN: behind the next attention the
+    other samples of the row have it too. Where fewest of them have it is nearest to where it came up.
+    """
+    found: list[tuple[str, dict[int, list[str]]]] = []
+    for site, peaks in flight.output.peaks().items():
+        for slot, values in enumerate(peaks[:, row]):
+            places: dict[int, list[str]] = {}
+            for unit in np.flatnonzero(~np.isfinite(values) & is_stored):
+                sample, place = _place_of(flight, fetch, job, row, int(unit))
+                places.setdefault(sample.sample_idx, []).append(place)
+            if places:
+                found.append((_stage(job, site, slot), places))
+    stage, places = min(found, key=lambda item: len(item[1]))
+    if len(places) == 1:
+        ((sample_idx, (place, *more)),) = places.items()
+        return (
+            f"{job.stream_path}, sample_idx {sample_idx}, {stage}: the model computes NaN or infinity "
+            f"{'first ' if more else ''}{place}: try --compute_dtype float32"
+        )
+    return (
+        f"{job.stream_path}, one of sample_idx {', '.join(map(str, places))}, which share a row, {stage}: the model "
+        "computes NaN or infinity: try --compute_dtype float32; with --no_pack the error names the sample"
+    )
+
+
+def _stage(job: Job, site: str, slot: int) -> str:
+    return f"{site} after layer {job.layers[site][slot]}" if SITES[site].per_layer else site
+
+
+def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int) -> tuple[TokenizedSample, str]:
+    """The sample that a row of what is fetched belongs to, and where it stands there, for people."""
+    samples = flight.buffer.samples
+    if job.reduction is None:
+        index, token = _sample_at(flight, row, unit)
+        return samples[index], f"at token {token}"
+    index, number = fetch.unit_at(row, unit)
+    place = f"in the pool {job.pools[number]} of its tokens" if job.pools else f"at token {samples[index].kept[number]}"
+    return samples[index], place
+
+
+def _sample_at(flight: StepInFlight, row: int, token: int) -> tuple[int, int]:
+    """The sample that a token of a step belongs to, and its place there."""
+    for in_row, index, start, stop in sample_spans(flight.step, flight.buffer.activations.window.lengths):
+        if in_row == row and start <= token < stop:
+            return index, token - start
+    raise AssertionError("a stored token belongs to a sample")
+
+
+def resume_place(records: Sequence[CommitRecord]) -> tuple[StreamPlace | None, int, int]:
+    """Where to go on behind committed windows: the place in the stream, the next window, bad records so far."""
+    if not records:
+        return None, 1, 0
+    return records[-1].next_place, records[-1].window + 1, sum(len(record.bad_records) for record in records)
+
+
+def is_complete(records: Sequence[CommitRecord]) -> bool:
+    """Whether the last committed window ends the stream."""
+    return bool(records) and records[-1].next_place is None

@@ -1,0 +1,226 @@
+"""One stream, or one shard of a dataset, from what is committed to its end."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from absl import logging
+
+from core.activation_storage import ActivationStorage
+from core.base.dtypes import DTYPES
+from core.commit.checkpoint import Checkpoint, save_checkpoint
+from core.commit.record import CommitRecord
+from core.hosts.session import HostSession
+from core.object_store import LocalStore, disk_errors
+from core.pricing.plan import Survey, refuse_full_disk, survey_stream
+from core.reduce.reduced_step import ReducedStep
+from core.run.extraction import Extraction, is_complete, resume_place
+from core.run.job import Job
+from core.run.pipeline import Pipeline
+from core.run.progress import Progress, Summary
+from core.samples.windows import Window
+from core.shards.encoding import ShardEncoder
+from core.shards.formats import FORMATS
+from core.step.backend import Step
+
+# A reader of metadata.json may be that much behind; GCS takes about one write a second for one name.
+_INDEX_EVERY_S = 30.0
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The model on the device, and how long it took to get there."""
+
+    step: Step | ReducedStep
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PreparedStream:
+    """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
+
+    No windows: it is complete, or has no sample for this folder and still `must_say_so`.
+    first_shape: of its first step.
+    """
+
+    job: Job
+    storage: ActivationStorage
+    survey: Survey
+    windows: Iterator[Window] | None
+    read_seconds: float = 0.0
+    first_shape: tuple[int, int] | None = None
+    must_say_so: bool = False
+
+
+def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
+    """Loads as much of the job's model as it captures, on all devices of this process.
+
+    first_shape: (rows, length) of the step that comes first, which is compiled meanwhile; None: a full one.
+    """
+    started = time.monotonic()
+    full = job.batch_shape.rows_per_step, job.batch_shape.row_lengths[-1]
+    request = replace(job.step_request, first_shape=first_shape or full)
+    step = job.backend.load(job.config.model_path, job.config.revision, request)
+    if job.reduction is not None:
+        return LoadedModel(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
+    return LoadedModel(step, time.monotonic() - started)
+
+
+def prepare_stream(
+    job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any] | None = None
+) -> PreparedStream:
+    """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest.
+
+    agree: gives all hosts what the first one finds, see `Hosts.share` and `HostSession.agree`.
+    """
+    records = _open(job, storage, agree or job.hosts.share)
+    storage.spool.remove_stale_temporaries(storage.folder)
+    survey = survey_stream(job)
+    if is_complete(records):
+        logging.info("%s is complete: nothing to do", storage.url)
+        return PreparedStream(job, storage, survey, None)
+    refuse_full_disk(job, survey, storage.committed_bytes, storage.spool.free_bytes())
+    place, index, bad_before = resume_place(records)
+    if place is not None:
+        logging.info("%s: going on at sample %d: %d shards are committed", job.folder, place.sample_idx, len(records))
+    windows = job.windows(start=place, first_index=index, bad_before=bad_before)
+    # A stream that is bad from the start is refused before seconds are spent on the weights.
+    started = time.monotonic()
+    first = next(windows, None)
+    read_seconds = time.monotonic() - started
+    _require_writable(job, storage)
+    if first is None:
+        logging.info("%s: the stream has no line for this machine", storage.url)
+        return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
+    step = next(job.parts_of(first)).steps[0]
+    shape = step.n_rows, step.length
+    return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
+
+
+def _open(job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any]) -> list[CommitRecord]:
+    """What is committed. The first host looks first: what it finds the others find too, and perhaps more."""
+    if job.hosts.is_first:
+        records = storage.open()
+        agree("found", lambda: len(records))
+        return records
+    return storage.open(agree("found", lambda: None))
+
+
+def _require_writable(job: Job, storage: ActivationStorage) -> None:
+    """Finds out before the weights are loaded, not at the first commit. Raises RunError naming the folder."""
+    folders = [storage.spool]
+    if job.config.enable_checkpointing:
+        folders.append(LocalStore(job.config.checkpoint_dir))
+    for folder in folders:
+        with disk_errors(folder.root):
+            probe = folder.temporary_path("probe")
+            probe.touch()
+            probe.unlink()
+
+
+def run_stream(
+    prepared: PreparedStream,
+    model: LoadedModel | None,
+    session: HostSession,
+    *,
+    log: Callable[[str], None] = logging.info,
+    on_start: Callable[[Progress], None] | None = None,
+    may_write_index: Callable[[], bool] = lambda: True,
+) -> Summary:
+    """Extracts what is left, until the end or until `session.stop` is set.
+
+    Args:
+      on_start: gets the counters that go up while the run goes on.
+      may_write_index: asked before the index is replaced: false when the folder has passed to somebody else.
+    """
+    job, storage = prepared.job, prepared.storage
+    pipeline = Pipeline()
+    pipeline.clock("read").add_busy(prepared.read_seconds)
+    progress = Progress(
+        pipeline,
+        expected_samples=prepared.survey.samples,
+        committed_samples=storage.committed_samples,
+        log=log,
+        metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
+        n_hosts=min(job.hosts.count, job.plan.parts),
+        is_shown=job.hosts.is_first,
+    )
+    if on_start is not None:
+        on_start(progress)
+    bookkeeper = _Bookkeeper(job, storage, may_write_index)
+    with progress:
+        if prepared.must_say_so:
+            storage.commit_nothing()
+        if prepared.windows is not None and model is not None:
+            with ThreadPoolExecutor(os.cpu_count(), "compress") as compressors:
+                Extraction(
+                    job=job,
+                    storage=storage,
+                    step=model.step,
+                    encoder=_encoder(job, storage, compressors),
+                    progress=progress,
+                    pipeline=pipeline,
+                    session=session,
+                    on_commit=bookkeeper.committed,
+                ).run(prepared.windows)
+        status = bookkeeper.finish()
+    return progress.summary(
+        status=status,
+        output=storage.url,
+        total_samples=storage.committed_samples,
+        total_shards=storage.committed_shards,
+        load_seconds=round(model.seconds, 3) if model is not None else 0.0,
+    )
+
+
+def _encoder(job: Job, storage: ActivationStorage, compressors: ThreadPoolExecutor) -> ShardEncoder:
+    config = job.config
+    fmt, syncs = FORMATS[config.format], config.local_copy_stays
+    return ShardEncoder(fmt, config.gzipped, storage.spool, job.folder, compressors, syncs)
+
+
+class _Bookkeeper:
+    """Keeps the derived files up to date: the checkpoint after every commit, the index now and then."""
+
+    def __init__(self, job: Job, storage: ActivationStorage, may_write_index: Callable[[], bool]) -> None:
+        self._job = job
+        self._storage = storage
+        self._may_write_index = may_write_index
+        self._index_written = time.monotonic()
+
+    def committed(self, record: CommitRecord) -> None:
+        self._save_checkpoint(record, "running")
+        if time.monotonic() - self._index_written >= _INDEX_EVERY_S:
+            self._write_index()
+
+    def finish(self) -> str:
+        """Brings everything up to date; returns "complete" or "stopped"."""
+        last = self._storage.last_record
+        status = "complete" if last is not None and last.next_place is None else "stopped"
+        if last is not None:
+            self._write_index()
+            self._save_checkpoint(last, status)
+        return status
+
+    def _write_index(self) -> None:
+        if self._job.hosts.is_first and self._may_write_index():
+            self._storage.write_index()
+            self._index_written = time.monotonic()
+
+    def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
+        config = self._job.config
+        if config.enable_checkpointing and self._job.hosts.is_first:
+            checkpoint = Checkpoint(
+                worker_id=config.worker_id,
+                last_processed_sample_idx=record.last_sample_idx,
+                total_samples_processed=self._storage.committed_samples,
+                total_shards=self._storage.committed_shards,
+                dataset_path=self._job.stream_path,
+                model_path=config.model_path,
+                status=status,
+            )
+            save_checkpoint(config.checkpoint_dir, checkpoint)

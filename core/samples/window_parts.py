@@ -1,0 +1,60 @@
+"""Windows in parts: what each host of a slice computes and writes of a window.
+
+A part is a run of consecutive samples; the parts of a window hold about the same number of tokens. How many there are
+is part of the run's plan, and so is not up to the hosts that happen to work: with as many hosts as parts each takes
+one, with fewer they take turns.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from core.samples.windows import Window
+from core.step.layout import BatchShape, Step, plan_steps
+
+
+@dataclass(frozen=True)
+class PartOfWindow:
+    """What a host computes of a window at one turn.
+
+    Attributes:
+      window: the whole window. turn: counts from 0.
+      part: the number of the part; None if there is none left for this host at this turn.
+      own: the window with the part's samples alone; it may have none.
+    """
+
+    window: Window
+    turn: int
+    part: int | None
+    own: Window
+    steps: tuple[Step, ...]
+    is_last: bool
+
+
+def part_ranges(lengths: Sequence[int], n_parts: int) -> list[range]:
+    """Cuts the samples of a window, of `lengths` tokens, into runs: a sample is where its middle token falls."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    middles = 2 * ends - np.asarray(lengths)
+    part_of = np.minimum(middles * n_parts // (2 * max(int(ends[-1]), 1)), n_parts - 1)
+    bounds = np.searchsorted(part_of, np.arange(n_parts + 1))
+    return [range(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]
+
+
+def parts_of_window(
+    window: Window, shape: BatchShape, *, n_parts: int, host: int = 0, n_hosts: int = 1
+) -> Iterator[PartOfWindow]:
+    """The turns of one of the hosts. `shape`: of the rows of one host."""
+    ranges = part_ranges(window.lengths, n_parts)
+    turns = [range(first, min(first + n_hosts, n_parts)) for first in range(0, n_parts, n_hosts)]
+    # A turn without a sample is none: all hosts leave it out alike.
+    turns = [parts for parts in turns if any(ranges[part] for part in parts)]
+    for turn, parts in enumerate(turns):
+        part = parts[host] if host < len(parts) else None
+        samples = range(0) if part is None else ranges[part]
+        is_whole = len(samples) == len(window.samples)
+        own = window if is_whole else replace(window, samples=window.samples[samples.start : samples.stop])
+        # One step of padding takes a part without samples the way that all parts go.
+        steps = tuple(plan_steps(own.lengths, shape)) or (Step(shape.row_lengths[0], shape.row_multiple, ()),)
+        yield PartOfWindow(window, turn, part, own, steps, is_last=turn == len(turns) - 1)

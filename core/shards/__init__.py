@@ -1,0 +1,1 @@
+"""Shard files: what is written of a window, in which format."""

@@ -1,0 +1,159 @@
+"""From the activations of a window to finished files on the local disk: the shard of each site and the sample table."""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Shaped
+
+from core.activation_storage import SpooledFile
+from core.base.fault_points import fault_point
+from core.commit.record import site_file_name, table_name
+from core.object_store import LocalStore, disk_errors
+from core.reduce.reductions import VALUES, site_and_array
+from core.samples.selection import dropped_ranges
+from core.samples.windows import TokenizedSample, Window
+from core.shards.formats import Outline, ShardContent, ShardFormat, read_shard
+from core.shards.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
+
+
+@dataclass(frozen=True)
+class WindowActivations:
+    """A window with its activations in the stored dtype; sample s owns rows window.offsets[s:s+2] of each array.
+
+    Attributes:
+      layers: by site, the layer numbers under which its arrays are stored.
+      by_site: the arrays, N the window's stored rows; those that a reduced site has besides as
+        `core.reduce.reductions` calls them.
+      part: the number of the part of the window that this is, where it has several.
+    """
+
+    window: Window
+    layers: dict[str, tuple[int, ...]]
+    by_site: dict[str, Shaped[np.ndarray, "L N W"]]
+    part: int | None = None
+
+    def content(self, site: str) -> ShardContent:
+        """What is written of a site."""
+        more = {
+            array: values
+            for name, values in self.by_site.items()
+            for of_site, array in [site_and_array(name)]
+            if of_site == site and array != VALUES
+        }
+        samples, offsets = self.window.samples, self.window.offsets
+        return ShardContent(site, self.layers[site], self.by_site[site], offsets, samples, more)
+
+    def narrowed_to(self, samples: tuple[TokenizedSample, ...]) -> "WindowActivations":
+        """The same with the final `samples`, once norms have decided that fewer tokens are stored; moved in place.
+
+        Each sample's stored tokens are the first ones of the room it had.
+        """
+        window = replace(self.window, samples=samples)
+        room, offsets = self.window.offsets, window.offsets
+        for array in self.by_site.values():
+            for sample in range(len(samples)):
+                # Forward in the array, so that what is overwritten was moved before.
+                size = offsets[sample + 1] - offsets[sample]
+                array[:, offsets[sample] : offsets[sample + 1]] = array[:, room[sample] : room[sample] + size]
+        return replace(self, window=window, by_site={s: array[:, : offsets[-1]] for s, array in self.by_site.items()})
+
+
+@dataclass(frozen=True)
+class ShardEncoder:
+    """Writes the files of a window.
+
+    Attributes:
+      spool: where the files are written.
+      folder: the worker's folder below it.
+      gzipped: whether shard files are compressed.
+      executor: the threads that compress.
+      syncs: whether the files stay on this disk, rather than being read back once for an upload.
+    """
+
+    shard_format: ShardFormat
+    gzipped: bool
+    spool: LocalStore
+    folder: str
+    executor: Executor
+    syncs: bool = False
+
+    @property
+    def suffix(self) -> str:
+        """The ending of a shard file's name."""
+        return self.shard_format.suffix() + (".gz" if self.gzipped else "")
+
+    def encode(self, activations: WindowActivations) -> list[SpooledFile]:
+        """Writes one file a site and the sample table; what was written is removed again when one of them fails.
+
+        A part of a window that holds no sample has no files.
+        """
+        window = activations.window
+        files: list[SpooledFile] = []
+        if not window.samples:
+            return files
+        try:
+            for site in activations.layers:
+                content = activations.content(site)
+                name = site_file_name(window.index, site, tuple(activations.layers), self.suffix, activations.part)
+                fill = partial(self.shard_format.write, content, executor=self.executor)
+                path, digest = self._write(name, self.gzipped, fill)
+                is_equivalent = partial(_holds, content.outline(), self.shard_format.name, self.gzipped)
+                files.append(SpooledFile(name, site, path, digest, is_equivalent))
+            name = table_name(window.index, activations.part)
+            path, digest = self._write(name, True, partial(write_table, window.samples))
+            files.append(SpooledFile(name, None, path, digest, is_equivalent=None))
+        except BaseException:
+            for file in files:
+                file.path.unlink(missing_ok=True)
+            raise
+        return files
+
+    def _write(self, name: str, gzipped: bool, fill: Callable[[Sink], None]) -> tuple[Path, FileDigest]:
+        path = self.spool.temporary_path(f"{self.folder}/{name}")
+        try:
+            with disk_errors(path), path.open("wb") as raw:
+                file_sink = EagerFile(raw) if self.syncs else raw
+                with WriteBehind(file_sink) as file, WriteBehind(digest := DigestWriter(file)) as sink:
+                    if gzipped:
+                        compressor = ParallelGzipWriter(sink, self.executor)
+                        fill(compressor)
+                        compressor.close()
+                    else:
+                        fill(sink)
+            fault_point("encode.after")
+            return path, digest.digest()
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _holds(outline: Outline, format_name: str, gzipped: bool, stream: BinaryIO) -> bool:
+    try:
+        return read_shard(stream, format_name, gzipped=gzipped).outline() == outline
+    except ValueError:
+        return False
+
+
+def write_table(samples: Sequence[TokenizedSample], sink: Sink) -> None:
+    """Writes the sample table: a JSON line for each sample, in the order of the shard."""
+    for sample in samples:
+        sink.write((json.dumps(table_row(sample), ensure_ascii=False, sort_keys=True) + "\n").encode())
+
+
+def table_row(sample: TokenizedSample) -> dict[str, Any]:
+    """What the sample table keeps of a sample; `dropped` is there where tokens are left out."""
+    row = {
+        "sample_idx": sample.sample_idx,
+        "n_tokens": sample.n_kept,
+        "full_length": sample.full_length,
+        "token_ids": sample.token_ids.tolist(),
+        "text_preview": sample.text_preview,
+        "labels": sample.labels,
+    }
+    return row if sample.reasons is None else row | {"dropped": dropped_ranges(sample.reasons)}

@@ -1,0 +1,33 @@
+"""The formats a shard can be stored in. A new one is a new file here and a line in FORMATS."""
+
+import zlib
+from typing import BinaryIO
+
+from isal import igzip, igzip_lib
+
+from core.shards.formats.base import Outline, ShardContent, ShardFormat, StoredShard
+from core.shards.formats.pickle_shard import PickleFormat
+from core.shards.formats.planes_shard import PlanesFormat
+from core.shards.formats.safetensors_shard import SafetensorsFormat
+
+FORMATS: dict[str, ShardFormat] = {fmt.name: fmt for fmt in (PickleFormat(), SafetensorsFormat(), PlanesFormat())}
+
+__all__ = [
+    "FORMATS",
+    "Outline",
+    "ShardContent",
+    "ShardFormat",
+    "StoredShard",
+    "read_shard",
+]
+
+
+def read_shard(stream: BinaryIO, format_name: str, *, gzipped: bool) -> StoredShard:
+    """Reads a shard file of any format; raises ValueError saying what is wrong with it."""
+    try:
+        if not gzipped:
+            return FORMATS[format_name].read(stream)
+        with igzip.open(stream, "rb") as raw:
+            return FORMATS[format_name].read(raw)
+    except (EOFError, OSError, zlib.error, igzip_lib.IsalError) as error:  # type: ignore[misc]  # an exception, untyped
+        raise ValueError(f"not a whole file: {error}") from error

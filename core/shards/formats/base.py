@@ -1,0 +1,178 @@
+"""What a shard holds and what a format must offer. One file a format; `core.shards.formats.FORMATS` is the registry.
+
+Axis letters: L layers, S samples, N stored rows of all samples behind each other, K stored rows of one sample, D values
+of a row. A row is a token, or one of the vectors that its tokens were pooled to.
+"""
+
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from jaxtyping import Int32, Int64, Shaped
+
+from core.base.dtypes import CODE_DTYPES, DTYPES
+from core.samples.windows import TokenizedSample
+from core.shards.sinks import Sink
+
+UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES | CODE_DTYPES, 1.0))
+"""`ShardFormat.usual_share` of a format that keeps values as they are."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What two runs of one window agree on, whatever their rounding: which samples, which of their tokens, how wide.
+
+    Attributes:
+      shapes: by layer, the shape and dtype of each sample's activation; `more`: of its further arrays, by their name.
+      positions: the places of each sample's stored tokens, where some are left out.
+    """
+
+    sample_idx: tuple[int, ...]
+    shapes: "Shapes"
+    more: dict[str, "Shapes"]
+    positions: list[list[int]] | None
+
+
+Shapes = dict[int, list[tuple[tuple[int, ...], np.dtype]]]
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """The activations of one site for the samples of one window, ready to be written.
+
+    Sample s owns rows `offsets[s]` to `offsets[s + 1]` of every layer: its own stored tokens, no padding, or its pools.
+    N may be 0.
+
+    Attributes:
+      more: further arrays of the same rows by name, such as the scales of quantized ones.
+    """
+
+    site: str
+    layers: tuple[int, ...]
+    activations: Shaped[np.ndarray, "L N D"]
+    offsets: Int64[np.ndarray, "S+1"]
+    samples: tuple[TokenizedSample, ...]
+    more: Mapping[str, Shaped[np.ndarray, "L N W"]] = field(default_factory=dict)
+
+    def activation(self, layer_slot: int, sample: int) -> Shaped[np.ndarray, "K D"]:
+        """A view of one sample's activations at the `layer_slot`-th stored layer."""
+        return self.of_sample(self.activations, layer_slot, sample)
+
+    def of_sample(self, array: Shaped[np.ndarray, "L N W"], layer_slot: int, sample: int) -> Shaped[np.ndarray, "K W"]:
+        """The same of any array of these rows."""
+        return array[layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether rows are no tokens."""
+        return any(sample.n_pools for sample in self.samples)
+
+    @property
+    def token_ids(self) -> list[Int32[np.ndarray, "K"]] | None:
+        """The ids of each sample's stored tokens; None where rows are no tokens."""
+        if self.is_pooled:
+            return None
+        return [s.token_ids if s.reasons is None else s.token_ids[s.kept] for s in self.samples]
+
+    @property
+    def positions(self) -> list[Int32[np.ndarray, "K"]] | None:
+        """The places of each sample's stored tokens; None where all tokens are stored, or rows are no tokens."""
+        if self.is_pooled or any(sample.reasons is None for sample in self.samples):
+            return None
+        return [sample.kept.astype(np.int32) for sample in self.samples]
+
+    def outline(self) -> Outline:
+        """What a file of another run of this window has to hold too."""
+        indices = tuple(sample.sample_idx for sample in self.samples)
+        more = {name: self._shapes(array) for name, array in self.more.items()}
+        return Outline(indices, self._shapes(self.activations), more, _plain(self.positions))
+
+    def _shapes(self, array: Shaped[np.ndarray, "L N W"]) -> Shapes:
+        shapes = [(self.of_sample(array, 0, sample).shape, array.dtype) for sample in range(len(self.samples))]
+        return dict.fromkeys(self.layers, shapes)
+
+
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard as read back; every list is in the order of `sample_idx`.
+
+    Attributes:
+      layers: per layer the activations; more: per name and layer the further arrays of their rows.
+      positions: the places of the stored tokens in their sample; None where all tokens are stored.
+      token_ids: of the stored tokens, where the format keeps them.
+    """
+
+    sample_idx: tuple[int, ...]
+    layers: dict[int, list[Shaped[np.ndarray, "K D"]]]
+    positions: list[Int32[np.ndarray, "K"]] | None = None
+    token_ids: list[Int32[np.ndarray, "K"]] | None = None
+    more: dict[str, dict[int, list[Shaped[np.ndarray, "K W"]]]] = field(default_factory=dict)
+
+    def outline(self) -> Outline:
+        """What this file holds, whatever its rounding."""
+        more = {name: _shapes(layers) for name, layers in self.more.items()}
+        return Outline(self.sample_idx, _shapes(self.layers), more, _plain(self.positions))
+
+
+def _shapes(layers: Mapping[int, list[np.ndarray]]) -> Shapes:
+    return {layer: [(array.shape, array.dtype) for array in arrays] for layer, arrays in layers.items()}
+
+
+def _plain(positions: list[Int32[np.ndarray, "K"]] | None) -> list[list[int]] | None:
+    return None if positions is None else [places.tolist() for places in positions]
+
+
+class ShardFormat(Protocol):
+    """One way to lay a shard out in a file. Same content, same bytes: no time stamps, no environment.
+
+    Attributes:
+      compressible: whether gzip may be put around it.
+      usual_share: by dtype, stored over raw bytes without gzip, before anything is measured.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def compressible(self) -> bool: ...
+
+    @property
+    def usual_share(self) -> Mapping[str, float]: ...
+
+    def suffix(self) -> str:
+        """The file name's ending without compression, such as `.pkl`."""
+        ...
+
+    def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
+        """Writes `content`; a format that compresses by itself does so in the threads of `executor`."""
+        ...
+
+    def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
+        """What these values of one layer take in a file, all else left out."""
+        ...
+
+    def read(self, stream: BinaryIO) -> StoredShard:
+        """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
+        ...
+
+
+def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[str, Any]:
+    """The dict of one sample as the default format stores it.
+
+    `token_positions` is there where tokens are left out, further arrays of its rows under their names.
+    """
+    activation = content.activation(layer_slot, sample)
+    described = content.samples[sample]
+    fields = {
+        "sample_idx": described.sample_idx,
+        "activation": activation,
+        "shape": activation.shape,
+        "text_preview": described.text_preview,
+    }
+    fields |= {name: content.of_sample(array, layer_slot, sample) for name, array in content.more.items()}
+    if content.is_pooled or described.reasons is None:
+        return fields
+    return fields | {"token_positions": described.kept.astype(np.int32)}

@@ -1,0 +1,1 @@
+"""Streams and sharded datasets: JSON Lines files of samples, read and written."""
