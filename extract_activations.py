@@ -17,6 +17,10 @@ from core.step.backends import BACKENDS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:
+    from core.pricing.plan import PlanReport
+    from core.pricing.tpu_estimate import StepEstimate
+    from core.run.config import RunConfig
+    from core.run.progress import HostEnd, Summary
     from core.run.sharded_run import BeforeExtraction
 
 
@@ -160,6 +164,21 @@ def _certifier() -> "BeforeExtraction":
     return certify_run
 
 
+def _work(config: "RunConfig") -> "Summary | PlanReport | StepEstimate | HostEnd":
+    """Runs the job, or prices it."""
+    if config.tpu_topology is not None:
+        from core.pricing.tpu_estimate import estimate_run
+
+        return estimate_run(config, config.tpu_topology)
+    if config.plan:
+        from core.pricing.plan import price_run
+
+        return price_run(config)
+    from core.run.runner import run
+
+    return run(config, _certifier() if config.certify else None)
+
+
 def extract(args: argparse.Namespace) -> int:
     """Runs the job; what people read goes to stderr, the JSON object of --json to stdout."""
     from core.run.config import RunConfig, default_worker_id
@@ -182,9 +201,7 @@ def extract(args: argparse.Namespace) -> int:
         if code is not None:
             return code
 
-    from core.run.runner import run
-
-    result = run(config, _certifier() if config.certify else None)
+    result = _work(config)
     for line in result.lines():
         logging.info(line)
     printed = result.to_json()

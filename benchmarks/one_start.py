@@ -16,9 +16,10 @@ def main() -> None:
 
     from core.hosts.pod_slice import ALONE
     from core.hosts.session import HostSession
+    from core.run.checks import backend_of, prepare_job
     from core.run.config import RunConfig
-    from core.run.job import backend_of, open_storage, open_stores, prepare_job
     from core.run.runner import enable_compilation_cache
+    from core.run.stores import open_storage, open_stores
     from core.run.stream_run import load, prepare_stream, run_stream
 
     over["imports"] = time.time()

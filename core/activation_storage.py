@@ -16,10 +16,7 @@ plan, stream and window, so whoever writes a name a second time writes the same 
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from absl import logging
 
@@ -28,25 +25,12 @@ from core.base.errors import RunError
 from core.base.fault_points import fault_point
 from core.commit.identity import RunPlan, StreamPlan
 from core.commit.output_identity import RUN_FILE, STREAM_FILE, declare, refuse_other
-from core.commit.record import CommitRecord, StoredFile, shard_stem
+from core.commit.record import CommitRecord, StoredFile
 from core.commit.stored_records import INDEX_FILE, committed_records, index_of
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
-from core.shards.sinks import FileDigest, digest_stream
-
-
-@dataclass(frozen=True)
-class SpooledFile:
-    """A finished file on the local disk, waiting to be stored under `name` in the worker's folder.
-
-    `is_equivalent` tells whether another file's stream holds the same samples up to rounding; None when rounding cannot
-    touch the content, so that any other file is a wrong one.
-    """
-
-    name: str
-    site: str | None
-    path: Path
-    digest: FileDigest
-    is_equivalent: Callable[[BinaryIO], bool] | None
+from core.shards.encoding import SpooledFile
+from core.shards.names import shard_stem
+from core.shards.sinks import digest_stream
 
 
 class ActivationStorage:

@@ -20,7 +20,8 @@ from analysis.certificate.certification import (
 from analysis.certificate.fidelity import CertifiedSample, FinalValues
 from core.base.canonical_json import canonical_json, content_hash
 from core.base.errors import RunError
-from core.run.job import Job, Stores
+from core.run.job import Job
+from core.run.stores import Stores
 from core.samples.windows import TokenizedSample, Window
 from core.step.backend import Step, StepRequest
 from core.step.layout import plan_steps, sample_spans, step_arrays

@@ -29,8 +29,9 @@ from core.claims.records import (
 )
 from core.commit.identity import StreamPlan
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
-from core.commit.record import RECORD_NAME, CommitRecord, shard_stem
+from core.commit.record import RECORD_NAME, CommitRecord
 from core.object_store import Listing, ObjectStore, open_store
+from core.shards.names import shard_stem
 from core.streams.sharded_dataset import SHARD_NAME
 
 _READ_THREADS = 16

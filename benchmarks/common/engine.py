@@ -8,9 +8,11 @@ from pathlib import Path
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
 from core.reduce.reduced_step import StepOutput
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import Job, open_storage, prepare_job
+from core.run.job import Job
 from core.run.progress import Summary
+from core.run.stores import open_storage
 from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
 from core.step.layout import StepArrays, plan_steps, step_arrays
 

@@ -80,8 +80,9 @@ def window_activations(job: Job, step: ReplayedStep) -> list[WindowActivations]:
 
 
 def _activations(job: Job, step: ReplayedStep, part: PartOfWindow) -> WindowActivations:
-    buffer = WindowBuffer.allocate(job, part)
-    for one in part.steps:
+    layouts = job.steps_of(part)
+    buffer = WindowBuffer.allocate(job, part, len(layouts))
+    for one in layouts:
         output = step(step_arrays(one, [sample.token_ids for sample in part.own.samples]))
         buffer.scatter(plan_fetch(one, part.own.samples, part.own.lengths), output.fetch())
     return buffer.finished()

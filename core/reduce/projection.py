@@ -19,8 +19,8 @@ from jaxtyping import Float32
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
 from core.base.errors import UsageError
+from core.base.safetensors_file import read_tensors
 from core.object_store import open_store
-from core.shards.formats.safetensors_shard import read_tensors
 
 _MATRIX, _MEAN = "matrix", "mean"
 _BFLOAT16 = DTYPES["bfloat16"]

@@ -61,7 +61,7 @@ class WindowBuffer:
     losses: LossSum = field(default_factory=LossSum)
 
     @classmethod
-    def allocate(cls, job: Job, part: PartOfWindow) -> "WindowBuffer":
+    def allocate(cls, job: Job, part: PartOfWindow, n_steps: int) -> "WindowBuffer":
         """Room for every stored array: (L, N, width), N the rows that are stored at most."""
         arrays = {
             array_name(site, name): np.empty((len(job.layers[site]), part.own.n_rows, array.width), array.dtype)
@@ -70,7 +70,7 @@ class WindowBuffer:
         }
         number = part.part if job.plan.parts > 1 else None
         activations = WindowActivations(part.own, job.layers, arrays, number)
-        return cls(part, activations, list(part.own.samples), len(part.steps))
+        return cls(part, activations, list(part.own.samples), n_steps)
 
     def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
         """Copies the samples of one step to their places."""
@@ -167,9 +167,10 @@ class Extraction:
 
     def _forward_part(self, part: PartOfWindow, steps: Channel[StepInFlight], clock: StageClock) -> None:
         self._acquire_buffer()
-        buffer = WindowBuffer.allocate(self.job, part)
+        layouts = self.job.steps_of(part)
+        buffer = WindowBuffer.allocate(self.job, part, len(layouts))
         token_ids = [sample.token_ids for sample in part.own.samples]
-        for step in part.steps:
+        for step in layouts:
             if self.session.stop.is_set():
                 return
             started = time.monotonic()

@@ -18,9 +18,10 @@ from core.commit.output_identity import DATASET_FILE, RUN_FILE, declare, refuse_
 from core.commit.stored_records import committed_records, has_index_of
 from core.hosts.session import HostSession, StopOfAny
 from core.object_store import ObjectStore
-from core.run.job import Job, Stores, open_storage
+from core.run.job import Job
 from core.run.progress import Progress, Summary
 from core.run.signals import stop_on_signals
+from core.run.stores import Stores, open_storage
 from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
 from core.streams.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset
 

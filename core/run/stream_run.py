@@ -16,12 +16,12 @@ from core.commit.checkpoint import Checkpoint, save_checkpoint
 from core.commit.record import CommitRecord
 from core.hosts.session import HostSession
 from core.object_store import LocalStore, disk_errors
-from core.pricing.plan import Survey, refuse_full_disk, survey_stream
 from core.reduce.reduced_step import ReducedStep
 from core.run.extraction import Extraction, is_complete, resume_place
 from core.run.job import Job
 from core.run.pipeline import Pipeline
 from core.run.progress import Progress, Summary
+from core.run.survey import Survey, refuse_full_disk, survey_stream
 from core.samples.windows import Window
 from core.shards.encoding import ShardEncoder
 from core.shards.formats import FORMATS
@@ -96,7 +96,7 @@ def prepare_stream(
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
-    step = next(job.parts_of(first)).steps[0]
+    step = job.steps_of(next(job.parts_of(first)))[0]
     shape = step.n_rows, step.length
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 

@@ -10,8 +10,9 @@ from tiny_run import cache_dir, committed_files, token_lines, write_jsonl, write
 
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import open_storage, prepare_job
+from core.run.stores import open_storage
 from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
 from core.step.layout import StepArrays
 
