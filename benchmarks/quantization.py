@@ -88,7 +88,7 @@ def activations(engine: Engine) -> tuple[Float32[np.ndarray, "L N D"], np.ndarra
     values, firsts = [], []
     for window in engine.job.windows():
         for part in engine.job.parts_of(window):
-            for step in engine.job.steps_of(part):
+            for step in engine.job.layouts_of(part):
                 output = engine.model.step(step_arrays(step, [sample.token_ids for sample in part.own.samples]))
                 start_copy(output, plan_fetch(step, part.own.samples, part.own.lengths))
                 (residual,) = output.fetch().values()

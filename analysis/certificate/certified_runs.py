@@ -24,7 +24,7 @@ from core.run.job import Job
 from core.run.stores import Stores
 from core.samples.windows import TokenizedSample, Window
 from core.step.backend import Step, StepRequest
-from core.step.layout import plan_steps, sample_spans, step_arrays
+from core.step.layout import lay_out_steps, sample_spans, step_arrays
 from qwen2_jax.taps import Capture
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _window_values(job: Job, step: Step, window: Window, chosen: Sequence[int]) 
     """What the step computes of each chosen sample of a window. Only steps that hold one of them run."""
     found: dict[int, _Computed] = {}
     token_ids = [sample.token_ids for sample in window.samples]
-    for planned in plan_steps(window.lengths, job.batch_shape):
+    for planned in lay_out_steps(window.lengths, job.batch_shape):
         spans = [span for span in sample_spans(planned, window.lengths) if span[1] in chosen]
         if not spans:
             continue

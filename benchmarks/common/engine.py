@@ -14,7 +14,7 @@ from core.run.job import Job
 from core.run.progress import Summary
 from core.run.stores import open_storage
 from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
-from core.step.layout import StepArrays, plan_steps, step_arrays
+from core.step.layout import StepArrays, lay_out_steps, step_arrays
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Engine:
         return [
             step_arrays(step, [sample.token_ids for sample in window.samples])
             for window in self.job.windows()
-            for step in plan_steps(window.lengths, self.job.batch_shape)
+            for step in lay_out_steps(window.lengths, self.job.batch_shape)
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:

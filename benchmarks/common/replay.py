@@ -80,7 +80,7 @@ def window_activations(job: Job, step: ReplayedStep) -> list[WindowActivations]:
 
 
 def _activations(job: Job, step: ReplayedStep, part: PartOfWindow) -> WindowActivations:
-    layouts = job.steps_of(part)
+    layouts = job.layouts_of(part)
     buffer = WindowBuffer.allocate(job, part, len(layouts))
     for one in layouts:
         output = step(step_arrays(one, [sample.token_ids for sample in part.own.samples]))

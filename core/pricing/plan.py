@@ -26,7 +26,7 @@ from core.shards.formats import FORMATS
 from core.shards.sinks import deflate_block
 from core.step import backend
 from core.step.fetching import plan_fetch
-from core.step.layout import Step, step_arrays
+from core.step.layout import StepLayout, step_arrays
 
 # What `--plan` compresses to learn the same of the run at hand.
 _MEASURED_BYTES = 16 << 20
@@ -156,11 +156,11 @@ def plan_run(
     if first is None:
         return PlanReport(samples_done, len(committed), free_disk_bytes=free)
     part = next(job.parts_of(first))
-    timed = job.steps_of(part)[0]
+    timed = job.layouts_of(part)[0]
     seconds, ratio = time_step(job, load(), part.own, timed)
     totals = _Totals(job.hosts.count)
     for window in itertools.chain([first], windows):
-        totals.add(window, [step for part in job.parts_of(window) for step in job.steps_of(part)])
+        totals.add(window, [layout for part in job.parts_of(window) for layout in job.layouts_of(part)])
     rate = job.hosts.count * timed.n_rows * timed.length / seconds
     needed = disk_needed(job, totals.tokens, totals.rows, ratio)
     on_disk = stored_bytes(job, totals.tokens, totals.rows, ratio)
@@ -211,7 +211,7 @@ class _Totals:
     computed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, window: Window, steps: Sequence[Step]) -> None:
+    def add(self, window: Window, layouts: Sequence[StepLayout]) -> None:
         self.windows += 1
         self.samples += len(window.samples)
         self.tokens += window.n_tokens
@@ -220,14 +220,16 @@ class _Totals:
         self.dropped.update(count_reasons(s.reasons for s in window.samples if s.reasons is not None))
         self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)
         self.bad_records += len(window.bad_records)
-        self.steps += len(steps)
-        self.computed += self.n_hosts * sum(step.n_rows * step.length for step in steps)
+        self.steps += len(layouts)
+        self.computed += self.n_hosts * sum(layout.n_rows * layout.length for layout in layouts)
 
 
-def time_step(job: Job, step: backend.Step | ReducedStep, window: Window, planned: Step) -> tuple[float, float | None]:
+def time_step(
+    job: Job, step: backend.Step | ReducedStep, window: Window, layout: StepLayout
+) -> tuple[float, float | None]:
     """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
-    arrays = step_arrays(planned, [sample.token_ids for sample in window.samples])
-    fetch = plan_fetch(planned, window.samples, window.lengths, job.pools)
+    arrays = step_arrays(layout, [sample.token_ids for sample in window.samples])
+    fetch = plan_fetch(layout, window.samples, window.lengths, job.pools)
 
     def fetched() -> dict[str, np.ndarray]:
         output = step(arrays)

@@ -23,7 +23,7 @@ from core.reduce.reductions import Pool, Reduction
 from core.samples.windows import TokenizedSample
 from core.step.backend import StepRequest
 from core.step.fetching import Fetch, plan_fetch
-from core.step.layout import Row, Step
+from core.step.layout import Row, StepLayout
 from qwen2_jax import Decoder, DecoderConfig
 from qwen2_jax.checkpoints.weights import cut_config
 from qwen2_jax.sharding import ModelMesh
@@ -156,7 +156,7 @@ def _n_bytes(arrays: Any) -> int:
 def _fetch_of_row(length: int, pools: tuple[Pool, ...]) -> Fetch:
     """Of a row that one sample fills."""
     sample = TokenizedSample(0, 0, 1, np.zeros(length, np.int32), length, "", n_pools=len(pools))
-    return plan_fetch(Step(length, 1, (Row(length, (0,)),)), [sample], [length], pools)
+    return plan_fetch(StepLayout(length, 1, (Row(length, (0,)),)), [sample], [length], pools)
 
 
 def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -36,7 +36,7 @@ from core.samples.windows import StreamPlace, TokenizedSample, Window
 from core.shards.encoding import ShardEncoder, WindowActivations
 from core.step import backend
 from core.step.fetching import Fetch, plan_fetch
-from core.step.layout import Step, sample_spans, step_arrays
+from core.step.layout import StepLayout, sample_spans, step_arrays
 from qwen2_jax.taps import SITES
 
 # One window fills while others are encoded: what bounds host memory is this many times the shard size.
@@ -81,10 +81,10 @@ class WindowBuffer:
                 buffer[:, offsets[sample] : offsets[sample] + values.shape[1]] = values
         self.steps_left -= 1
 
-    def select(self, step: Step, norms: dict[str, Shaped[np.ndarray, "L B T"]], selection: Selection) -> None:
+    def select(self, layout: StepLayout, norms: dict[str, Shaped[np.ndarray, "L B T"]], selection: Selection) -> None:
         """Decides by their norms which tokens of the step's samples are stored."""
         stacked = np.concatenate(list(norms.values()))
-        for row, index, start, stop in sample_spans(step, self.activations.window.lengths):
+        for row, index, start, stop in sample_spans(layout, self.activations.window.lengths):
             sample = self.samples[index]
             assert sample.reasons is not None
             reasons = selection.after(sample.reasons, stacked[:, row, start:stop], sample.sample_idx)
@@ -102,7 +102,7 @@ class StepInFlight:
     """A step the device is working on. `fetch` is None until norms have decided."""
 
     buffer: WindowBuffer
-    step: Step
+    layout: StepLayout
     output: StepOutput
     started: float
     fetch: Fetch | None
@@ -167,21 +167,21 @@ class Extraction:
 
     def _forward_part(self, part: PartOfWindow, steps: Channel[StepInFlight], clock: StageClock) -> None:
         self._acquire_buffer()
-        layouts = self.job.steps_of(part)
+        layouts = self.job.layouts_of(part)
         buffer = WindowBuffer.allocate(self.job, part, len(layouts))
         token_ids = [sample.token_ids for sample in part.own.samples]
-        for step in layouts:
+        for layout in layouts:
             if self.session.stop.is_set():
                 return
             started = time.monotonic()
-            output = self.step(step_arrays(step, token_ids))
+            output = self.step(step_arrays(layout, token_ids))
             fetch = None
             if not self._norms_decide:
-                fetch = self._start_copy(output, step, buffer)
-            steps.put(StepInFlight(buffer, step, output, started, fetch), clock)
+                fetch = self._start_copy(output, layout, buffer)
+            steps.put(StepInFlight(buffer, layout, output, started, fetch), clock)
 
-    def _start_copy(self, output: StepOutput, step: Step, buffer: WindowBuffer) -> Fetch:
-        fetch = plan_fetch(step, buffer.samples, buffer.part.own.lengths, self.job.pools)
+    def _start_copy(self, output: StepOutput, layout: StepLayout, buffer: WindowBuffer) -> Fetch:
+        fetch = plan_fetch(layout, buffer.samples, buffer.part.own.lengths, self.job.pools)
         start_copy(output, fetch)
         return fetch
 
@@ -206,8 +206,8 @@ class Extraction:
         assert selection is not None
         for flight in steps.drain(clock):
             self._wait_for_device(flight, clock)
-            flight.buffer.select(flight.step, flight.output.norms(), selection)
-            fetch = self._start_copy(flight.output, flight.step, flight.buffer)
+            flight.buffer.select(flight.layout, flight.output.norms(), selection)
+            fetch = self._start_copy(flight.output, flight.layout, flight.buffer)
             selected.put(replace(flight, fetch=fetch), clock)
             del flight
         selected.close()
@@ -425,7 +425,7 @@ def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int)
 
 def _sample_at(flight: StepInFlight, row: int, token: int) -> tuple[int, int]:
     """The sample that a token of a step belongs to, and its place there."""
-    for in_row, index, start, stop in sample_spans(flight.step, flight.buffer.activations.window.lengths):
+    for in_row, index, start, stop in sample_spans(flight.layout, flight.buffer.activations.window.lengths):
         if in_row == row and start <= token < stop:
             return index, token - start
     raise AssertionError("a stored token belongs to a sample")

@@ -96,7 +96,7 @@ def prepare_stream(
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
-    step = job.steps_of(next(job.parts_of(first)))[0]
+    step = job.layouts_of(next(job.parts_of(first)))[0]
     shape = step.n_rows, step.length
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 

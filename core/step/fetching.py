@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int32
 
 from core.reduce.reductions import Pool
 from core.samples.windows import TokenizedSample
-from core.step.layout import Step, sample_spans
+from core.step.layout import StepLayout, sample_spans
 
 # Gathering costs a copy on the device: more than this share of a row is fetched whole.
 _WORTH_GATHERING = 3 / 4
@@ -78,13 +78,13 @@ class Fetch:
 
 
 def plan_fetch(
-    step: Step, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool] = ()
+    step: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool] = ()
 ) -> Fetch:
     """Gathers on the device where that brings over a good deal less. `samples` and their `lengths` are the window's."""
     return _plan_pooled(step, samples, lengths, pools) if pools else _plan_tokens(step, samples, lengths)
 
 
-def _plan_tokens(step: Step, samples: Sequence[TokenizedSample], lengths: Sequence[int]) -> Fetch:
+def _plan_tokens(step: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int]) -> Fetch:
     stored = np.zeros((step.n_rows, step.length), bool)
     in_row: dict[int, tuple[int, Places]] = {}
     for row, sample, start, stop in sample_spans(step, lengths):
@@ -100,7 +100,7 @@ def _plan_tokens(step: Step, samples: Sequence[TokenizedSample], lengths: Sequen
 
 
 def _plan_pooled(
-    step: Step, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
+    step: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
 ) -> Fetch:
     """Fetches the tokens that weigh something: all of them for a mean, one a sample for the last."""
     weights = np.zeros((len(pools), step.n_rows, step.length), np.float32)

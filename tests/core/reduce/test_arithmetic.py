@@ -11,7 +11,7 @@ from core.reduce.losses import LossSum, total_losses
 from core.reduce.reductions import Pool, Quantization, Reduction, parse_pool, restore
 from core.samples.windows import TokenizedSample
 from core.step.fetching import plan_fetch
-from core.step.layout import Row, Step
+from core.step.layout import Row, StepLayout
 
 F32 = np.dtype(np.float32)
 
@@ -90,7 +90,7 @@ def test_pools_of_packed_rows_are_those_of_each_sample_alone(pools, selects):
         )
     assert not selects or any(not len(sample.kept) for sample in samples)
     numbers = iter(range(len(flat)))
-    step = Step(32, len(lengths) + 1, tuple(Row(32, tuple(next(numbers) for _ in row)) for row in lengths))
+    step = StepLayout(32, len(lengths) + 1, tuple(Row(32, tuple(next(numbers) for _ in row)) for row in lengths))
     parsed = tuple(map(parse_pool, pools))
     fetch = plan_fetch(step, samples, flat, parsed)
     x = tokens(2, step.n_rows, 32, 3)

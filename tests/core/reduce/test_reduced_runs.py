@@ -151,7 +151,7 @@ def test_pools_are_those_of_each_sample_alone(full, step, exact, tmp_path):
 def test_what_is_brought_to_the_host_is_a_row_for_each_pool_of_a_sample(full, step):
     job = prepare_job(replace(full, pool=("mean", "max")), "float32")
     part = next(job.parts_of(next(job.windows())))
-    planned = job.steps_of(part)[0]
+    planned = job.layouts_of(part)[0]
     output = ReducedStep(step, job.reduction, DTYPES["float32"])(
         step_arrays(planned, [sample.token_ids for sample in part.own.samples])
     )

@@ -58,7 +58,7 @@ class Watched:
 
 def values(step, job, window) -> dict[str, np.ndarray]:
     part = next(job.parts_of(window))
-    output = step(step_arrays(job.steps_of(part)[0], [sample.token_ids for sample in part.own.samples]))
+    output = step(step_arrays(job.layouts_of(part)[0], [sample.token_ids for sample in part.own.samples]))
     output.start_copy(None)
     return output.fetch()
 

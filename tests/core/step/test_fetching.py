@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from core.samples.windows import TokenizedSample
 from core.step.fetching import fetch_size, plan_fetch
-from core.step.layout import BatchShape, plan_steps, step_arrays
+from core.step.layout import BatchShape, lay_out_steps, step_arrays
 
 
 def sample(index: int, reasons: list[bool] | None, length: int) -> TokenizedSample:
@@ -31,7 +31,7 @@ def test_every_stored_token_is_found_where_it_is_said_to_be(reasons, is_selected
     samples = [sample(i, dropped if is_selected else None, len(dropped)) for i, dropped in enumerate(reasons)]
     lengths = [len(s.token_ids) for s in samples]
     seen = {}
-    for step in plan_steps(lengths, BatchShape(4, 1, (128, 256), pack)):
+    for step in lay_out_steps(lengths, BatchShape(4, 1, (128, 256), pack)):
         arrays = step_arrays(step, [s.token_ids for s in samples])
         fetch = plan_fetch(step, samples, lengths)
         fetched = arrays.tokens if fetch.gathered is None else np.take_along_axis(arrays.tokens, fetch.gathered, axis=1)
