@@ -46,7 +46,7 @@ class CaseResult:
 
 def measure(engine: Engine, case: str, folder: Path, repeats: int) -> CaseResult:
     """Runs both sides in turns. Raises RunError when a run commits other tokens than the steps hold."""
-    steps = engine.planned_steps()
+    steps = engine.all_steps()
     summaries: list[Summary] = []
 
     def end_to_end() -> None:

@@ -218,7 +218,7 @@ def measure_case(
         case=case,
         layers=request.layers,
         tokens=workload.n_tokens,
-        computed_tokens=sum(step.tokens.size for step in first.engine.planned_steps()),
+        computed_tokens=sum(step.tokens.size for step in first.engine.all_steps()),
         compilation_seconds=round(max(first.cold.seconds - warm, 0), 3),
         tokens_per_second={dtype: round(workload.n_tokens / timings[_ours(dtype)].seconds, 1) for dtype in ours},
         peers=[peer_row(name, side, workload, timings, ours, distances[name]) for name, side in sides.items()],
