@@ -124,7 +124,7 @@ def price_run(config: RunConfig) -> PlanReport | HostEnd:
 
 def _price(jobs: Sequence[Job]) -> PlanReport:
     """Of what the output does not hold yet."""
-    stores = open_stores(jobs[0].config, jobs[0].plan.parts)
+    stores = open_stores(jobs[0].config, jobs[0].identity.parts)
     done = [(job, open_storage(job, stores).open()) for job in jobs]
     left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
     windows = (job.windows(start=place, first_index=i, bad_before=bad) for job, (place, i, bad) in left)

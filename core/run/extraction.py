@@ -68,7 +68,7 @@ class WindowBuffer:
             for site, stored in job.stored.items()
             for name, array in stored.items()
         }
-        number = part.part if job.plan.parts > 1 else None
+        number = part.part if job.identity.parts > 1 else None
         activations = WindowActivations(part.own, job.layers, arrays, number)
         return cls(part, activations, list(part.own.samples), n_steps)
 
@@ -298,7 +298,7 @@ class Extraction:
     def _record(self, window: Window, stored: list[StoredPart]) -> CommitRecord:
         parts = sorted((part for part in stored if part.number is not None), key=lambda part: part.number or 0)
         counts = {part.number: part.counts for part in parts}
-        nothing = PartCounts(None, None, 0, 0)
+        n_parts, nothing = self.job.identity.parts, PartCounts(None, None, 0, 0)
         dropped: Counter[str] = Counter()
         for part in parts:
             dropped.update(part.n_dropped)
@@ -321,7 +321,7 @@ class Extraction:
             pools=tuple(map(str, self.job.pools)),
             losses=total_losses((part.n_rows, part.losses) for part in parts),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
-            parts=tuple(counts.get(n, nothing) for n in range(self.job.plan.parts)) if self.job.plan.parts > 1 else (),
+            parts=tuple(counts.get(n, nothing) for n in range(n_parts)) if n_parts > 1 else (),
         )
 
     @property

@@ -34,7 +34,7 @@ from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.run.stores import open_storage
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.shards.formats import FORMATS
 
 SITES = ("resid_pre", "q", "mlp_act", "residual")
@@ -239,7 +239,7 @@ def fetched_bytes(config: RunConfig) -> CountingStep:
     step = CountingStep(load(job).step)
     prepared = prepare_stream(job, open_storage(job))
     session = HostSession(ALONE, "run", threading.Event())
-    assert run_stream(prepared, LoadedModel(step, 0.0), session).status == "complete"
+    assert run_stream(prepared, LoadedStep(step, 0.0), session).status == "complete"
     return step
 
 
