@@ -26,7 +26,7 @@ from fleet.gcloud.calls import Gcloud, Patience
 from fleet.gcloud.listing import Inventory, Resource
 from fleet.gcloud.naming import require_name
 from fleet.gcloud.parallel import each
-from fleet.launching import Job, Launched, launch, require_flags
+from fleet.launching import ExtractionCommand, Launched, launch, require_flags
 from fleet.reconciling import Outcome, delete, reconcile
 from fleet.secrets import refuse_secrets
 from fleet.watching import Round, dataset_finished, output_url, watch
@@ -152,7 +152,7 @@ def launch_command(context: Context) -> int:
     args = context.args
     require_flags(args.command_flags)
     refuse_secrets([*args.command_flags, *(secret for _, secret in args.secret_env)])
-    job = Job(tuple(args.command_flags), tuple(args.secret_env), build_bundle(ROOT))
+    job = ExtractionCommand(tuple(args.command_flags), tuple(args.secret_env), build_bundle(ROOT))
     if args.watch:
         return _watch(context, job)
     found = context.gcloud.inventory(args.zones)
@@ -168,12 +168,14 @@ def launch_command(context: Context) -> int:
     return 0 if all(item.ok for item in launched) and not missing else 1
 
 
-def _launch_ready(context: Context, job: Job, decisions: Sequence[Decision], *, again: bool) -> tuple[Launched, ...]:
+def _launch_ready(
+    context: Context, job: ExtractionCommand, decisions: Sequence[Decision], *, again: bool
+) -> tuple[Launched, ...]:
     ready = [decision for decision in decisions if decision.action is Action.KEEP]
     return launch(context.gcloud, job, ready, restart=context.args.restart, again=again)
 
 
-def _watch(context: Context, job: Job | None) -> int:
+def _watch(context: Context, job: ExtractionCommand | None) -> int:
     args = context.args
     if args.workers_per_zone is None:
         raise UsageError("--watch needs --workers_per_zone: a TPU that is gone tells nobody that it was wanted")

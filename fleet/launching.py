@@ -37,7 +37,7 @@ bash "$code/scripts/setup_tpu_vm.sh" --dir "$dir"
 "$dir/venv/bin/python" "$code/extract_activations.py" {flags}"""
 
 
-class Extraction(StrEnum):
+class ExtractionState(StrEnum):
     """What the extraction on a TPU does."""
 
     STARTED = "started"
@@ -51,7 +51,7 @@ class Extraction(StrEnum):
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionCommand:
     """What every worker runs: the flags of extract_activations.py, the secrets by variable, and the code."""
 
     flags: tuple[str, ...]
@@ -79,13 +79,18 @@ class Launched:
     """What became of one TPU's extraction."""
 
     decision: Decision
-    extraction: Extraction
+    extraction: ExtractionState
     message: str
 
     @property
     def ok(self) -> bool:
         """Whether the extraction runs or has ended well."""
-        return self.extraction in (Extraction.STARTED, Extraction.RUNNING, Extraction.FINISHED, Extraction.PLANNED)
+        return self.extraction in (
+            ExtractionState.STARTED,
+            ExtractionState.RUNNING,
+            ExtractionState.FINISHED,
+            ExtractionState.PLANNED,
+        )
 
     def line(self) -> str:
         """For people."""
@@ -121,7 +126,7 @@ def flags_of_worker(flags: Sequence[str], worker_id: int, hosts: int) -> tuple[l
     return [*own, *multihost, "--worker_id", str(worker_id)], {}
 
 
-def start_script(job: Job, worker_id: int, hosts: int, *, restart: bool) -> str:
+def start_script(job: ExtractionCommand, worker_id: int, hosts: int, *, restart: bool) -> str:
     """The shell script that sets a host up and starts the job there."""
     flags, environment = flags_of_worker(job.flags, worker_id, hosts)
     options = ["--id", job.id]
@@ -136,7 +141,7 @@ def start_script(job: Job, worker_id: int, hosts: int, *, restart: bool) -> str:
     )
 
 
-def _archive(job: Job) -> str:
+def _archive(job: ExtractionCommand) -> str:
     return f"activations-{job.bundle.digest}.tar.gz"
 
 
@@ -146,28 +151,28 @@ def parse_states(output: str) -> tuple[HostState, ...]:
     return tuple(HostState(*parts[1:]) for parts in lines if parts[:1] == [_MARK] and len(parts) == 5)
 
 
-def state_of(states: Sequence[HostState], job_id: str, hosts: int) -> tuple[Extraction | None, str]:
+def state_of(states: Sequence[HostState], job_id: str, hosts: int) -> tuple[ExtractionState | None, str]:
     """What the hosts of one TPU do together; None when there is something to start."""
     if len(states) < hosts:
-        return Extraction.UNREACHABLE, f"{len(states)} of {hosts} hosts answered"
+        return ExtractionState.UNREACHABLE, f"{len(states)} of {hosts} hosts answered"
     active = [host for host in states if host.state in ("running", "waiting")]
     for host in active:
         if host.job != job_id:
-            return Extraction.OTHER, f"{host.host} runs job {host.job}: --restart ends it"
+            return ExtractionState.OTHER, f"{host.host} runs job {host.job}: --restart ends it"
     ours = [host for host in states if host.job == job_id]
-    for word, extraction in (("failed", Extraction.FAILED), ("stopped", Extraction.STOPPED)):
+    for word, extraction in (("failed", ExtractionState.FAILED), ("stopped", ExtractionState.STOPPED)):
         for host in ours:
             if host.state == word:
                 return extraction, f"{host.host}: {host.detail}"
     if len(ours) == hosts and all(host.state == "finished" for host in ours):
-        return Extraction.FINISHED, ours[0].detail
+        return ExtractionState.FINISHED, ours[0].detail
     if len(ours) == hosts and all(host.state in ("running", "waiting", "finished") for host in ours):
-        return Extraction.RUNNING, active[0].detail
+        return ExtractionState.RUNNING, active[0].detail
     return None, "not running"
 
 
 def launch(
-    gcloud: Gcloud, job: Job, decisions: Sequence[Decision], *, restart: bool = False, again: bool = True
+    gcloud: Gcloud, job: ExtractionCommand, decisions: Sequence[Decision], *, restart: bool = False, again: bool = True
 ) -> tuple[Launched, ...]:
     """Starts the job on the TPUs of the decisions, all of them ready.
 
@@ -181,26 +186,28 @@ def launch(
             try:
                 launched = _launch_one(gcloud, job, decision, archive, restart, again)
             except RunError as error:
-                launched = Launched(decision, Extraction.UNREACHABLE, str(error))
+                launched = Launched(decision, ExtractionState.UNREACHABLE, str(error))
             logging.info(launched.line())
             return launched
 
         return tuple(each(decisions, one, on_interrupt=gcloud.stop))
 
 
-def _launch_one(gcloud: Gcloud, job: Job, decision: Decision, archive: Path, restart: bool, again: bool) -> Launched:
+def _launch_one(
+    gcloud: Gcloud, job: ExtractionCommand, decision: Decision, archive: Path, restart: bool, again: bool
+) -> Launched:
     assert decision.machine is not None, "what is ready is a machine"
     slot, hosts = decision.slot, hosts_of(decision.machine.tpu_type)
     if not gcloud.dry_run and not restart:
         extraction, message = state_of(parse_states(gcloud.ssh(slot, _PROBE)), job.id, hosts)
-        startable = again and extraction in (Extraction.FAILED, Extraction.STOPPED)
+        startable = again and extraction in (ExtractionState.FAILED, ExtractionState.STOPPED)
         if extraction is not None and not startable:
             return Launched(decision, extraction, message)
     gcloud.copy(str(archive), slot, archive.name)
     output = gcloud.ssh(slot, start_script(job, slot.worker_id, hosts, restart=restart))
     if gcloud.dry_run:
-        return Launched(decision, Extraction.PLANNED, f"job {job.id} on {hosts} host(s)")
+        return Launched(decision, ExtractionState.PLANNED, f"job {job.id} on {hosts} host(s)")
     extraction, message = state_of(parse_states(output), job.id, hosts)
-    if extraction is Extraction.RUNNING:
-        return Launched(decision, Extraction.STARTED, f"job {job.id} on {hosts} host(s)")
-    return Launched(decision, extraction or Extraction.FAILED, message)
+    if extraction is ExtractionState.RUNNING:
+        return Launched(decision, ExtractionState.STARTED, f"job {job.id} on {hosts} host(s)")
+    return Launched(decision, extraction or ExtractionState.FAILED, message)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from core.base.errors import RunError, UsageError
-from fleet.launching import Extraction, Launched
+from fleet.launching import ExtractionState, Launched
 from fleet.reconciling import Outcome
 
-_ENDED = {Extraction.FINISHED, Extraction.FAILED, Extraction.STOPPED}
+_ENDED = {ExtractionState.FINISHED, ExtractionState.FAILED, ExtractionState.STOPPED}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Round:
     @property
     def has_finished(self) -> bool:
         """Whether every extraction ended well."""
-        return self.has_ended and all(launched.extraction is Extraction.FINISHED for launched in self.launched)
+        return self.has_ended and all(launched.extraction is ExtractionState.FINISHED for launched in self.launched)
 
 
 @dataclass(frozen=True)

@@ -83,12 +83,12 @@ def _subject(job: Job) -> Subject:
         layers=job.layers,
         compute_dtype=job.compute_dtype,
         stored_dtype=job.step_request.stored_dtype,
-        digest=job.plan.model["digest"],
+        digest=job.identity.model["digest"],
         about={
             "computed_by": f"the step of the run, {'packed' if job.batch_shape.pack else 'one sample a row'}",
             "backend": job.backend.name,
-            "model": job.plan.model,
-            "plan_hash": content_hash(job.plan.to_json()),
+            "model": job.identity.model,
+            "plan_hash": content_hash(job.identity.to_json()),
         },
         # JAX has reserved the memory of its devices.
         device=best_device() if job.backend.name == "torch" else "cpu",

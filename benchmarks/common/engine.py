@@ -13,7 +13,7 @@ from core.run.config import RunConfig
 from core.run.job import Job
 from core.run.progress import Summary
 from core.run.stores import open_storage
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.step.backend import StepOutput
 from core.step.host_copies import wait_for
 from core.step.layout import StepArrays, lay_out_steps, step_arrays
@@ -24,7 +24,7 @@ class Engine:
     """A loaded model and its job. Nothing is compiled until the first run, and nothing is read from a cache on disk."""
 
     job: Job
-    model: LoadedModel
+    model: LoadedStep
 
     @classmethod
     def load(

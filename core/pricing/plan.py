@@ -18,7 +18,7 @@ from core.run.job import Job
 from core.run.progress import HostEnd, format_bytes, format_reasons
 from core.run.runner import on_every_host, prepare_jobs
 from core.run.stores import open_storage, open_stores
-from core.run.stream_run import LoadedModel, load
+from core.run.stream_run import LoadedStep, load
 from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, usual_share
 from core.samples.selection import count_reasons
 from core.samples.windows import Window
@@ -125,7 +125,7 @@ def price_run(config: RunConfig) -> PlanReport | HostEnd:
 
 def _price(jobs: Sequence[Job]) -> PlanReport:
     """Of what the output does not hold yet."""
-    stores = open_stores(jobs[0].config, jobs[0].plan.parts)
+    stores = open_stores(jobs[0].config, jobs[0].identity.parts)
     done = [(job, open_storage(job, stores).open()) for job in jobs]
     left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
     windows = (job.windows(start=place, first_index=i, bad_before=bad) for job, (place, i, bad) in left)
@@ -141,7 +141,7 @@ def _price(jobs: Sequence[Job]) -> PlanReport:
 def plan_run(
     job: Job,
     windows: Iterator[Window],
-    load_model: Callable[[], LoadedModel],
+    load_model: Callable[[], LoadedStep],
     *,
     committed: Sequence[CommitRecord],
     free: int | None,
@@ -225,7 +225,7 @@ class _Totals:
         self.computed += self.n_hosts * sum(layout.n_rows * layout.length for layout in layouts)
 
 
-def time_step(job: Job, model: LoadedModel, window: Window, layout: StepLayout) -> tuple[float, float | None]:
+def time_step(job: Job, model: LoadedStep, window: Window, layout: StepLayout) -> tuple[float, float | None]:
     """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
     arrays = step_arrays(layout, [sample.token_ids for sample in window.samples])
     fetch, rows = fetch_rows(layout, window.samples, window.lengths, job.pools)

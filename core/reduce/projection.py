@@ -76,7 +76,7 @@ class Projection:
                 raise UsageError(f"--project {self.name}: it has {layers}, {site} has {n_layers}")
 
     def to_json(self) -> dict[str, Any]:
-        """What the plan keeps: a digest of the numbers, whatever file they came in."""
+        """What the identity keeps: a digest of the numbers, whatever file they came in."""
         digest = hashlib.sha256(repr(self.matrix.shape).encode())
         for array in (self.matrix, self.mean):
             digest.update(np.ascontiguousarray(array, "<f4").data)

@@ -8,7 +8,7 @@ from absl import logging
 
 from core.base.dtypes import DTYPES
 from core.base.errors import ModelError, UsageError
-from core.commit.identity import RunPlan, StreamPlan
+from core.commit.identity import RunIdentity, StreamIdentity
 from core.commit.output_identity import RUN_FILE
 from core.dataset_utils import (
     resolve_stream_path,
@@ -26,7 +26,7 @@ from core.step.backend import Backend
 from core.step.backends import choose_backend
 from core.step.capture import resolve_capture
 from core.step.model_shape import ModelShape, check_sample_length
-from core.streams.sharded_dataset import ShardEntry, find_shard, read_dataset
+from core.streams.sharded_dataset import DatasetShard, find_shard, read_dataset
 from qwen2_jax import Capture, load_tokenizer, tokenizer_digest
 
 
@@ -51,7 +51,7 @@ def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> 
     path = resolve_stream_path(config.dataset_path)
     shard = find_shard(path)
     first_position = shard.first_task if shard else 0
-    stream = StreamPlan(
+    stream = StreamIdentity(
         stream_identity(path), config.machine_id, config.total_machines, config.max_tasks, first_position
     )
     return _prepare(config, compute_dtype, hosts, path, config.folder, stream)
@@ -77,13 +77,13 @@ def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = ALO
     ]
 
 
-def _shard_stream(shard: ShardEntry, limit: int) -> StreamPlan:
+def _shard_stream(shard: DatasetShard, limit: int) -> StreamIdentity:
     max_tasks = limit - shard.first_task
-    return StreamPlan(shard.identity, 0, 1, max_tasks if max_tasks < shard.num_tasks else None, shard.first_task)
+    return StreamIdentity(shard.identity, 0, 1, max_tasks if max_tasks < shard.num_tasks else None, shard.first_task)
 
 
 def _prepare(
-    config: RunConfig, compute_dtype: str, hosts: Hosts, stream_path: str, folder: str, stream: StreamPlan
+    config: RunConfig, compute_dtype: str, hosts: Hosts, stream_path: str, folder: str, stream: StreamIdentity
 ) -> Job:
     options = PromptOptions(
         grid_encoder=config.grid_encoder,
@@ -113,7 +113,9 @@ def _prepare(
         model=model,
         capture=capture,
         compute_dtype=compute_dtype,
-        plan=_run_plan(config, backend, model, capture, compute_dtype, digest, reduction, _parts(hosts, config)),
+        identity=_run_identity(
+            config, backend, model, capture, compute_dtype, digest, reduction, _parts(hosts, config)
+        ),
         stream=stream,
         tokenizer=tokenizer,
         selection=selection,
@@ -148,7 +150,7 @@ def checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) ->
     widths = {site: model.site_widths[site] for site in capture.sites}
     reduction.check(widths, layers)
     widest = max(reduction.arrays(width, DTYPES[config.dtype])[VALUES].width for width in widths.values())
-    # It would be one scale a row under another plan. The default block is for rows of any width.
+    # It would be one scale a row under another name. The default block is for rows of any width.
     if (config.quantize_block or 0) > widest:
         raise UsageError(
             f"--quantize_block {config.quantize_block}: no row has more than {widest} values: 0 is one scale a row"
@@ -172,7 +174,7 @@ def _token_facts(config: RunConfig, tokenizer: Tokenizer) -> TokenFacts | None:
     return facts
 
 
-def _run_plan(
+def _run_identity(
     config: RunConfig,
     backend: Backend,
     model: ModelShape,
@@ -181,8 +183,8 @@ def _run_plan(
     tokenizer: str | None,
     reduction: Reduction | None,
     parts: int,
-) -> RunPlan:
-    return RunPlan(
+) -> RunIdentity:
+    return RunIdentity(
         # The digest says which weights these are; the revision only says where they were found.
         model={"family": model.family, "digest": backend.model_digest(config.model_path, config.revision)},
         tokenizer=tokenizer,

@@ -1,10 +1,10 @@
 """The engine: windows through the device to committed shards, all stages at once.
 
 read      stream → prompts → tokens → windows            a thread
-forward   windows → packed steps → device                the main thread; timed on the device
+forward   windows → packed steps → device                the main thread, and threads of the device
 select    norms → which tokens are stored                a thread, only where norms decide
-copy      device → window buffers on the host            a thread
-encode    window buffers → finished files                a pool
+copy      device → arrays of windows on the host         a thread
+encode    arrays of windows → finished files             a pool
 store     upload, commit record, index, checkpoint       a pool, and a thread that commits in order
 """
 
@@ -154,7 +154,7 @@ class Extraction:
             steps.put(flight, clock)
 
     def _allocate(self, part: PartOfWindow, n_steps: int) -> WindowActivations:
-        number = part.part if self.job.plan.parts > 1 else None
+        number = part.part if self.job.identity.parts > 1 else None
         return WindowActivations.allocate(part.own, self.job.layers, self.job.stored, n_steps, number)
 
     def _fetch_rows(self, layout: StepLayout, activations: WindowActivations) -> tuple[Fetch, StepRows]:
@@ -305,7 +305,7 @@ class Extraction:
     def _record(self, window: Window, stored: list[StoredPart]) -> CommitRecord:
         parts = sorted((part for part in stored if part.number is not None), key=lambda part: part.number or 0)
         counts = {part.number: part.counts for part in parts}
-        nothing = PartCounts(None, None, 0, 0)
+        n_parts, nothing = self.job.identity.parts, PartCounts(None, None, 0, 0)
         dropped: Counter[str] = Counter()
         for part in parts:
             dropped.update(part.n_dropped)
@@ -328,7 +328,7 @@ class Extraction:
             pools=tuple(map(str, self.job.pools)),
             losses=total_losses((part.n_rows, part.losses) for part in parts),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
-            parts=tuple(counts.get(n, nothing) for n in range(self.job.plan.parts)) if self.job.plan.parts > 1 else (),
+            parts=tuple(counts.get(n, nothing) for n in range(n_parts)) if n_parts > 1 else (),
         )
 
     @property

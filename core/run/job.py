@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError
-from core.commit.identity import RunPlan, StreamPlan
+from core.commit.identity import RunIdentity, StreamIdentity
 from core.dataset_utils import (
     BadRecord,
     format_bad,
@@ -45,8 +45,8 @@ class Job:
     model: ModelShape
     capture: Capture
     compute_dtype: str
-    plan: RunPlan
-    stream: StreamPlan
+    identity: RunIdentity
+    stream: StreamIdentity
     tokenizer: Tokenizer
     selection: Selection | None = None
     facts: TokenFacts | None = None
@@ -82,7 +82,7 @@ class Job:
     @property
     def keeps_local_copy(self) -> bool:
         """Whether everything that is stored also stays on this machine's disk."""
-        return self.config.local_copy_stays and (self.plan.parts == 1 or not self.config.uploads)
+        return self.config.local_copy_stays and (self.identity.parts == 1 or not self.config.uploads)
 
     @property
     def bytes_per_row(self) -> dict[str, int]:
@@ -138,13 +138,13 @@ class Job:
             self._admit(self.items(start), bad_before),
             bytes_per_row=max(self.bytes_per_row.values()),
             # Every part has files of its own, which are to reach the size that was asked for.
-            shard_bytes=self.config.shard_bytes * self.plan.parts,
+            shard_bytes=self.config.shard_bytes * self.identity.parts,
             first_index=first_index,
         )
 
     def parts_of(self, window: Window) -> Iterator[PartOfWindow]:
         """What this host computes of a window, turn by turn."""
-        return parts_of_window(window, n_parts=self.plan.parts, host=self.hosts.number, n_hosts=self.hosts.count)
+        return parts_of_window(window, n_parts=self.identity.parts, host=self.hosts.number, n_hosts=self.hosts.count)
 
     def layouts_of(self, part: PartOfWindow) -> tuple[StepLayout, ...]:
         """How the samples of a part are laid out in steps."""

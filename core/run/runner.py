@@ -52,7 +52,7 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
         require_shared_output(config, hosts)
         jobs = prepare_jobs(config, hosts)
         if config.use_sharded_dataset:
-            return run_shards(jobs, open_stores(config, jobs[0].plan.parts), before_extraction)
+            return run_shards(jobs, open_stores(config, jobs[0].identity.parts), before_extraction)
         return _extract(jobs[0], before_extraction)
 
     return on_every_host(config, work)
@@ -135,7 +135,7 @@ def _require_same_flags(config: RunConfig, hosts: Hosts) -> None:
 
 
 def _extract(job: Job, before_extraction: BeforeExtraction | None) -> Summary:
-    stores = open_stores(job.config, job.plan.parts)
+    stores = open_stores(job.config, job.identity.parts)
     storage = open_storage(job, stores)
     storage.spool.remove_stale_temporaries()
     prepared = prepare_stream(job, storage)

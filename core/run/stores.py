@@ -33,7 +33,7 @@ class Stores:
 
 
 def open_stores(config: RunConfig, parts: int = 1) -> Stores:
-    """The output where the flags say it is; nothing is written yet. parts: of each window, see `RunPlan`.
+    """The output where the flags say it is; nothing is written yet. parts: of each window, see `RunIdentity`.
 
     Local output: written in place. Remote output: files are finished in a folder below TMPDIR, then uploaded. Local
     output with upload: the bucket is where a commit counts, the local folder is a copy unless it is to be deleted.
@@ -81,9 +81,9 @@ def require_shared_output(config: RunConfig, hosts: Hosts) -> None:
 def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
     """The job's folder in the output; nothing is written yet."""
     config = job.config
-    stores = stores or open_stores(config, job.plan.parts)
+    stores = stores or open_stores(config, job.identity.parts)
     return ActivationStorage(
-        job.plan,
+        job.identity,
         job.stream,
         job.folder,
         primary=stores.primary,

@@ -12,7 +12,7 @@ from absl import logging
 
 from core.activation_storage import ActivationStorage
 from core.base.dtypes import DTYPES
-from core.commit.checkpoint import Checkpoint, save_checkpoint
+from core.commit.checkpoint import WorkerCheckpoint, save_checkpoint
 from core.commit.record import CommitRecord
 from core.hosts.session import HostSession
 from core.object_store import LocalStore, disk_errors
@@ -32,7 +32,7 @@ _INDEX_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedStep:
     """The model on the device, how long it took to get there, and what is done to what its steps give."""
 
     step: Step
@@ -57,7 +57,7 @@ class PreparedStream:
     must_say_so: bool = False
 
 
-def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
+def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
     """Loads as much of the job's model as it captures, on all devices of this process.
 
     first_shape: (rows, length) of the step that comes first, which is compiled meanwhile; None: a full one.
@@ -67,7 +67,7 @@ def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
     request = replace(job.step_request, first_shape=first_shape or full)
     step = job.backend.load(job.config.model_path, job.config.revision, request)
     reduce = None if job.reduction is None else Reducer(job.reduction, DTYPES[job.config.dtype])
-    return LoadedModel(step, time.monotonic() - started, reduce)
+    return LoadedStep(step, time.monotonic() - started, reduce)
 
 
 def prepare_stream(
@@ -124,7 +124,7 @@ def _require_writable(job: Job, storage: ActivationStorage) -> None:
 
 def run_stream(
     prepared: PreparedStream,
-    model: LoadedModel | None,
+    model: LoadedStep | None,
     session: HostSession,
     *,
     log: Callable[[str], None] = logging.info,
@@ -146,7 +146,7 @@ def run_stream(
         committed_samples=storage.committed_samples,
         log=log,
         metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
-        n_hosts=min(job.hosts.count, job.plan.parts),
+        n_hosts=min(job.hosts.count, job.identity.parts),
         is_shown=job.hosts.is_first,
     )
     if on_start is not None:
@@ -215,7 +215,7 @@ class _Bookkeeper:
     def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
         config = self._job.config
         if config.enable_checkpointing and self._job.hosts.is_first:
-            checkpoint = Checkpoint(
+            checkpoint = WorkerCheckpoint(
                 worker_id=config.worker_id,
                 last_processed_sample_idx=record.last_sample_idx,
                 total_samples_processed=self._storage.committed_samples,

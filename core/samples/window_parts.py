@@ -1,7 +1,7 @@
 """Windows in parts: what each host of a slice computes and writes of a window.
 
 A part is a run of consecutive samples; the parts of a window hold about the same number of tokens. How many there are
-is part of the run's plan, and so is not up to the hosts that happen to work: with as many hosts as parts each takes
+is part of the run's identity, and so is not up to the hosts that happen to work: with as many hosts as parts each takes
 one, with fewer they take turns.
 """
 

@@ -41,7 +41,7 @@ from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.run.stores import open_storage
-from core.run.stream_run import LoadedModel, prepare_stream, run_stream
+from core.run.stream_run import LoadedStep, prepare_stream, run_stream
 from core.step.backend import Step
 from core.step.gathering import gather
 from core.step.host_copies import begin_copies, on_host
@@ -89,7 +89,7 @@ def reduced(full: RunConfig, step: Step, out: Path, **flags) -> Path:
     """Runs with these flags into `out`; what it stored must verify."""
     job = prepare_job(replace(full, output_dir=str(out), **flags), "float32")
     prepared = prepare_stream(job, open_storage(job))
-    model = LoadedModel(step, 0.0, Reducer(job.reduction, DTYPES[job.config.dtype]))
+    model = LoadedStep(step, 0.0, Reducer(job.reduction, DTYPES[job.config.dtype]))
     session = HostSession(ALONE, "run", threading.Event())
     assert run_stream(prepared, model, session, log=lambda line: None).status == "complete"
     assert verify(str(out)).ok, verify(str(out)).lines()

@@ -15,7 +15,7 @@ from core.run import extraction
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.stores import open_storage
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.step.backend import StepOutput
 from core.step.layout import StepArrays
 
@@ -23,7 +23,7 @@ from core.step.layout import StepArrays
 class SlowStep:
     """A device that is slower than the reader, and sets `stop` in its n-th step. Several threads may call it."""
 
-    def __init__(self, model: LoadedModel, stop: threading.Event, stop_at: int) -> None:
+    def __init__(self, model: LoadedStep, stop: threading.Event, stop_at: int) -> None:
         self._step, self._stop, self._stop_at = model.step, stop, stop_at
         self._numbers = itertools.count(1)
 
@@ -63,7 +63,7 @@ def test_a_stream_stopped_at_any_step_ends_and_the_next_run_goes_on(config, tmp_
     while not statuses or statuses[-1] == "stopped":
         stop = threading.Event()
         session = on_its_own(stop)
-        slow = LoadedModel(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)
+        slow = LoadedStep(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)
         prepared = prepare_stream(job, open_storage(job))
         run = threading.Thread(
             target=lambda p=prepared, m=slow, s=session: statuses.append(run_stream(p, m, s).status),
@@ -90,7 +90,7 @@ def test_one_thread_starts_all_programs_of_devices_that_need_them_in_one_order(c
         return call
 
     monkeypatch.setattr(extraction, "gather", noting("gather", extraction.gather))
-    model = LoadedModel(noting("step", model.step), 0.0, noting("reduce", model.reduce))
+    model = LoadedStep(noting("step", model.step), 0.0, noting("reduce", model.reduce))
     assert run_stream(prepare_stream(job, open_storage(job)), model, on_its_own(threading.Event())).status == "complete"
     assert threads.keys() == {"step", "gather", "reduce"}
     assert len(set.union(*threads.values())) == 1

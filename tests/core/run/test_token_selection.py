@@ -37,7 +37,7 @@ from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.run.stores import open_storage
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.shards.formats import FORMATS
 from core.shards.window_activations import WindowActivations
 from core.step.gathering import gather
@@ -261,7 +261,7 @@ def test_a_whole_step_is_let_go_once_its_tokens_are_gathered(full, tmp_path, mon
         scatter(*args)
 
     monkeypatch.setattr(WindowActivations, "scatter", slow)
-    model, session = LoadedModel(watched, 0.0), HostSession(ALONE, "run", threading.Event())
+    model, session = LoadedStep(watched, 0.0), HostSession(ALONE, "run", threading.Event())
     assert run_stream(prepare_stream(job, open_storage(job)), model, session).status == "complete"
     assert len(alive) > 10
     assert max(alive) <= 2
