@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 
 import ml_dtypes
@@ -92,11 +92,12 @@ class Extraction:
     on_commit: Callable[[CommitRecord], None]
     _buffers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(WINDOWS_IN_MEMORY))
     _device_free_at: float = 0.0
+    _lanes: int = field(init=False)
     _device: ThreadPoolExecutor = field(init=False)
 
     def __post_init__(self) -> None:
-        lanes = self.job.backend.lanes(self.job.model, self.job.step_request)
-        self._device = ThreadPoolExecutor(lanes, "device")
+        self._lanes = self.job.backend.lanes(self.job.model, self.job.step_request)
+        self._device = ThreadPoolExecutor(self._lanes, "device")
 
     def run(self, windows: Iterator[Window]) -> None:
         """Runs all stages to the end of `windows`; raises the first error of any of them."""
@@ -151,6 +152,8 @@ class Extraction:
                 fetch, rows = self._fetch_rows(layout, activations)
                 output = self._device.submit(self._compute_and_bring, arrays, fetch, rows)
                 flight = StepInFlight(part, activations, layout, output, started, fetch, rows)
+            if self._lanes == 1:
+                wait([output])  # a queued step would still be computed after the run is stopped
             steps.put(flight, clock)
 
     def _allocate(self, part: PartOfWindow, n_steps: int) -> WindowActivations:
