@@ -113,7 +113,7 @@ def why_missing(taps: Taps, site: str) -> str:
     if site == "resid_mid":
         return "attention and MLP run side by side, so there is nothing between them"
     if site in ("attn_proj", "mlp_proj"):
-        return f"no norm is behind the projection, so it is {site.removesuffix('_proj')}"
+        return f"no norm follows the projection, so it is {site.removesuffix('_proj')}"
     return f"the model has no {SITES[site].meaning}"
 
 

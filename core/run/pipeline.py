@@ -138,7 +138,7 @@ class Channel(Generic[Item]):
                     return
                 taken = [self._items.popleft()]
                 self._condition.notify_all()
-            # Whoever reads the channel decides when an item may be let go of: nothing here keeps its name alive.
+            # The reader alone keeps the item alive: a stage that holds a window while it waits would cost its memory.
             yield taken.pop()
 
     def _wait(self, ready: Callable[[], bool], clock: StageClock) -> None:

@@ -1,7 +1,7 @@
 """What a shard holds and what a format must offer. One file a format; `core.shards.formats.FORMATS` is the registry.
 
-Axis letters: L layers, S samples, N stored rows of all samples behind each other, K stored rows of one sample, D values
-of a row. A row is a token, or one of the vectors that its tokens were pooled to.
+Axis letters: L layers, S samples, N stored rows of all samples, one after the other, K stored rows of one sample, W
+values of a row. A row is a token, or one of the vectors that its tokens were pooled to.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ class ShardContent:
     samples: tuple[TokenizedSample, ...]
 
     @property
-    def values(self) -> Shaped[np.ndarray, "L N D"]:
+    def values(self) -> Shaped[np.ndarray, "L N W"]:
         """The activations, or their codes."""
         return self.arrays[VALUES]
 
@@ -113,7 +113,7 @@ class StoredShard:
     """
 
     sample_idx: tuple[int, ...]
-    layers: dict[int, list[Shaped[np.ndarray, "K D"]]]
+    layers: dict[int, list[Shaped[np.ndarray, "K W"]]]
     positions: list[Int32[np.ndarray, "K"]] | None = None
     token_ids: list[Int32[np.ndarray, "K"]] | None = None
     more: dict[str, dict[int, list[Shaped[np.ndarray, "K W"]]]] = field(default_factory=dict)
