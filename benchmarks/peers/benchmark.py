@@ -140,7 +140,7 @@ def installed(peers: Sequence[str]) -> list[str]:
 
 def load_side(name: str, request: Request) -> Side:
     """A loaded peer."""
-    return importlib.import_module(f"benchmarks.{PEERS[name].module}").side(request, **PEERS[name].settings)
+    return importlib.import_module(f"benchmarks.peers.{PEERS[name].module}").side(request, **PEERS[name].settings)
 
 
 def sides_of(case: str, names: Sequence[str], request: Request) -> dict[str, Side]:

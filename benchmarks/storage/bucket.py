@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUCKET = "bench"
-_TESTS = Path(__file__).resolve().parent.parent / "tests"
+_TESTS = Path(__file__).resolve().parents[2] / "tests"
 _SERVER = f"""
 import json, sys
 from fake_gcs import FakeGcs, gcs_environment
