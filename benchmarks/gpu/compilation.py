@@ -117,7 +117,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
 
 def report(results: Sequence[Memory]) -> str:
     """The table for people."""
-    header = ["case", "weights", "outputs", "beside them", "logits of one layer"]
+    header = ["case", "weights", "outputs", "temporary", "logits of one layer"]
     sizes = [(found.arguments, found.outputs, found.temporary, found.logits) for found in results]
     rows = [[found.case, *(f"{size / 1e9:.2f} GB" for size in row)] for found, row in zip(results, sizes, strict=True)]
     return table(header, rows)
