@@ -104,7 +104,7 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     flags = [*TINY, "--models", "Qwen2.5-7B", "--peers", "--peak_tflops", "1e-9"]
     gpu.run(gpu.build_parser().parse_args(flags))
     told = capsys.readouterr()
-    assert told.err == "a rehearsal: tiny models, and a peak and targets that mean nothing\n"
+    assert told.err == "a rehearsal: tiny models; the peak and the targets mean nothing\n"
     lines = told.out.splitlines()[3:]
     assert [line.split(" | ")[0] for line in lines] == [
         "| Qwen2.5-7B, layer 13, rows of 512 ",

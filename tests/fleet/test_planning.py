@@ -122,7 +122,7 @@ def test_hosts_of_a_slice(tpu_type, hosts):
 
 
 class ForeignInTheListing:
-    """A gcloud that describes as ours what was listed as somebody else's; deleting is an error."""
+    """A gcloud that describes a TPU as ours that was listed as another fleet's; deleting is an error."""
 
     dry_run = False
 
@@ -219,7 +219,7 @@ def test_a_name_listed_twice_is_refused():
         ("UNAVAILABLE: The service is currently unavailable.", "TRANSIENT"),
         ("HTTPError 503: Service Unavailable", "TRANSIENT"),
         ("gcloud crashed (ConnectionError): HTTPSConnectionPool(host='tpu.googleapis.com', port=443)", "TRANSIENT"),
-        ("something that nobody has seen yet", "REFUSED"),
+        ("a message that is not known", "REFUSED"),
     ],
 )
 def test_what_gcloud_says_is_understood(stderr, failure):
