@@ -1,4 +1,4 @@
-"""The engine of extract_activations.py with the model loaded once: what is timed is a run, from stream to commit."""
+"""The engine of extract_activations.py with the model loaded once, to time runs from stream to commit."""
 
 import threading
 from collections.abc import Sequence
@@ -62,7 +62,7 @@ class Engine:
         prepared = prepare_stream(job, open_storage(job))
         return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
 
-    def planned_steps(self) -> list[StepArrays]:
+    def all_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""
         return [
             step_arrays(step, [sample.token_ids for sample in window.samples])
@@ -71,7 +71,7 @@ class Engine:
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:
-        """The forward passes alone, nothing kept. As in a run, one is started before the last is waited for."""
+        """Only the forward passes, outputs discarded. As in a run, each starts before the last one ends."""
         last: StepOutput | None = None
         for arrays in steps:
             started = self.model.step(arrays)
