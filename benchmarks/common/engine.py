@@ -1,4 +1,4 @@
-"""The engine of extract_activations.py with the model loaded once: what is timed is a run, from stream to commit."""
+"""The engine of extract_activations.py with the model loaded once, to time runs from stream to commit."""
 
 import threading
 from collections.abc import Sequence
