@@ -115,9 +115,9 @@ def status_command(args: argparse.Namespace) -> None:
     """Prints how far a fleet is; with --json one object for each look."""
     from analysis.fleet_status.status import watch
     from core.base.errors import UsageError
-    from core.run.config import LONGEST_WAIT_S
+    from core.run.config import MAX_WAIT_S
 
-    if not 0 < args.interval <= LONGEST_WAIT_S:
+    if not 0 < args.interval <= MAX_WAIT_S:
         raise UsageError(f"--interval {args.interval}: must be above 0 and at most a year")
     for fleet in watch(args.dir, args.interval) if args.watch else [status(args.dir)]:
         for line in fleet.lines():

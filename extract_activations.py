@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from core.pricing.plan import PlanReport
     from core.pricing.tpu_estimate import StepEstimate
     from core.run.config import RunConfig
-    from core.run.progress import HostEnd, Summary
+    from core.run.progress import HostExit, Summary
     from core.run.sharded_run import BeforeExtraction
 
 
@@ -165,7 +165,7 @@ def extract(
     activation_type: str | Iterable[str] = "residual",
     output_dir: str = "./activations",
     **flags: Any,
-) -> "Summary | HostEnd":
+) -> "Summary | HostExit":
     """Extracts activations into files, as the command does, and returns what was done: counts, rates and the output.
 
     Args:
@@ -184,7 +184,7 @@ def extract(
     return _extract(run_config(model_path=model_path, dataset_path=dataset_path, **named, **flags))
 
 
-def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "PlanReport | StepEstimate | HostEnd":
+def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "PlanReport | StepEstimate | HostExit":
     """What `extract` with these arguments will cost, as `--plan` prints it; nothing is written. Raises as it does.
 
     With `tpu_topology="v5e:8x8"` what a step costs on such TPUs, by their compiler.
@@ -211,7 +211,7 @@ def run_config(**flags: Any) -> "RunConfig":
     return RunConfig(**values)
 
 
-def _extract(config: "RunConfig") -> "Summary | HostEnd":
+def _extract(config: "RunConfig") -> "Summary | HostExit":
     from core.run.runner import run
 
     return run(config, _certifier() if config.certify else None)
@@ -228,7 +228,7 @@ def _certifier() -> "BeforeExtraction":
     return certify_run
 
 
-def _price(config: "RunConfig") -> "PlanReport | StepEstimate | HostEnd":
+def _price(config: "RunConfig") -> "PlanReport | StepEstimate | HostExit":
     if config.tpu_topology is not None:
         from core.pricing.tpu_estimate import estimate_run
 

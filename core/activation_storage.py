@@ -24,9 +24,9 @@ from core.base.canonical_json import content_hash, sealed_json
 from core.base.errors import RunError
 from core.base.fault_points import fault_point
 from core.commit.identity import RunIdentity, StreamIdentity
-from core.commit.output_identity import RUN_FILE, STREAM_FILE, declare, refuse_other
+from core.commit.output_identity import RUN_FILE, STREAM_FILE, write_identity, check_identity
 from core.commit.record import CommitRecord, StoredFile
-from core.commit.stored_records import INDEX_FILE, committed_records, index_of
+from core.commit.stored_records import METADATA_FILE, committed_records, folder_metadata
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
 from core.shards.encoding import SpooledFile
 from core.shards.names import shard_stem
@@ -42,7 +42,7 @@ class ActivationStorage:
       primary: where a commit counts.
       mirror: a local copy kept beside a remote primary, or None.
       spool: where files are written before they are stored.
-      index_extra: further fields of metadata.json.
+      extra_metadata: further fields of metadata.json.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ActivationStorage:
         primary: ObjectStore,
         spool: LocalStore,
         mirror: ObjectStore | None = None,
-        index_extra: dict[str, Any] | None = None,
+        extra_metadata: dict[str, Any] | None = None,
     ) -> None:
         self.plan_hash = content_hash(identity.to_json())
         self.stream_hash = content_hash(stream.to_json())
@@ -64,7 +64,7 @@ class ActivationStorage:
         self._stream = stream
         self._primary = primary
         self._mirror = mirror
-        self._index_extra = index_extra or {}
+        self._extra_metadata = extra_metadata or {}
         self._records: list[CommitRecord] = []
         self._lock = threading.Lock()
         self._claimed = False
@@ -102,7 +102,7 @@ class ActivationStorage:
         """
         for store in self._stores():
             for name, wanted in self._identities():
-                refuse_other(store, name, wanted)
+                check_identity(store, name, wanted)
         self._records = committed_records(self._primary, self.folder)
         for record in self._records:
             if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
@@ -125,7 +125,7 @@ class ActivationStorage:
                 return
             for store in self._stores():
                 for name, wanted in self._identities():
-                    declare(store, name, wanted)
+                    write_identity(store, name, wanted)
             self._complete_mirror()
             self._claimed = True
 
@@ -193,22 +193,22 @@ class ActivationStorage:
         self._records.append(standing)
         return standing
 
-    def believe(self, record: CommitRecord) -> CommitRecord:
+    def add_record(self, record: CommitRecord) -> CommitRecord:
         """Takes note of what another host has committed."""
         self._records.append(record)
         return record
 
-    def commit_nothing(self) -> None:
+    def commit_empty(self) -> None:
         """Commits that the stream has no sample for this folder: its share of a short stream is empty."""
         self._claim()
-        self.commit(CommitRecord.of_nothing(self.plan_hash, self.stream_hash, self._identity.dtype))
+        self.commit(CommitRecord.empty(self.plan_hash, self.stream_hash, self._identity.dtype))
 
-    def write_index(self) -> None:
+    def write_metadata(self) -> None:
         """Rebuilds metadata.json from the records."""
-        data = sealed_json(index_of(self._records) | self._index_extra)
+        data = sealed_json(folder_metadata(self._records) | self._extra_metadata)
         fault_point("index.before")
         for store in self._stores():
-            store.replace_bytes(f"{self.folder}/{INDEX_FILE}", data)
+            store.replace_bytes(f"{self.folder}/{METADATA_FILE}", data)
         fault_point("index.after")
 
     def _stores(self) -> list[ObjectStore]:

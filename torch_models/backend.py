@@ -107,7 +107,7 @@ def wanted_taps(taps: Taps, capture: Capture, shape: TorchModelShape, path: str)
         for layer in capture.layers_of(site, shape.n_layers):
             tap = taps.found.get((site, layer))
             if tap is None:
-                raise ModelError(f"{path}: {site} cannot be captured: {why_missing(taps, site)}")
+                raise ModelError(f"{path}: {site} cannot be captured: {missing_reason(taps, site)}")
             if taps.widths[site] != shape.site_widths[site]:
                 raise ModelError(
                     f"{path}: {site} cannot be captured: it is {taps.widths[site]} wide, not {shape.site_widths[site]}"
@@ -116,7 +116,7 @@ def wanted_taps(taps: Taps, capture: Capture, shape: TorchModelShape, path: str)
     return wanted
 
 
-def why_missing(taps: Taps, site: str) -> str:
+def missing_reason(taps: Taps, site: str) -> str:
     """One clause for people."""
     if site in taps.missing:
         return taps.missing[site]

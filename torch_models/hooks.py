@@ -45,7 +45,7 @@ class Tap:
         return values if self.columns is None else self.columns.of(values).flatten(-2)
 
 
-class AllSeen(Exception):
+class StopForward(Exception):
     """Ends a forward pass whose last wanted value has been seen; no error."""
 
 
@@ -77,7 +77,7 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     inputs |= {name: value for name, value in optional.items() if name in accepted}
     try:
         return model(**inputs)
-    except AllSeen:
+    except StopForward:
         return None
 
 
@@ -174,7 +174,7 @@ class Reader:
                     keep(key, self.taps[key].read(given))
                     left.discard(key)
                 if not left:
-                    raise AllSeen
+                    raise StopForward
 
             return see
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from core.base.errors import ModelError
 from qwen2_jax.taps import EMBEDDING_LAYER
 from torch_models.block_probe import BlockProbe
-from torch_models.hooks import AllSeen, Batch, Tap, hooked, run_model, tokens_first
+from torch_models.hooks import StopForward, Batch, Tap, hooked, run_model, tokens_first
 from torch_models.probe_records import Record
 from torch_models.structure import is_within
 
@@ -125,7 +125,7 @@ def _watch(model: nn.Module, batch: Batch, last: str | None) -> Record:
 
         def stop(values: Any) -> None:
             end(values)
-            raise AllSeen
+            raise StopForward
 
         on_output[last] = stop
     with hooked(model, on_input={name: record.began(name) for name in names}, on_output=on_output):
@@ -227,7 +227,7 @@ def _run_to(model: nn.Module, batch: Batch, last: str, edits: Mapping[str, Calla
         given = tokens_first(values, batch.shape)
         assert given is not None
         seen.append(given.detach().clone())
-        raise AllSeen
+        raise StopForward
 
     with hooked(model, on_output={**edits, last: stop}):
         run_model(model, batch)

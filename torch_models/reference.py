@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int, Int64
 from torch import Tensor
 
 from qwen2_jax.taps import Capture
-from torch_models.backend import why_missing
+from torch_models.backend import missing_reason
 from torch_models.hooks import Batch, Reader, hooked, run_model
 from torch_models.loading import LoadedModel, ModelSource, find_model_taps, load_causal_lm
 from torch_models.probing import Taps
@@ -41,7 +41,7 @@ class Reference:
     def missing(self, capture: Capture) -> dict[str, str]:
         """The sites of `capture` that cannot be read off this model, and why."""
         return {
-            site: why_missing(self.taps, site)
+            site: missing_reason(self.taps, site)
             for site in capture.sites
             if any((site, layer) not in self.taps.found for layer in capture.layers_of(site, self.n_layers))
         }

@@ -20,10 +20,10 @@ from core.base.errors import RunError, UsageError
 from core.claims.records import (
     ClaimState,
     LeaseRecord,
-    claims_among,
+    claims_from_names,
     clear_failures,
     lease_file,
-    poison_of,
+    poison_error,
     read_beat,
     read_lease,
 )
@@ -39,7 +39,7 @@ _READ_THREADS = 16
 
 def status(url: str) -> FleetStatus:
     """How far the run is whose output is at `url`. Raises UsageError when there is none."""
-    return FleetWatch(open_store(url.rstrip("/"))).look()
+    return FleetMonitor(open_store(url.rstrip("/"))).look()
 
 
 def watch(url: str, every_s: float, sleep: Callable[[float], None] = time.sleep) -> Iterator[FleetStatus]:
@@ -47,8 +47,8 @@ def watch(url: str, every_s: float, sleep: Callable[[float], None] = time.sleep)
 
     A run that has not begun yet is waited for: its workers load the model before they write anything.
     """
-    fleet = FleetWatch(open_store(url.rstrip("/")))
-    while not fleet.has_begun():
+    fleet = FleetMonitor(open_store(url.rstrip("/")))
+    while not fleet.has_started():
         logging.info("%s: no run here yet: waiting for %s", url, RUN_FILE)
         sleep(every_s)
     seen = fleet.look()
@@ -81,14 +81,14 @@ def retry(url: str, shards: Sequence[str]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class _Sight:
+class _Snapshot:
     """One listing: when each name was last written, by the storage's clock, and what that clock says now."""
 
     modified: dict[str, float]
     now: float
 
     @classmethod
-    def of(cls, listing: Listing) -> "_Sight":
+    def of(cls, listing: Listing) -> "_Snapshot":
         return cls({entry.name: entry.modified for entry in listing.entries}, listing.now)
 
     def age(self, *names: str) -> float:
@@ -109,7 +109,7 @@ class _Sight:
 
 
 @dataclass
-class FleetWatch:
+class FleetMonitor:
     """Looks at an output again and again; remembers what cannot change."""
 
     store: ObjectStore
@@ -120,13 +120,13 @@ class FleetWatch:
     _beats: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
     _poison: dict[str, str] = field(default_factory=dict)
 
-    def has_begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether a run has declared itself in the output."""
         return self.store.info(RUN_FILE) is not None
 
     def look(self) -> FleetStatus:
         """The present state. Raises UsageError when there is no run, RunError when it cannot be read."""
-        sight = _Sight.of(self.store.listing())
+        sight = _Snapshot.of(self.store.listing())
         if RUN_FILE not in sight.modified:
             raise UsageError(f"{self.store.url}: no run here: name the folder that holds {RUN_FILE}")
         records = sight.record_names()
@@ -137,7 +137,7 @@ class FleetWatch:
             notes = share_faults({folder.shard: self._plan(folder.shard) for folder in folders}).unfinished
             return fleet_status(self.store.url, folders, commits, sight.now, notes)
         self._dataset = self._dataset or read_dataset_shards(self.store)
-        claims = claims_among(sight.modified)
+        claims = claims_from_names(sight.modified)
         items = [(shard, claims.get(shard, ClaimState()), records.get(shard, [])) for shard in self._dataset]
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             shards = list(pool.map(lambda item: self._shard(item[0], item[1], item[2], sight), items))
@@ -161,7 +161,7 @@ class FleetWatch:
         except (ValueError, OSError) as error:
             return f"{name}: {error}"
 
-    def _committed(self, names: Sequence[str], sight: _Sight) -> tuple[list[CommitRecord], str | None]:
+    def _committed(self, names: Sequence[str], sight: _Snapshot) -> tuple[list[CommitRecord], str | None]:
         """What a run would build on, as `stored_records.committed_records` has it, and what ends it early."""
         records: list[CommitRecord] = []
         for name in names:
@@ -180,7 +180,7 @@ class FleetWatch:
             self._streams[folder] = read_stream(self.store, folder).stream
         return self._streams[folder]
 
-    def _stream(self, folder: str, names: list[str], sight: _Sight) -> ShardStatus:
+    def _stream(self, folder: str, names: list[str], sight: _Snapshot) -> ShardStatus:
         records, damage = self._committed(names, sight)
         counts = _counts(records)
         if _is_finished(records):
@@ -188,7 +188,7 @@ class FleetWatch:
         silent_s = sight.age(names[-1]) if names else None
         return ShardStatus(folder, "unfinished", silent_s=silent_s, error=damage, **counts)
 
-    def _shard(self, shard: str, state: ClaimState, names: list[str], sight: _Sight) -> ShardStatus:
+    def _shard(self, shard: str, state: ClaimState, names: list[str], sight: _Snapshot) -> ShardStatus:
         assert self._dataset is not None
         records, damage = self._committed(names, sight)
         counts = _counts(records)
@@ -209,7 +209,7 @@ class FleetWatch:
         records = (record for record in self._records.values() if isinstance(record, CommitRecord) and record.n_samples)
         return next((record.samples_per_record for record in records), None)
 
-    def _claimed(self, found: ShardStatus, state: ClaimState, sight: _Sight) -> ShardStatus:
+    def _claimed(self, found: ShardStatus, state: ClaimState, sight: _Snapshot) -> ShardStatus:
         """Adds what the claims say: whose the shard is, whether that one lives, why it is set aside."""
         error = self._poisoned_by(found.shard, state)
         found = replace(found, **self._owner(found))
@@ -250,7 +250,7 @@ class FleetWatch:
         if not state.failures and not state.is_poisoned:
             self._poison.pop(shard, None)
         elif shard not in self._poison:
-            error = poison_of(self.store, shard, state)
+            error = poison_error(self.store, shard, state)
             if error is not None:
                 self._poison[shard] = error
         return self._poison.get(shard)

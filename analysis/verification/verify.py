@@ -25,7 +25,7 @@ from core.claims.records import CLAIMS_FOLDER, damaged_claims
 from core.commit.identity import StreamIdentity
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.commit.record import RECORD_NAME, CommitRecord
-from core.commit.stored_records import INDEX_FILE, index_of, read_records
+from core.commit.stored_records import METADATA_FILE, folder_metadata, read_records
 from core.dataset_utils import first_selected
 from core.object_store import ObjectStore, open_store
 from core.shards.formats import FORMATS
@@ -183,8 +183,8 @@ def _verify_folder(
 ) -> None:
     """Fills the report; raises RunError when the records of the folder cannot be read."""
     records = _records(root, report.folder)
-    report.problems += _strangers(RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash])
-    report.problems += _strangers(STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash])
+    report.problems += _foreign_records(RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash])
+    report.problems += _foreign_records(STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash])
     checked = _check_windows(root, report, records, run_identity.format)
     report.problems += _coverage_problems(records, checked, stream.stream)
     report.complete = bool(records) and records[-1].next_place is None
@@ -194,11 +194,11 @@ def _verify_folder(
         (report.warnings if allow_unfinished else report.problems).append(unfinished)
     report.lines_done = sum(len(record.bad_records) for record in records)
     report.lines_done += report.samples // records[0].samples_per_record if records else 0
-    report.warnings += _stray_files(report.folder, records, names)
-    report.warnings += _index_notes(root, report.folder, records)
+    report.warnings += _uncommitted_files(report.folder, records, names)
+    report.warnings += _metadata_notes(root, report.folder, records)
 
 
-def _strangers(name: str, what: str, windows: Sequence[int]) -> Iterator[str]:
+def _foreign_records(name: str, what: str, windows: Sequence[int]) -> Iterator[str]:
     if windows:
         more = f" and {len(windows) - 1} more" * (len(windows) > 1)
         yield f"window {windows[0]}{more} was written for another {what} than {name} says: one of them was changed"
@@ -249,7 +249,7 @@ def _coverage_problems(
                 return
 
 
-def _stray_files(folder: str, records: Sequence[CommitRecord], names: Sequence[str]) -> Iterator[str]:
+def _uncommitted_files(folder: str, records: Sequence[CommitRecord], names: Sequence[str]) -> Iterator[str]:
     named = {f"{folder}/{file.name}" for record in records for file in record.files}
     suffixes = (".gz", *(shard_format.suffix() for shard_format in FORMATS.values()))
     data = [name for name in names if name.startswith(f"{folder}/") and name.endswith(suffixes)]
@@ -258,15 +258,15 @@ def _stray_files(folder: str, records: Sequence[CommitRecord], names: Sequence[s
         yield f"{len(stray)} files that no record names, {stray[0]} first: a run was stopped before it committed them"
 
 
-def _index_notes(root: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> Iterator[str]:
+def _metadata_notes(root: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> Iterator[str]:
     try:
-        index = read_object(root, f"{folder}/{INDEX_FILE}")
-        read_sealed_json(root.read_bytes(f"{folder}/{INDEX_FILE}"))
+        index = read_object(root, f"{folder}/{METADATA_FILE}")
+        read_sealed_json(root.read_bytes(f"{folder}/{METADATA_FILE}"))
     except RunError as error:
         yield f"{error}: the next run rebuilds it"
         return
     except ValueError as error:
-        yield f"{INDEX_FILE}: {error}: the next run rebuilds it"
+        yield f"{METADATA_FILE}: {error}: the next run rebuilds it"
         return
-    if any(index.get(key) != value for key, value in index_of(records).items()):
-        yield f"{INDEX_FILE} is behind the records: the next run rebuilds it"
+    if any(index.get(key) != value for key, value in folder_metadata(records).items()):
+        yield f"{METADATA_FILE} is behind the records: the next run rebuilds it"

@@ -17,7 +17,7 @@ from core.base.json_types import Kinds, require_all, require_types
 from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredSite
 from core.object_store import LocalStore, ObjectStore
 from core.reduce.reductions import INDICES, SCALE, VALUES
-from core.samples.selection import count_reasons, reasons_of
+from core.samples.selection import count_reasons, reasons_from_ranges
 from core.shards.formats import StoredShard, read_shard
 from core.shards.names import shard_stem
 from core.shards.sinks import DigestWriter, FileDigest, digest_stream
@@ -85,21 +85,21 @@ def _check_part(
             with _fetched(store, f"{folder}/{file.name}") as (stream, digest):
                 damage = _damage(digest, file)
                 if damage is not None:
-                    problems.append(f"{file.name}: {damage}: {_mend(record)}")
+                    problems.append(f"{file.name}: {damage}: {_repair_advice(record)}")
                 elif file.site is None:
                     table = read_table(stream)
                 else:
                     found = _site_problems(stream, file, file.site, table or [], record, format_name)
                     problems += [f"{file.name}: {problem}" for problem in found]
         except FileNotFoundError:
-            problems.append(f"{file.name} is missing: {_mend(record)}")
+            problems.append(f"{file.name} is missing: {_repair_advice(record)}")
         except (RunError, ValueError, OSError, EOFError) as error:
             reason = getattr(error, "strerror", None) or error
             problems.append(f"{file.name}: cannot be read: {reason}")
     return table, problems
 
 
-def _mend(record: CommitRecord) -> str:
+def _repair_advice(record: CommitRecord) -> str:
     stem = shard_stem(record.window)
     return f"remove {stem}.json and the files it names, then run the same extraction again"
 
@@ -142,7 +142,7 @@ def _table_row(line: bytes, number: int) -> TableRow:
         require_types(row, _ROW)
         require_all(row["token_ids"], int, "token_ids")
         token_ids = np.array(row["token_ids"], np.int32)
-        reasons = reasons_of(row["dropped"], len(token_ids)) if "dropped" in row else None
+        reasons = reasons_from_ranges(row["dropped"], len(token_ids)) if "dropped" in row else None
     except (ValueError, OverflowError) as error:
         raise ValueError(f"line {number}: {error}") from error
     return TableRow(row["sample_idx"], row["n_tokens"], token_ids, reasons)

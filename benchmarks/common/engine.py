@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.reduce.reduced_step import StepOutput
 from core.run.checks import prepare_job
@@ -60,7 +60,7 @@ class Engine:
         """
         job = replace(self.job, config=replace(self.job.config, output_dir=str(output_dir)))
         prepared = prepare_stream(job, open_storage(job))
-        return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
+        return run_stream(prepared, self.model, HostSession(SINGLE_HOST, "run", threading.Event()), log=lambda line: None)
 
     def planned_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""

@@ -32,7 +32,7 @@ from core.claims.records import (
     Reason,
     failure_file,
     lease_file,
-    poison_of,
+    poison_error,
     poisoned_file,
     read_claims,
     read_lease,
@@ -55,7 +55,7 @@ _LAST_BEAT_S = 5.0
 
 
 @dataclass
-class _Sighting:
+class _Observation:
     """A lease's number and last sign of life, since when it has shown this one, and when it was last looked at."""
 
     mark: tuple[int, str | None]
@@ -87,7 +87,7 @@ class Lease:
         self._last_report: dict[str, Any] = {}
         self._is_stalled = False
         self._beats = 0
-        self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._heartbeat_loop, name="heartbeat", daemon=True)
 
     @property
     def shard(self) -> str:
@@ -137,7 +137,7 @@ class Lease:
 
     def beat(self) -> None:
         """Gives one sign of life, unless the shard is lost or the work stands still."""
-        if self.is_held() and self._goes_on():
+        if self.is_held() and self._is_progressing():
             self._beats += 1
             seconds = round(self._clock() - self._started, 3)
             sign = {"beat": self._beats, "seconds": seconds, "owner": self.record.owner.nonce} | self._last_report
@@ -145,7 +145,7 @@ class Lease:
             self._store.replace_bytes(lease_file(self.shard, self.epoch, "beat"), sealed_json(sign))
             fault_point("beat.after")
 
-    def _goes_on(self) -> bool:
+    def _is_progressing(self) -> bool:
         report = self.report()
         if report != self._last_report:
             self._last_report, self._moved_at = report, self._clock()
@@ -158,7 +158,7 @@ class Lease:
             )
         return not self._is_stalled
 
-    def _beat_on(self) -> None:
+    def _heartbeat_loop(self) -> None:
         while not self._ended.wait(self.record.heartbeat_s) and not self.lost.is_set():
             try:
                 self.beat()
@@ -189,7 +189,7 @@ class ShardClaims:
     set_aside: dict[str, str] = field(default_factory=dict)
     """The shards found poisoned, with the error that they fail with."""
     _finished: set[str] = field(default_factory=set)
-    _sightings: dict[str, _Sighting] = field(default_factory=dict)
+    _observations: dict[str, _Observation] = field(default_factory=dict)
 
     def next(
         self, shards: Sequence[str], preferred: str | None = None, stop: threading.Event | None = None
@@ -212,7 +212,7 @@ class ShardClaims:
                     "waiting: other workers hold what is left: %s%s", ", ".join(left[:5]), ", …" * (len(left) > 5)
                 )
                 is_waiting = True
-            stop.wait(look_interval_s(self.heartbeat_s, len(shards)))
+            stop.wait(poll_interval_s(self.heartbeat_s, len(shards)))
         return None
 
     def try_next(
@@ -223,7 +223,7 @@ class ShardClaims:
         What nobody has touched comes before what was given back, but for the preferred shard.
         """
         states = self._look(shards)
-        first = {shard: state for shard, state in states.items() if shard == preferred or _is_untouched(state)}
+        first = {shard: state for shard, state in states.items() if shard == preferred or _is_unclaimed(state)}
         # Telling which of the others are done takes several requests each, so they are asked for when these are gone.
         for some in (first, {shard: state for shard, state in states.items() if shard not in first}):
             for shard, state in self._in_order(shards, self._unsettled(some), preferred):
@@ -236,10 +236,10 @@ class ShardClaims:
         """The shards that are neither done nor set aside, by a fresh look at the claims and what they call done."""
         return list(self._unsettled(self._look(shards)))
 
-    def is_anything_left(self, shards: Sequence[str]) -> bool:
+    def any_remaining(self, shards: Sequence[str]) -> bool:
         """Whether `left` names a shard; one request where nobody has touched some shard yet."""
         states = self._look(shards)
-        return any(map(_is_untouched, states.values())) or bool(self._unsettled(states))
+        return any(map(_is_unclaimed, states.values())) or bool(self._unsettled(states))
 
     def record_failure(self, lease: Lease, error: str) -> None:
         """Notes that the shard's data met an error; after the third that is the same the shard is set aside."""
@@ -271,9 +271,9 @@ class ShardClaims:
         now = self.clock()
         for shard, state in claims.items():
             mark = (state.epoch, state.sign)
-            known = self._sightings.get(shard)
+            known = self._observations.get(shard)
             since = known.since if known is not None and known.mark == mark else now
-            self._sightings[shard] = _Sighting(mark, since, asked_at)
+            self._observations[shard] = _Observation(mark, since, asked_at)
 
     def _unsettled(self, states: dict[str, ClaimState]) -> dict[str, ClaimState]:
         """Those that are still to be done; one that was finished without a release is among them."""
@@ -287,10 +287,10 @@ class ShardClaims:
 
     def _settle(self, shard: str, state: ClaimState) -> bool:
         """Whether a shard is set aside, or done by its claims and its output; remembers it."""
-        if self._is_called_done(shard, state) and self.is_finished(shard):
+        if self._was_released_as_done(shard, state) and self.is_finished(shard):
             self._finished.add(shard)
             return True
-        error = poison_of(self.store, shard, state)
+        error = poison_error(self.store, shard, state)
         if error is None:
             return False
         if not state.is_poisoned:
@@ -299,7 +299,7 @@ class ShardClaims:
         self.set_aside[shard] = error
         return True
 
-    def _is_called_done(self, shard: str, state: ClaimState) -> bool:
+    def _was_released_as_done(self, shard: str, state: ClaimState) -> bool:
         return state.is_released and read_release(self.store, shard, state.epoch) == "done"
 
     def _in_order(
@@ -328,7 +328,7 @@ class ShardClaims:
 
     def _has_expired(self, shard: str) -> bool:
         """Whether no sign of life has come for the TTL since this owner first saw the last one."""
-        sighting = self._sightings[shard]
+        sighting = self._observations[shard]
         return sighting.until - sighting.since >= self.ttl_s
 
     def _claim(self, shard: str, state: ClaimState) -> Lease | None:
@@ -345,10 +345,10 @@ class ShardClaims:
         return Lease(self.store, record, self.stall_s, self.clock)
 
 
-def look_interval_s(heartbeat_s: float, n_shards: float) -> float:
+def poll_interval_s(heartbeat_s: float, n_shards: float) -> float:
     """Seconds between the looks of a worker that waits, in a dataset of so many shards."""
     return heartbeat_s * max(1.0, n_shards / SHARDS_A_HEARTBEAT)
 
 
-def _is_untouched(state: ClaimState) -> bool:
+def _is_unclaimed(state: ClaimState) -> bool:
     return state == ClaimState()

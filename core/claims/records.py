@@ -111,11 +111,11 @@ def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
     versions = {entry.name: entry.version for entry in store.listing(f"{CLAIMS_FOLDER}/").entries}
     return {
         shard: replace(state, sign=versions.get(lease_file(shard, state.epoch, "beat")))
-        for shard, state in claims_among(versions).items()
+        for shard, state in claims_from_names(versions).items()
     }
 
 
-def claims_among(names: Iterable[str]) -> dict[str, ClaimState]:
+def claims_from_names(names: Iterable[str]) -> dict[str, ClaimState]:
     """The claims by shard that the names in an output folder say."""
     by_shard: dict[str, list[str]] = {}
     for name in names:
@@ -151,7 +151,7 @@ def read_beat(store: ObjectStore, shard: str, epoch: int) -> dict[str, Any]:
     return {name: number for name, number in value.items() if type(number) is int} if isinstance(value, dict) else {}
 
 
-def poison_of(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
+def poison_error(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
     """The error for which a shard is set aside; None when it is not. Raises RunError when a claim is damaged."""
     if state.is_poisoned:
         return _read(store, poisoned_file(shard), _POISONED)["error"]

@@ -15,7 +15,7 @@ DATASET_FILE = "dataset.json"
 _SHOWN_DIFFERENCES = 8
 
 
-def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+def check_identity(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
     """Raises UsageError naming the fields that differ when `name` exists and says something else than `wanted`."""
     try:
         stored = json.loads(store.read_bytes(name))
@@ -38,9 +38,9 @@ def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
         )
 
 
-def declare(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+def write_identity(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
     """Writes what an output is for, create-only; raises UsageError when it says something else already."""
     fault_point("declare.before")
     if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
-        refuse_other(store, name, wanted)
+        check_identity(store, name, wanted)
     fault_point("declare.after")

@@ -144,7 +144,7 @@ class CommitRecord:
     parts: tuple[PartCounts, ...] = field(default=())
 
     @classmethod
-    def of_nothing(cls, plan_hash: str, stream_hash: str, dtype: str) -> "CommitRecord":
+    def empty(cls, plan_hash: str, stream_hash: str, dtype: str) -> "CommitRecord":
         """The only window of a folder whose share of a short stream is empty."""
         nothing: dict[str, Any] = dict.fromkeys((*_COUNTS, "first_sample_idx"), 0)
         return cls(

@@ -14,7 +14,7 @@ from core.commit.record import RECORD_NAME, CommitRecord
 from core.object_store import ObjectStore
 from core.reduce.losses import total_losses
 
-INDEX_FILE = "metadata.json"
+METADATA_FILE = "metadata.json"
 # Reading the records of a long run back is latency, not bandwidth.
 _READ_THREADS = 16
 
@@ -35,13 +35,13 @@ def committed_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
     return kept
 
 
-def has_index_of(store: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> bool:
+def has_current_metadata(store: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> bool:
     """Whether a folder's index is whole, and that of these records."""
     try:
-        index = read_sealed_json(store.read_bytes(f"{folder}/{INDEX_FILE}"))
+        index = read_sealed_json(store.read_bytes(f"{folder}/{METADATA_FILE}"))
     except (FileNotFoundError, ValueError):
         return False
-    return index.items() >= index_of(records).items()
+    return index.items() >= folder_metadata(records).items()
 
 
 def read_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
@@ -76,7 +76,7 @@ def _read_record(store: ObjectStore, name: str, window: int) -> CommitRecord:
     return record
 
 
-def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
+def folder_metadata(records: Sequence[CommitRecord]) -> dict[str, Any]:
     """The content of metadata.json: totals, and one entry for each shard file."""
     shards = [
         {

@@ -330,7 +330,7 @@ async def _request(once: Callable[..., Any], retry: RetryPolicy, method: str, pa
                 raise _UploadLostError from exc
             if code == 404:
                 raise
-            if failures >= retry.tries or not _may_pass(exc, code):
+            if failures >= retry.tries or not _is_transient(exc, code):
                 raise RunError(_explain(exc, code, failures)) from exc
         await asyncio.sleep(retry.delay_s(failures))
     raise AssertionError("unreachable")
@@ -357,7 +357,7 @@ def _is_damage(exc: Exception, code: int | None) -> bool:
     return code == 400 and "crc32c" in str(exc).lower()
 
 
-def _may_pass(exc: Exception, code: int | None) -> bool:
+def _is_transient(exc: Exception, code: int | None) -> bool:
     from aiohttp import ClientError
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException

@@ -142,7 +142,7 @@ class LocalStore:
         return stale
 
     def _walk_names(self, prefix: str) -> Iterator[tuple[str, Path]]:
-        for path in _walk(self.root / prefix.rpartition("/")[0], _refuse_unreadable):
+        for path in _walk(self.root / prefix.rpartition("/")[0], _raise_unless_missing):
             name = path.relative_to(self.root).as_posix()
             if name.startswith(prefix) and not _is_temporary(path.name):
                 yield name, path
@@ -270,7 +270,7 @@ def _ignore(error: OSError) -> None:
     """What cannot be looked at cannot be cleaned up either."""
 
 
-def _refuse_unreadable(error: OSError) -> None:
+def _raise_unless_missing(error: OSError) -> None:
     """A folder that is passed over would look like one that is empty; one that is not there, or no folder, is."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise RunError(f"{error.filename}: cannot be listed: {error.strerror}; check its permissions") from error

@@ -15,11 +15,11 @@ from core.reduce.reduced_step import ReducedStep, start_copy
 from core.run.config import RunConfig
 from core.run.extraction import is_complete, resume_place
 from core.run.job import Job
-from core.run.progress import HostEnd, format_bytes, format_reasons
+from core.run.progress import HostExit, format_bytes, format_reasons
 from core.run.runner import on_every_host, prepare_jobs
 from core.run.stores import open_storage, open_stores
 from core.run.stream_run import load
-from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, usual_share
+from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, typical_ratio
 from core.samples.selection import count_reasons
 from core.samples.windows import Window
 from core.shards.formats import FORMATS
@@ -117,7 +117,7 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def price_run(config: RunConfig) -> PlanReport | HostEnd:
+def price_run(config: RunConfig) -> PlanReport | HostExit:
     """What a run with these flags will cost; nothing is written. Raises RunError, UsageError or ModelError."""
     return on_every_host(config, lambda hosts: _price(prepare_jobs(config, hosts)))
 
@@ -178,7 +178,7 @@ def plan_run(
         steps=totals.steps,
         shards=totals.windows,
         bytes_on_disk=on_disk,
-        bytes_saved=int(whole * _plain_ratio(job, ratio)) + totals.tokens * TABLE_BYTES_PER_TOKEN - on_disk,
+        bytes_saved=int(whole * _unreduced_ratio(job, ratio)) + totals.tokens * TABLE_BYTES_PER_TOKEN - on_disk,
         reduction=None if job.reduction is None else str(job.reduction),
         bytes_copied=totals.rows * sum(job.bytes_per_row.values()),
         bytes_copied_whole=whole,
@@ -190,9 +190,9 @@ def plan_run(
     )
 
 
-def _plain_ratio(job: Job, ratio: float | None) -> float:
+def _unreduced_ratio(job: Job, ratio: float | None) -> float:
     """Of stored over raw bytes without the reduction; `ratio` is what was measured with it."""
-    return usual_share(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
+    return typical_ratio(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
 
 
 @dataclass
@@ -241,10 +241,10 @@ def time_step(job: Job, step: backend.Step | ReducedStep, window: Window, planne
     values = next(iter(activations.values()))
     stored = [values[:, row, places].reshape(-1) for row, places in fetch.samples.values() if row == 0]
     sample = np.concatenate(stored)[: _MEASURED_BYTES // values.itemsize] if stored else values[:0]
-    return seconds, _stored_share(job, sample) if sample.size else None
+    return seconds, _measured_ratio(job, sample) if sample.size else None
 
 
-def _stored_share(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
+def _measured_ratio(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
     """Stored over raw bytes."""
     if job.config.gzipped:
         return len(deflate_block([values.view(np.uint8).data])) / values.nbytes

@@ -216,7 +216,7 @@ def estimate_run(config: RunConfig, topology: str) -> StepEstimate:
         reduction=reduction,
         dtype=config.dtype,
     )
-    return replace(found, not_counted=tuple(f"--{name}" for name in config.selecting))
+    return replace(found, not_counted=tuple(f"--{name}" for name in config.selection_flags))
 
 
 def estimate_step(

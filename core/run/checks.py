@@ -14,7 +14,7 @@ from core.dataset_utils import (
     resolve_stream_path,
     stream_identity,
 )
-from core.hosts.pod_slice import ALONE, Hosts
+from core.hosts.pod_slice import SINGLE_HOST, Hosts
 from core.reduce.projection import read_projection
 from core.reduce.reductions import QUANTIZATIONS, VALUES, Reduction, parse_pool
 from core.run.config import RunConfig
@@ -42,7 +42,7 @@ def backend_of(config: RunConfig) -> Backend:
     )
 
 
-def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> Job:
+def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOST) -> Job:
     """The job of --dataset_path.
 
     Checks model, layers, prompts and stream; raises UsageError, ModelError or RunError saying what is wrong.
@@ -57,7 +57,7 @@ def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> 
     return _prepare(config, compute_dtype, hosts, path, config.folder, stream)
 
 
-def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> list[Job]:
+def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOST) -> list[Job]:
     """One job for each shard of --sharded_dataset_dir, all alike but for the shard. Raises as `prepare_job` does.
 
     `max_tasks` counts from the start of the dataset: shards behind it have no job.
@@ -211,7 +211,7 @@ def _run_identity(
 
 
 # A file says so that somebody else may have written.
-_MOST_PARTS = 1 << 16
+_MAX_PARTS = 1 << 16
 
 
 def _parts(hosts: Hosts, config: RunConfig) -> int:
@@ -227,9 +227,9 @@ def _parts(hosts: Hosts, config: RunConfig) -> int:
             return hosts.count
         except (ValueError, AttributeError):
             return hosts.count  # what is wrong with it is said where the plans are compared
-        return parts if type(parts) is int and 1 <= parts <= _MOST_PARTS else hosts.count
+        return parts if type(parts) is int and 1 <= parts <= _MAX_PARTS else hosts.count
 
-    parts = hosts.share("parts", found)
+    parts = hosts.broadcast("parts", found)
     if parts < hosts.count:
         logging.warning(
             "%s says that a window has %d parts: of %d hosts the rest is idle", RUN_FILE, parts, hosts.count

@@ -18,7 +18,7 @@ from core.step.mesh_flag import is_mesh
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
 BYTES_PER_GB = 1 << 30
-LONGEST_WAIT_S = 365 * 24 * 3600.0
+MAX_WAIT_S = 365 * 24 * 3600.0
 """What waits takes no more than some hundred years, and what is stored of a lease must be a JSON number."""
 
 
@@ -98,8 +98,8 @@ class RunConfig:
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("max_bad_records", "random_seed", "worker_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
-        self._require(0 <= self.stop_grace_s <= LONGEST_WAIT_S, "stop_grace_s", "must be between 0 and a year")
-        self._require(3 <= self.host_timeout_s <= LONGEST_WAIT_S, "host_timeout_s", "must be between 3 and a year")
+        self._require(0 <= self.stop_grace_s <= MAX_WAIT_S, "stop_grace_s", "must be between 0 and a year")
+        self._require(3 <= self.host_timeout_s <= MAX_WAIT_S, "host_timeout_s", "must be between 3 and a year")
         self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
         self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
@@ -196,7 +196,7 @@ class RunConfig:
         self._require(self.total_machines == 1, "total_machines", "leave it out: workers claim the dataset's shards")
         self._require((self.preferred_shard_id or 0) >= 0, "preferred_shard_id", "must not be negative")
         for name in ("claim_heartbeat_s", "claim_ttl_s", "claim_stall_s"):
-            self._require(0 < getattr(self, name) <= LONGEST_WAIT_S, name, "must be above 0 and at most a year")
+            self._require(0 < getattr(self, name) <= MAX_WAIT_S, name, "must be above 0 and at most a year")
         self._require(self.claim_ttl_s >= 2 * self.claim_heartbeat_s, "claim_ttl_s", "must be two heartbeats or more")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
@@ -204,7 +204,7 @@ class RunConfig:
             raise UsageError(f"--{name} {getattr(self, name)}: {rule}")
 
     @property
-    def selecting(self) -> tuple[str, ...]:
+    def selection_flags(self) -> tuple[str, ...]:
         """The flags among these that leave tokens out."""
         names = ("exclude_tokens", "positions", "exclude_norm_outliers", "max_tokens_per_sample")
         return tuple(name for name in names if getattr(self, name))

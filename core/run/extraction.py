@@ -286,11 +286,11 @@ class Extraction:
         key = f"committed/{window.index}"
         if self.session.hosts.is_first:
             record = None if stored is None else self.storage.commit(self._record(window, stored))
-            self.session.share(key, None if record is None else record.to_bytes().decode())
-            self.session.forget(f"committed/{window.index - 1}")
+            self.session.try_broadcast(key, None if record is None else record.to_bytes().decode())
+            self.session.delete(f"committed/{window.index - 1}")
         else:
-            told = self.session.share(key, None)
-            record = None if told is None else self.storage.believe(CommitRecord.from_bytes(told.encode()))
+            told = self.session.try_broadcast(key, None)
+            record = None if told is None else self.storage.add_record(CommitRecord.from_bytes(told.encode()))
         if record is not None:
             self.progress.committed(record)
             self.on_commit(record)

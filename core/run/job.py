@@ -11,7 +11,7 @@ from core.dataset_utils import (
     format_bad,
     read_stream,
 )
-from core.hosts.pod_slice import ALONE, Hosts
+from core.hosts.pod_slice import SINGLE_HOST, Hosts
 from core.reduce.reductions import VALUES, Pool, Reduction, StoredArray
 from core.run.config import RunConfig
 from core.samples.prompts import Tokenizer
@@ -51,7 +51,7 @@ class Job:
     selection: Selection | None = None
     facts: TokenFacts | None = None
     reduction: Reduction | None = None
-    hosts: Hosts = ALONE
+    hosts: Hosts = SINGLE_HOST
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -135,7 +135,7 @@ class Job:
     ) -> Iterator[Window]:
         """The windows of the stream from `start` on; raises RunError at one bad record too many."""
         return cut_windows(
-            self._admit(self.items(start), bad_before),
+            self._limit_bad_records(self.items(start), bad_before),
             bytes_per_row=max(self.bytes_per_row.values()),
             # Every part has files of its own, which are to reach the size that was asked for.
             shard_bytes=self.config.shard_bytes * self.identity.parts,
@@ -144,13 +144,13 @@ class Job:
 
     def parts_of(self, window: Window) -> Iterator[PartOfWindow]:
         """What this host computes of a window, turn by turn."""
-        return parts_of_window(window, n_parts=self.identity.parts, host=self.hosts.number, n_hosts=self.hosts.count)
+        return parts_of_window(window, n_parts=self.identity.parts, host=self.hosts.host_id, n_hosts=self.hosts.count)
 
     def steps_of(self, part: PartOfWindow) -> tuple[Step, ...]:
         """How the samples of a part are laid out in steps."""
         return steps_of_part(part.own.lengths, self.batch_shape)
 
-    def _admit(self, items: Iterator[TokenizedSample | BadRecord], n_bad: int) -> Iterator[TokenizedSample | BadRecord]:
+    def _limit_bad_records(self, items: Iterator[TokenizedSample | BadRecord], n_bad: int) -> Iterator[TokenizedSample | BadRecord]:
         n_samples = 0
         for item in items:
             if isinstance(item, BadRecord):

@@ -77,7 +77,7 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class HostEnd:
+class HostExit:
     """How a run ended on a host of a slice that is not the first one, which reports for all of them."""
 
     host: int

@@ -10,13 +10,13 @@ from typing import Any
 
 from absl import logging
 
-from core.base.errors import RunError, is_fault_of_the_machine
+from core.base.errors import RunError, is_machine_fault
 from core.base.redaction import redact
 from core.claims.leases import Lease, ShardClaims
 from core.claims.records import Owner
-from core.commit.output_identity import DATASET_FILE, RUN_FILE, declare, refuse_other
-from core.commit.stored_records import committed_records, has_index_of
-from core.hosts.session import HostSession, StopOfAny
+from core.commit.output_identity import DATASET_FILE, RUN_FILE, write_identity, check_identity
+from core.commit.stored_records import committed_records, has_current_metadata
+from core.hosts.session import HostSession, SharedStopEvent
 from core.object_store import ObjectStore
 from core.run.job import Job
 from core.run.progress import Progress, Summary
@@ -67,7 +67,7 @@ def is_shard_finished(store: ObjectStore, folder: str) -> bool:
     index lists them: a worker that died right behind the last record has left the index to the next one.
     """
     records = committed_records(store, folder)
-    return bool(records) and records[-1].next_place is None and has_index_of(store, folder, records)
+    return bool(records) and records[-1].next_place is None and has_current_metadata(store, folder, records)
 
 
 def run_shards(
@@ -81,8 +81,8 @@ def run_shards(
     identities = _identities(jobs)
     _refuse_other_run(identities, stores)
     run = _ShardedRun(jobs, stores)
-    anything_left = run.anything_left()
-    if before_extraction is not None and anything_left:
+    any_remaining = run.any_remaining()
+    if before_extraction is not None and any_remaining:
         before_extraction(jobs[0], stores)
     _declare(identities, stores)
     if stores.primary is stores.spool:
@@ -91,13 +91,13 @@ def run_shards(
         )
     stores.spool.remove_stale_temporaries()
     # Loading comes before the first claim: a process that is killed meanwhile holds up nobody.
-    model = load(jobs[0]) if anything_left else None
+    model = load(jobs[0]) if any_remaining else None
     if jobs[0].hosts.count > 1:
         jobs[0].hosts.abandon = run.abandon
-    is_told = jobs[0].hosts.asks_to_stop("run")
-    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon, is_told=is_told) as told_here:
+    peer_stopping = jobs[0].hosts.stop_poller("run")
+    with stop_on_signals(jobs[0].config.stop_grace_s, abandon=run.abandon, peer_stopping=peer_stopping) as local_stop:
         if model is not None:
-            run.work(model, StopOfAny(jobs[0].hosts, "run", told_here))
+            run.work(model, SharedStopEvent(jobs[0].hosts, "run", local_stop))
         return run.summary(model)
 
 
@@ -115,14 +115,14 @@ def _identities(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
 def _refuse_other_run(identities: Mapping[str, dict[str, Any]], stores: Stores) -> None:
     for store in stores.all():
         for name, content in identities.items():
-            refuse_other(store, name, content)
+            check_identity(store, name, content)
 
 
 def _declare(identities: Mapping[str, dict[str, Any]], stores: Stores) -> None:
     """Writes what the output is for, create-only; raises UsageError if another run did so meanwhile."""
     for store in stores.all():
         for name, content in identities.items():
-            declare(store, name, content)
+            write_identity(store, name, content)
 
 
 def _tasks_by_shard(jobs: Sequence[Job]) -> dict[str, int]:
@@ -167,17 +167,17 @@ class _ShardedRun:
         self._hosts = jobs[0].hosts
         self._n_sessions = 0
 
-    def anything_left(self) -> bool:
+    def any_remaining(self) -> bool:
         """Whether the claims leave a shard to be done; asked by all hosts at once."""
-        return self._hosts.share("anything left", lambda: self._claims.is_anything_left(list(self._jobs)))
+        return self._hosts.broadcast("anything left", lambda: self._claims.any_remaining(list(self._jobs)))
 
     def _standing(self) -> tuple[bool, dict[str, str]]:
         """Whether a shard is left, and those set aside, with their errors: all of them when none is left."""
 
         def found() -> tuple[bool, dict[str, str]]:
-            return self._claims.is_anything_left(list(self._jobs)), dict(self._claims.set_aside)
+            return self._claims.any_remaining(list(self._jobs)), dict(self._claims.set_aside)
 
-        left, set_aside = self._hosts.share(f"standing/{self._n_sessions}", found)
+        left, set_aside = self._hosts.broadcast(f"standing/{self._n_sessions}", found)
         return left, set_aside
 
     def work(self, model: LoadedStep, stop: threading.Event) -> None:
@@ -190,7 +190,7 @@ class _ShardedRun:
             self._lease = lease
             with lease:
                 self._work_on(lease, model, stop)
-        self._hosts.tell(self._next_session(), None)
+        self._hosts.publish(self._next_session(), None)
 
     def _next_session(self) -> str:
         self._n_sessions += 1
@@ -209,7 +209,7 @@ class _ShardedRun:
                 with self._session(stop) as session:
                     self._summaries.append((shard, self._extract(shard, model, session)))
             except Exception as error:
-                if is_fault_of_the_machine(error):
+                if is_machine_fault(error):
                     raise
                 logging.warning("%s: given up: %s", shard, error)
 
@@ -222,18 +222,18 @@ class _ShardedRun:
             self._lease.abandon()
 
     def _work_on(self, lease: Lease, model: LoadedStep, stop: threading.Event) -> None:
-        self._hosts.tell(self._next_session(), lease.shard)
+        self._hosts.publish(self._next_session(), lease.shard)
         try:
             with self._session(_AnyEvent(stop, lease.lost)) as session:
                 summary = self._extract(lease.shard, model, session, lease)
         except Exception as error:
-            if is_fault_of_the_machine(error):
+            if is_machine_fault(error):
                 raise
             if stop.is_set() or lease.lost.is_set():
                 # What goes wrong while everything is being given up says nothing about the data.
                 logging.warning("%s: given up: %s", lease.shard, error)
                 return
-            self._note_failure(lease, error)
+            self._record_failure(lease, error)
             return
         self._failed_in_a_row.clear()
         self._summaries.append((lease.shard, summary))
@@ -257,18 +257,18 @@ class _ShardedRun:
                 }
 
         return run_stream(
-            prepare_stream(job, open_storage(job, self._stores), session.agree),
+            prepare_stream(job, open_storage(job, self._stores), session.broadcast),
             model,
             session,
             log=lambda line: logging.info("%s: %s", shard, line),
             on_start=report_on,
-            may_write_index=lambda: lease is not None and lease.is_held(),
+            may_write_metadata=lambda: lease is not None and lease.is_held(),
         )
 
-    def _note_failure(self, lease: Lease, error: Exception) -> None:
+    def _record_failure(self, lease: Lease, error: Exception) -> None:
         text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
         logging.error("%s failed: %s", lease.shard, text, exc_info=None if isinstance(error, RunError) else error)
-        text = self._the_same_for_all(text)
+        text = self._without_worker_details(text)
         self._claims.record_failure(lease, text)
         lease.release("failed")
         self._failed_in_a_row.add(lease.shard)
@@ -276,7 +276,7 @@ class _ShardedRun:
             shards = ", ".join(sorted(self._failed_in_a_row))
             raise RunError(f"{shards} failed one after another; the last one: {text}") from error
 
-    def _the_same_for_all(self, text: str) -> str:
+    def _without_worker_details(self, text: str) -> str:
         """An error without what differs from worker to worker: where the dataset lies, and addresses of objects."""
         config = next(iter(self._jobs.values())).config
         root = (config.sharded_dataset_dir or "").rstrip("/") + "/"

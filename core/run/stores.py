@@ -64,13 +64,13 @@ def require_shared_output(config: RunConfig, hosts: Hosts) -> None:
         return probe.name
 
     try:
-        name = hosts.share("probe", write)
+        name = hosts.broadcast("probe", write)
         if not (store.root / name).exists():
             raise UsageError(
-                f"--output_dir {config.output_dir}: host {hosts.number} does not see there what host 0 writes: "
+                f"--output_dir {config.output_dir}: host {hosts.host_id} does not see there what host 0 writes: "
                 "name a folder on a shared disk, a gs:// URL, or --upload_to_gcs"
             )
-        hosts.tell(f"saw_probe/{hosts.number}", True)
+        hosts.publish(f"saw_probe/{hosts.host_id}", True)
         for host in range(1, hosts.count) if hosts.is_first else ():
             hosts.wait_for(f"saw_probe/{host}")
     finally:
@@ -89,7 +89,7 @@ def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
         primary=stores.primary,
         spool=stores.spool,
         mirror=stores.mirror,
-        index_extra={
+        extra_metadata={
             "shard_size_gb": config.shard_size_gb,
             "gcs_bucket": config.gcs_bucket if config.uploads else None,
             "gcs_prefix": config.gcs_prefix if config.uploads else None,

@@ -21,14 +21,14 @@ from core.run.extraction import Extraction, is_complete, resume_place
 from core.run.job import Job
 from core.run.pipeline import Pipeline
 from core.run.progress import Progress, Summary
-from core.run.survey import Survey, refuse_full_disk, survey_stream
+from core.run.survey import Survey, check_disk_space, survey_stream
 from core.samples.windows import Window
 from core.shards.encoding import ShardEncoder
 from core.shards.formats import FORMATS
 from core.step.backend import Step
 
 # A reader of metadata.json may be that much behind; GCS takes about one write a second for one name.
-_INDEX_EVERY_S = 30.0
+_METADATA_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LoadedStep:
 class PreparedStream:
     """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
 
-    No windows: it is complete, or has no sample for this folder and still `must_say_so`.
+    No windows: it is complete, or has no sample for this folder and still `is_empty`.
     first_shape: of its first step.
     """
 
@@ -53,7 +53,7 @@ class PreparedStream:
     windows: Iterator[Window] | None
     read_seconds: float = 0.0
     first_shape: tuple[int, int] | None = None
-    must_say_so: bool = False
+    is_empty: bool = False
 
 
 def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
@@ -77,13 +77,13 @@ def prepare_stream(
 
     agree: gives all hosts what the first one finds, see `Hosts.share` and `HostSession.agree`.
     """
-    records = _open(job, storage, agree or job.hosts.share)
+    records = _open(job, storage, agree or job.hosts.broadcast)
     storage.spool.remove_stale_temporaries(storage.folder)
     survey = survey_stream(job)
     if is_complete(records):
         logging.info("%s is complete: nothing to do", storage.url)
         return PreparedStream(job, storage, survey, None)
-    refuse_full_disk(job, survey, storage.committed_bytes, storage.spool.free_bytes())
+    check_disk_space(job, survey, storage.committed_bytes, storage.spool.free_bytes())
     place, index, bad_before = resume_place(records)
     if place is not None:
         logging.info("%s: going on at sample %d: %d shards are committed", job.folder, place.sample_idx, len(records))
@@ -95,7 +95,7 @@ def prepare_stream(
     _require_writable(job, storage)
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
-        return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
+        return PreparedStream(job, storage, survey, None, read_seconds, is_empty=True)
     step = job.steps_of(next(job.parts_of(first)))[0]
     shape = step.n_rows, step.length
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
@@ -129,13 +129,13 @@ def run_stream(
     *,
     log: Callable[[str], None] = logging.info,
     on_start: Callable[[Progress], None] | None = None,
-    may_write_index: Callable[[], bool] = lambda: True,
+    may_write_metadata: Callable[[], bool] = lambda: True,
 ) -> Summary:
     """Extracts what is left, until the end or until `session.stop` is set.
 
     Args:
       on_start: gets the counters that go up while the run goes on.
-      may_write_index: asked before the index is replaced: false when the folder has passed to somebody else.
+      may_write_metadata: asked before the index is replaced: false when the folder has passed to somebody else.
     """
     job, storage = prepared.job, prepared.storage
     pipeline = Pipeline()
@@ -145,16 +145,16 @@ def run_stream(
         expected_samples=prepared.survey.samples,
         committed_samples=storage.committed_samples,
         log=log,
-        metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
+        metrics_path=job.config.metrics_path_of(job.folder, job.hosts.host_id),
         n_hosts=min(job.hosts.count, job.identity.parts),
         is_shown=job.hosts.is_first,
     )
     if on_start is not None:
         on_start(progress)
-    bookkeeper = _Bookkeeper(job, storage, may_write_index)
+    bookkeeper = _Bookkeeper(job, storage, may_write_metadata)
     with progress:
-        if prepared.must_say_so:
-            storage.commit_nothing()
+        if prepared.is_empty:
+            storage.commit_empty()
         if prepared.windows is not None and model is not None:
             with ThreadPoolExecutor(os.cpu_count(), "compress") as compressors:
                 Extraction(
@@ -186,30 +186,30 @@ def _encoder(job: Job, storage: ActivationStorage, compressors: ThreadPoolExecut
 class _Bookkeeper:
     """Keeps the derived files up to date: the checkpoint after every commit, the index now and then."""
 
-    def __init__(self, job: Job, storage: ActivationStorage, may_write_index: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, storage: ActivationStorage, may_write_metadata: Callable[[], bool]) -> None:
         self._job = job
         self._storage = storage
-        self._may_write_index = may_write_index
-        self._index_written = time.monotonic()
+        self._may_write_metadata = may_write_metadata
+        self._metadata_written_at = time.monotonic()
 
     def committed(self, record: CommitRecord) -> None:
         self._save_checkpoint(record, "running")
-        if time.monotonic() - self._index_written >= _INDEX_EVERY_S:
-            self._write_index()
+        if time.monotonic() - self._metadata_written_at >= _METADATA_EVERY_S:
+            self._write_metadata()
 
     def finish(self) -> str:
         """Brings everything up to date; returns "complete" or "stopped"."""
         last = self._storage.last_record
         status = "complete" if last is not None and last.next_place is None else "stopped"
         if last is not None:
-            self._write_index()
+            self._write_metadata()
             self._save_checkpoint(last, status)
         return status
 
-    def _write_index(self) -> None:
-        if self._job.hosts.is_first and self._may_write_index():
-            self._storage.write_index()
-            self._index_written = time.monotonic()
+    def _write_metadata(self) -> None:
+        if self._job.hosts.is_first and self._may_write_metadata():
+            self._storage.write_metadata()
+            self._metadata_written_at = time.monotonic()
 
     def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
         config = self._job.config

@@ -52,11 +52,11 @@ def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -
     """
     config = job.config
     if ratio is None:
-        ratio = usual_share(config, job.stored_dtype)
+        ratio = typical_ratio(config, job.stored_dtype)
     return int(rows * sum(job.bytes_per_row.values()) * ratio + tokens * TABLE_BYTES_PER_TOKEN)
 
 
-def usual_share(config: RunConfig, dtype: str) -> float:
+def typical_ratio(config: RunConfig, dtype: str) -> float:
     """Stored over raw bytes of values in `dtype`, as real models have given it."""
     return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[dtype]
 
@@ -70,7 +70,7 @@ def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) ->
     return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))
 
 
-def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
+def check_disk_space(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
     """Raises RunError when the run cannot fit on the disk."""
     needed = disk_needed(job, survey.tokens, survey.rows) - already_stored
     if free is not None and needed > free:

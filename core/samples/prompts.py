@@ -13,7 +13,7 @@ from arc24.encoders import create_grid_encoder
 from arc24.prompting import PROMPT_VERSIONS, create_prompts_from_task
 from core.base.errors import UsageError
 from core.dataset_utils import BadRecord, StreamRecord, sample_index
-from core.samples.selection import TokenFacts, facts_of
+from core.samples.selection import TokenFacts, token_facts
 from core.samples.windows import TokenizedSample
 
 PREVIEW_PROMPT_CHARS = 100
@@ -70,7 +70,7 @@ class Tokenizer:
 
     def facts(self) -> TokenFacts:
         """What the tokenizer says of token ids; loads it, with whatever that raises."""
-        return facts_of(self._tokenizer)
+        return token_facts(self._tokenizer)
 
     def samples(
         self, records: Iterable[StreamRecord | BadRecord], first_sample_idx: int = 0

@@ -42,7 +42,7 @@ class TokenFacts:
     ends_line: Callable[[int], bool]
 
 
-def facts_of(tokenizer: Any) -> TokenFacts:
+def token_facts(tokenizer: Any) -> TokenFacts:
     """The facts of a transformers tokenizer. Special are all tokens that it marks so, those of a chat among them."""
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = {kind: frozenset({getattr(tokenizer, f"{kind}_token_id")} - {None}) for kind in ("bos", "pad", "eos")}
@@ -173,7 +173,7 @@ def dropped_ranges(reasons: Reasons) -> dict[str, list[list[int]]]:
     return ranges
 
 
-def reasons_of(ranges: Any, n_tokens: int) -> Reasons:
+def reasons_from_ranges(ranges: Any, n_tokens: int) -> Reasons:
     """The inverse of `dropped_ranges`. Raises ValueError when the ranges cannot be those of so many tokens."""
     reasons = np.zeros(n_tokens, np.uint8)
     if not isinstance(ranges, dict) or not ranges.keys() <= set(REASONS):

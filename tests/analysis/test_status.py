@@ -13,10 +13,10 @@ from fake_gcs import FakeGcs, gcs_environment
 from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
 from analysis.fleet_status.report import Commit, ShardStatus, fleet_status, rate_of
-from analysis.fleet_status.status import FleetWatch, retry, status, watch
+from analysis.fleet_status.status import FleetMonitor, retry, status, watch
 from core.base.errors import RunError, UsageError
 from core.claims.leases import ShardClaims
-from core.claims.records import Owner, poison_of, read_claims
+from core.claims.records import Owner, poison_error, read_claims
 from core.commit.record import CommitRecord
 from core.object_store import LocalStore, open_store
 from core.run.config import RunConfig
@@ -131,7 +131,7 @@ def test_a_shard_that_is_set_aside_says_why_until_it_is_to_be_tried_again(out):
     assert retry(str(out), ["shard_001"]) == {"shard_001": 3}
     assert shard(status(str(out)), "shard_001").state == "waiting"
     assert claims(out).left(["shard_001"]) == ["shard_001"]
-    assert poison_of(LocalStore(out), "shard_001", read_claims(LocalStore(out))["shard_001"]) is None
+    assert poison_error(LocalStore(out), "shard_001", read_claims(LocalStore(out))["shard_001"]) is None
 
 
 def test_a_record_that_is_damaged_or_lacks_its_file_ends_what_counts(out):
@@ -234,7 +234,7 @@ def test_a_refresh_in_a_bucket_costs_a_listing_and_what_is_new(out, monkeypatch)
         for path in out.rglob("*"):
             if path.is_file():
                 server.state.insert("bucket", {"name": f"out/{path.relative_to(out)}"}, path.read_bytes(), {})
-        fleet = FleetWatch(open_store("gs://bucket/out"))
+        fleet = FleetMonitor(open_store("gs://bucket/out"))
         assert fleet.look().states == {"finished": 3, "running": 1}
         before = len(server.requests)
         assert fleet.look().states == fleet.look().states

@@ -14,7 +14,7 @@ from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Status, gcs_env
 
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError
-from core.claims.leases import Lease, ShardClaims, look_interval_s
+from core.claims.leases import Lease, ShardClaims, poll_interval_s
 from core.claims.records import (
     ClaimState,
     Owner,
@@ -197,13 +197,13 @@ def test_1000_observers_of_1000_leases_make_two_requests_each_a_heartbeat(server
         # Nothing that one of them does depends on the others, so a thousand make 2,000.
         assert kinds == {"object.list": 2 * len(observers)}
         clock.now += 14.9
-    assert look_interval_s(20.0, 1000) == 20.0
+    assert poll_interval_s(20.0, 1000) == 20.0
 
 
 def test_no_waiting_worker_makes_more_than_15_requests_a_heartbeat_however_many_shards_there_are():
     for n_shards in (1, 4_000, 5_000, 20_000, 1_000_000):
         requests = 3 * n_shards / 1000
-        assert requests * 20.0 / look_interval_s(20.0, n_shards) <= 15
+        assert requests * 20.0 / poll_interval_s(20.0, n_shards) <= 15
 
 
 def test_what_a_worker_saw_while_it_had_work_counts_for_the_ttl(store):
@@ -401,7 +401,7 @@ def test_whoever_starts_late_asks_nothing_of_what_is_done_before_it_works(server
         claimed(claims(store), shard).release("done")
     late = claims(store, is_finished=lambda shard: asked.append(shard) or shard != shards[-1])
     before = len(server.requests)
-    assert late.is_anything_left(shards)
+    assert late.any_remaining(shards)
     assert late.try_next(shards).shard == shards[-1]
     assert asked == [shards[-1]]
     kinds = Counter(request.kind for request in server.requests[before:])

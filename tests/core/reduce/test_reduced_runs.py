@@ -31,7 +31,7 @@ from analysis.verification.verify import verify
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.commit.record import CommitRecord
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.pricing.plan import price_run
 from core.reduce.reduced_step import ReducedStep
@@ -88,7 +88,7 @@ def reduced(full: RunConfig, step: Step, out: Path, **flags) -> Path:
     job = prepare_job(replace(full, output_dir=str(out), **flags), "float32")
     prepared = prepare_stream(job, open_storage(job))
     model = LoadedStep(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), 0.0)
-    session = HostSession(ALONE, "run", threading.Event())
+    session = HostSession(SINGLE_HOST, "run", threading.Event())
     assert run_stream(prepared, model, session, log=lambda line: None).status == "complete"
     assert verify(str(out)).ok, verify(str(out)).lines()
     return out

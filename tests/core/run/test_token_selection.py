@@ -27,7 +27,7 @@ from tiny_run import (
 from analysis.verification.verify import verify
 from core.activation_storage import ActivationStorage
 from core.base.errors import RunError, UsageError
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.pricing.plan import price_run
 from core.run.checks import prepare_job
@@ -238,7 +238,7 @@ def fetched_bytes(config: RunConfig) -> CountingStep:
     job = prepare_job(config, "float32")
     step = CountingStep(load(job).step)
     prepared = prepare_stream(job, open_storage(job))
-    session = HostSession(ALONE, "run", threading.Event())
+    session = HostSession(SINGLE_HOST, "run", threading.Event())
     assert run_stream(prepared, LoadedStep(step, 0.0), session).status == "complete"
     return step
 
