@@ -102,7 +102,7 @@ def first_selected(first_position: int, machine_id: int, total_machines: int) ->
 def survey_records(
     path: str, machine_id: int, total_machines: int, max_tasks: int | None, *, wanted: int
 ) -> tuple[int, list[StreamRecord | BadRecord]]:
-    """The number of records that `read_stream` yields, and `wanted` to 2 * `wanted` of them, evenly spread; one pass."""
+    """The number of records that `read_stream` yields, and `wanted` to 2 * `wanted` of them, evenly spread."""
     shard = find_shard(path)
     first = first_selected(shard.first_task if shard else 0, machine_id, total_machines)
     count, stride = 0, 1

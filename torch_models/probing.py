@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from core.base.errors import ModelError
 from qwen2_jax.taps import EMBEDDING_LAYER
 from torch_models.block_probe import BlockProbe
-from torch_models.hooks import StopForward, Batch, Tap, hooked, run_model, tokens_first
+from torch_models.hooks import Batch, StopForward, Tap, hooked, run_model, tokens_first
 from torch_models.probe_records import Record
 from torch_models.structure import is_within
 

@@ -183,8 +183,12 @@ def _verify_folder(
 ) -> None:
     """Fills the report; raises RunError when the records of the folder cannot be read."""
     records = _records(root, report.folder)
-    report.problems += _foreign_records(RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash])
-    report.problems += _foreign_records(STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash])
+    report.problems += _foreign_records(
+        RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash]
+    )
+    report.problems += _foreign_records(
+        STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash]
+    )
     checked = _check_windows(root, report, records, run_identity.format)
     report.problems += _coverage_problems(records, checked, stream.stream)
     report.complete = bool(records) and records[-1].next_place is None

@@ -60,7 +60,9 @@ class Engine:
         """
         job = replace(self.job, config=replace(self.job.config, output_dir=str(output_dir)))
         prepared = prepare_stream(job, open_storage(job))
-        return run_stream(prepared, self.model, HostSession(SINGLE_HOST, "run", threading.Event()), log=lambda line: None)
+        return run_stream(
+            prepared, self.model, HostSession(SINGLE_HOST, "run", threading.Event()), log=lambda line: None
+        )
 
     def planned_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""

@@ -59,7 +59,7 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
 
 
 def on_every_host(config: RunConfig, work: Callable[[Hosts], Report]) -> Report | HostExit:
-    """Sets this process up, joins the hosts of the slice if there is one, and runs `work`; host 0 returns its result."""
+    """Sets this process up, joins the hosts of the slice if there is one, and runs `work`; host 0 gets the result."""
     _limit_malloc_arenas()
     if config.gcs_bucket is not None and not config.uploads:
         logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)

@@ -42,8 +42,8 @@ def stop_on_signals(
     and the process exits with 128 + the signal's number: files without a commit record do not count. Must be entered
     in the main thread.
 
-    peer_stopping: polled every second: whether another host is stopping, which counts as SIGTERM here; the signal itself
-    may follow.
+    peer_stopping: polled every second; True when another host is stopping, which counts as SIGTERM here. The signal
+    itself may follow.
     """
     stop = threading.Event()
     thread = _SignalThread(stop, grace_s, abandon, log, peer_stopping)

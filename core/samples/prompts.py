@@ -1,4 +1,4 @@
-"""From stream records to tokens: the prompt of each sample, its token ids and its preview."""
+"""From stream records to samples: prompts, token ids and previews."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from core.samples.windows import TokenizedSample
 
 PREVIEW_PROMPT_CHARS = 100
 PREVIEW_CHARS = 200
-# Enough prompts in one call for the tokenizer's threads, few enough to stay small in memory.
+# Enough prompts in one call for the tokenizer's threads, few enough to need little memory.
 _RECORDS_PER_CALL = 16
 
 
@@ -28,8 +28,8 @@ class PromptOptions:
 
     Attributes:
       grid_encoder, prompt_version, predictions: for ARC tasks.
-      seed: of the augmentations; a sample's prompt depends on it and on the sample's place in the stream alone.
-      max_seq_length: tokens a sample may have; `overlong` says what happens to longer ones.
+      seed: of the augmentations; a sample's prompt depends only on it and on the sample's position in the stream.
+      max_seq_length: maximum tokens of a sample; longer ones are truncated or refused, by `overlong`.
     """
 
     grid_encoder: str
@@ -40,7 +40,7 @@ class PromptOptions:
     overlong: str
 
     def validate(self) -> None:
-        """Raises UsageError naming the flag that cannot be."""
+        """Raises UsageError naming the invalid flag."""
         try:
             create_grid_encoder(self.grid_encoder)
         except ValueError as error:
@@ -51,7 +51,7 @@ class PromptOptions:
 
 
 class Tokenizer:
-    """Turns records into samples; the tokenizer itself is loaded when the first record needs one.
+    """Turns records into samples; the tokenizer itself is loaded when the first record needs it.
 
     Args:
       load: loads a transformers tokenizer.
@@ -69,7 +69,7 @@ class Tokenizer:
         return self._load()
 
     def facts(self) -> TokenFacts:
-        """What the tokenizer says of token ids; loads it, with whatever that raises."""
+        """The tokenizer's facts about token ids. Loads the tokenizer, and raises what loading raises."""
         return token_facts(self._tokenizer)
 
     def samples(
@@ -134,7 +134,7 @@ class Tokenizer:
     ) -> Iterator[TokenizedSample | BadRecord]:
         reason = next(filter(None, (self._refusal(ids) for _, ids in encoded)), None)
         if reason:
-            # All samples of a record are refused together: half a task would be a hole nobody sees.
+            # All samples of a record are refused together: a partial task would be an unnoticed gap.
             yield BadRecord(record.position, record.line, reason)
             return
         for prediction, (prompt, ids) in enumerate(encoded):
@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 def text_preview(record: StreamRecord, sample_idx: int, prompt: str | list[int]) -> str:
-    """`Task: {id}, Prompt: {first 100 characters}`, at most 200 characters; token ids stand for a text not known."""
+    """`Task: {id}, Prompt: {first 100 characters}`, at most 200 characters; token ids where the text is unknown."""
     text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt[:PREVIEW_PROMPT_CHARS]))
     name = record.task_id if record.task_id is not None else str(sample_idx)
     return f"Task: {name}, Prompt: {text[:PREVIEW_PROMPT_CHARS]}"[:PREVIEW_CHARS]

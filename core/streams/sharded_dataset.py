@@ -145,8 +145,8 @@ def check_chunk(folder: str, chunk: ChunkEntry) -> None:
         raise RunError(f"{folder}/{chunk.name}: no such file: copy the dataset again")
     if found != ObjectInfo(chunk.bytes, chunk.crc32c):
         raise RunError(
-            f"{folder}/{chunk.name} has {found.size} bytes with crc32c {found.crc32c}, {SHARD_FILE} lists {chunk.bytes} "
-            f"with {chunk.crc32c}: it was changed after the dataset was made; make or copy the dataset again"
+            f"{folder}/{chunk.name} has {found.size} bytes with crc32c {found.crc32c}, {SHARD_FILE} lists "
+            f"{chunk.bytes} with {chunk.crc32c}: it was changed after the dataset was made; make or copy it again"
         )
 
 

@@ -120,7 +120,7 @@ def test_a_shard_that_is_set_aside_says_why_until_it_is_to_be_tried_again(out):
         claimant = claims(out)
         with claimant.try_next(["shard_001"]) as lease:
             claimant.record_failure(lease, "chunk_0000.jsonl:7: \x1b[31mbroken")
-    assert claims(out).left(["shard_001"]) == []
+    assert claims(out).remaining(["shard_001"]) == []
     fleet = status(str(out))
     assert (fleet.finished, fleet.settled, fleet.states) == (False, True, {"finished": 3, "poisoned": 1})
     assert shard(fleet, "shard_001").error == "chunk_0000.jsonl:7: \x1b[31mbroken"
@@ -130,7 +130,7 @@ def test_a_shard_that_is_set_aside_says_why_until_it_is_to_be_tried_again(out):
         retry(str(out), ["shard_9"])
     assert retry(str(out), ["shard_001"]) == {"shard_001": 3}
     assert shard(status(str(out)), "shard_001").state == "waiting"
-    assert claims(out).left(["shard_001"]) == ["shard_001"]
+    assert claims(out).remaining(["shard_001"]) == ["shard_001"]
     assert poison_error(LocalStore(out), "shard_001", read_claims(LocalStore(out))["shard_001"]) is None
 
 

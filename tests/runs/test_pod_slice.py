@@ -212,8 +212,8 @@ def test_hosts_that_do_not_share_the_output_folder_are_refused(folder):
     disks = [folder / "disk_0", folder / "disk_1"]
     ends = finish(start_slice(folder, "out", 2, disks=disks))
     assert [code for code, _ in ends] == [1, 2]
-    assert "host 1 does not see there what host 0 writes" in ends[1][1]
-    assert "host 1 does not see there" in ends[0][1]
+    assert "host 1 does not see the files of host 0 there" in ends[1][1]
+    assert "host 1 does not see the files" in ends[0][1]
     assert not [path for disk in disks for path in disk.glob("out/*")]
 
 

@@ -316,7 +316,7 @@ def test_another_dataset_or_plan_in_the_same_output_is_refused_before_anything_i
         replace(first, max_tasks=None),
         replace(first, dtype="float32"),
     ):
-        with pytest.raises(UsageError, match="holds another run"):
+        with pytest.raises(UsageError, match="belongs to another run"):
             run(changed)
     assert committed_files(out) == before
 

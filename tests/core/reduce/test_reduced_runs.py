@@ -381,7 +381,7 @@ def test_a_record_without_reduction_says_nothing_of_one(full):
         ({"pool": ("exp:0",)}, "--pool exp:0: expected"),
         ({"pool": ("exp",)}, "--pool exp: expected"),
         ({"pool": ("mean:2",)}, "--pool mean:2: expected"),
-        ({"pool": ("exp:0.5", "exp:.50")}, "--pool exp:0.5: it is there twice"),
+        ({"pool": ("exp:0.5", "exp:.50")}, "--pool exp:0.5: it is given twice"),
         ({"topk": 0}, "--topk 0: must be at least 1"),
         ({"quantize": "int4"}, "--quantize int4: must be one of int8, fp8"),
         ({"quantize_block": 4}, "--quantize_block 4: needs --quantize"),
@@ -402,8 +402,9 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(full, tmp_pa
     coded = {"quantize": "int8", "dtype": "float16"}
     for message, flags in {
         "--topk 17: k is only 16 wide": {"topk": 17},
-        "--quantize_block 33: no row has more than 32 values: 0 is one scale a row": coded | {"quantize_block": 33},
-        "--quantize_block 5: no row has more than 4 values: 0 is one scale a row": coded
+        "--quantize_block 33: no row has more than 32 values: pass 0 for one scale per row": coded
+        | {"quantize_block": 33},
+        "--quantize_block 5: no row has more than 4 values: pass 0 for one scale per row": coded
         | {"quantize_block": 5, "topk": 4},
         f"--project {tmp_path}/a.npy: its matrix has 32 rows, k is 16 wide": {"project": str(tmp_path / "a.npy")},
         f"--project {tmp_path}/b.npy: it has matrices for 3 layers, k has 2": {"project": str(tmp_path / "b.npy")},

@@ -14,7 +14,7 @@ from core.pricing.plan import format_duration
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.job import Job
-from core.run.survey import disk_needed, check_disk_space, stored_bytes, survey_stream
+from core.run.survey import check_disk_space, disk_needed, stored_bytes, survey_stream
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_kind_of_token_that_the_tokenizer_lacks_is_said_and_leaves_nothing_out
     said = []
     monkeypatch.setattr("core.run.checks.logging.warning", lambda text, *args: said.append(text % args))
     job = job_of(config, exclude_tokens=("bos", "special", "newline_first"))
-    assert said == ["--exclude_tokens bos: the tokenizer has no such token, so none is left out"]
+    assert said == ["--exclude_tokens bos: the tokenizer has no such token, so no token is excluded"]
     assert {256, 257} <= job.facts.ids["special"]
 
 

@@ -16,9 +16,9 @@ from core.samples.selection import (
     TokenFacts,
     count_reasons,
     dropped_ranges,
-    token_facts,
     parse_positions,
     reasons_from_ranges,
+    token_facts,
 )
 
 FACTS = TokenFacts(
