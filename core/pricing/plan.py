@@ -1,4 +1,4 @@
-"""What a run will cost, before it is paid for: `--plan`."""
+"""The price of a run, before it runs: `--plan`."""
 
 import itertools
 import time
@@ -28,21 +28,21 @@ from core.step import backend
 from core.step.fetching import plan_fetch
 from core.step.layout import Step, step_arrays
 
-# What `--plan` compresses to learn the same of the run at hand.
+# `--plan` compresses up to this many bytes to measure the compression ratio of the run.
 _MEASURED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `--plan` prints: what is left to do, and what earlier runs have committed.
+    """The output of `--plan`: the remaining work, and what earlier runs have committed.
 
     Attributes:
       padding_waste: share of computed tokens that belong to no sample.
-      dropped_tokens: by reason, the tokens that are computed and not stored; without norm outliers, which only the
-        run will know.
-      reduction: what is done to the tokens that are stored; None: nothing.
-      bytes_copied: from the devices to the host; bytes_copied_whole: without selection and reduction.
-      bytes_saved: what these take off the disk.
+      dropped_tokens: by reason, the tokens that are computed but not stored; without norm outliers, which are known
+        only after the forward pass.
+      reduction: how stored tokens are reduced; None: not at all.
+      bytes_copied: from the devices to the host; bytes_copied_whole: the same without selection and reduction.
+      bytes_saved: bytes on disk saved by selection and reduction.
     """
 
     committed_samples: int
@@ -77,7 +77,7 @@ class PlanReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         done = [f"committed        {self.committed_samples} samples in {self.committed_shards} shards; what is left:"]
         lines = done if self.committed_shards else []
         if not self.samples:
@@ -118,12 +118,12 @@ def format_duration(seconds: float) -> str:
 
 
 def price_run(config: RunConfig) -> PlanReport | HostExit:
-    """What a run with these flags will cost; nothing is written. Raises RunError, UsageError or ModelError."""
+    """The price of a run with these flags; nothing is written. Raises RunError, UsageError or ModelError."""
     return on_every_host(config, lambda hosts: _price(prepare_jobs(config, hosts)))
 
 
 def _price(jobs: Sequence[Job]) -> PlanReport:
-    """Of what the output does not hold yet."""
+    """The price of the windows that are not committed yet."""
     stores = open_stores(jobs[0].config, jobs[0].identity.parts)
     done = [(job, open_storage(job, stores).open()) for job in jobs]
     left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
@@ -145,11 +145,11 @@ def plan_run(
     committed: Sequence[CommitRecord],
     free: int | None,
 ) -> PlanReport:
-    """Lays `windows` (of one stream, or of all shards) out exactly as the run would, and times one step.
+    """Lays `windows` (of one stream, or of all dataset shards) out exactly as the run would, and times one step.
 
     Args:
-      windows: those that are left, behind the `committed` ones.
-      load: loads the model, if anything is left.
+      windows: the remaining ones, after those in `committed`.
+      load: loads the model; called if a window remains.
     """
     samples_done = sum(record.n_samples for record in committed)
     first = next(windows, None)
@@ -191,13 +191,13 @@ def plan_run(
 
 
 def _unreduced_ratio(job: Job, ratio: float | None) -> float:
-    """Of stored over raw bytes without the reduction; `ratio` is what was measured with it."""
+    """Stored over raw bytes without the reduction; `ratio` was measured with it."""
     return typical_ratio(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
 
 
 @dataclass
 class _Totals:
-    """n_hosts: that take every step together, with rows of their own."""
+    """n_hosts: hosts that run every step together, each with its own rows."""
 
     n_hosts: int
     windows: int = 0

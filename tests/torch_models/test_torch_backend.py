@@ -191,7 +191,7 @@ def test_nan_is_an_infinite_peak(tmp_path):
         ("opt_350m", "embedding", "not as wide as the residual stream"),
         ("opt_350m", "final_norm", "16 wide, not 32"),
         ("granite", "mlp", "resid_pre + attn + mlp is not residual"),
-        ("mixtral", "mlp_act", "no one linear map"),
+        ("mixtral", "mlp_act", "no single linear map"),
         ("gptj", "resid_mid", "side by side"),
         ("bloom", "embedding", "more than a scale and positions"),
         ("stablelm", "attn_proj", "it is attn"),
@@ -239,7 +239,7 @@ def test_missing_weights_are_an_error_and_not_made_up(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"1 weights are missing or misshapen, model.layers.1.mlp.up_proj.weight first"
+        ModelError, match=r"1 weights are missing or have the wrong shape, model.layers.1.mlp.up_proj.weight first"
     ):
         load(tmp_path, "residual")
 
