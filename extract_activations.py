@@ -36,7 +36,7 @@ def build_parser() -> CommandParser:
     parser._negative_number_matcher = re.compile(r"-[0-9.]+(:-?[0-9]*)?$")
     _add_model_flags(parser.add_argument_group("model"))
     _add_data_flags(parser.add_argument_group("dataset and prompts"))
-    _add_capture_flags(parser.add_argument_group("what is captured"))
+    _add_capture_flags(parser.add_argument_group("capture"))
     _add_output_flags(parser.add_argument_group("output"))
     _add_worker_flags(parser.add_argument_group("workers and resume"))
     return parser

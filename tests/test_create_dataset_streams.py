@@ -244,7 +244,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, name, content, opti
         ({"max_samples": 0}, "--max_samples"),
         ({"dataset_name": "nosuch.jsonl"}, "nosuch.jsonl: no such file"),
         ({"dataset_name": "/nosuch/folder"}, "/nosuch/folder: no such file"),
-        ({"dataset_name": str(COMMAND)}, "cannot tell what it holds"),
+        ({"dataset_name": str(COMMAND)}, "unknown file type"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error_and_nothing_is_written(tmp_path, options, message):

@@ -48,7 +48,7 @@ class _UploadLostError(Exception):
 class GcsStore:
     """A folder of a bucket, through gcsfs's plain JSON API, whose preconditions make creation exclusive.
 
-    The custom metadata of every object hold a nonce of the call that wrote it. When the reply to a create-only upload
+    The custom metadata of every object has a nonce of the call that wrote it. When the reply to a create-only upload
     is lost, the retry fails with "exists"; the nonce then distinguishes our own object from another writer's.
     """
 

@@ -115,7 +115,7 @@ class Tokenizer:
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
         if self._tokenizer.chat_template is None:
-            raise UsageError("the stream holds messages but the tokenizer has no chat template: give --tokenizer_path")
+            raise UsageError("the stream holds messages but the tokenizer has no chat template: pass --tokenizer_path")
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # templates raise what they like

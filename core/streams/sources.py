@@ -74,7 +74,7 @@ def _file_rows(path: str, split: str, text_unit: TextUnit) -> Iterator[SourceRow
         return _text_rows(path, text_unit)
     if suffix == ".parquet":
         return _parquet_rows(path)
-    raise UsageError(f"{path}: cannot tell what it holds: expected a name ending in {', '.join(_READABLE)}")
+    raise UsageError(f"{path}: unknown file type: expected a name ending in {', '.join(_READABLE)}")
 
 
 def _folder_rows(path: str, split: str, config: str | None, text_unit: TextUnit) -> Iterator[SourceRow]:
