@@ -73,7 +73,7 @@ def test_blocks_that_do_not_form_one_stream_are_refused():
 
 
 def test_a_model_without_a_list_of_its_blocks_is_refused():
-    with pytest.raises(ModelError, match="has no list of its 7 decoder layers"):
+    with pytest.raises(ModelError, match="has no list of 7 decoder layers"):
         decoder_layers(tiny_model("opt"), 7)
 
 

@@ -371,7 +371,7 @@ def test_kinds_of_tokens_need_a_tokenizer_and_norms_a_residual_stream(full, tmp_
     config = replace(full, model_path=str(bare), output_dir=str(tmp_path / "out"))
     with pytest.raises(UsageError, match=r"--exclude_tokens eos: only a tokenizer .*--tokenizer_path"):
         run(replace(config, exclude_tokens=("eos",)))
-    with pytest.raises(UsageError, match=r"--exclude_norm_outliers: .*resid_pre, resid_mid, residual"):
+    with pytest.raises(UsageError, match=r"--exclude_norm_outliers needs .*resid_pre, resid_mid, residual"):
         run(replace(config, activation_type=("mlp",), exclude_norm_outliers=4.0))
     assert run(replace(config, exclude_tokens=("eos",), tokenizer_path=full.model_path)).samples == len(LINES)
 
