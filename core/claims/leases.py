@@ -4,9 +4,9 @@ A lease is a file named by its epoch (1, 2, …), see `core.claims.records`. The
 released, or until an observer has seen no new heartbeat for the TTL by its own monotonic clock; wall clocks are never
 compared. Heartbeats are read from the listing of all claims, as new versions of a file: observing a thousand leases
 costs no more than observing one. The worker that creates the next epoch holds the shard: creation is exclusive, so
-exactly one does. Leases avoid duplicate work; commits ensure correctness, even when two workers both hold a shard by
-their own knowledge. A release as "done" is not trusted either: the output decides whether a shard is finished, so a
-shard whose output was lost is free again.
+exactly one does. Leases avoid duplicate work; commits ensure correctness, even when two workers both think that they
+hold a shard. A release as "done" is not trusted either: the output decides whether a shard is finished, so a shard
+whose output was lost is free again.
 
 A heartbeat means that the work progresses, not that a process exists: an owner without progress for `stall_s` stops
 sending heartbeats, and another worker takes the shard over.

@@ -239,7 +239,7 @@ def test_two_stores_of_a_process_never_share_a_temporary_name(local: LocalStore)
 def test_a_name_cannot_leave_the_store(store: ObjectStore, name: str) -> None:
     with pytest.raises(ValueError, match="not an object name"):
         store.create_bytes(name, b"")
-    with pytest.raises(ValueError, match="no object name"):
+    with pytest.raises(ValueError, match="not an object name"):
         store.read_bytes(name)
 
 
