@@ -5,11 +5,23 @@ import os
 from pathlib import Path
 
 import pytest
+from forks import Forks, close_shared, shared
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # torch's threads wait by spinning: beside JAX's and another test's they slow each other down tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Forks:
+    """Starts processes that need not import anything."""
+    return shared()
+
+
+def pytest_unconfigure() -> None:
+    """Ends them."""
+    close_shared()
 
 
 @pytest.fixture(scope="session")
