@@ -82,7 +82,7 @@ def work(worker: Worker) -> int:
     parser = argparse_flags.ArgumentParser()
     parser.parse_args = lambda *_: FLAGS.mark_as_parsed() or wanted
     try:
-        command_line.run_command(extract_activations.extract, lambda: parser)
+        command_line.run_command(extract_activations.run_flags, lambda: parser)
     except SystemExit as end:
         return int(end.code or 0)
     return 0
