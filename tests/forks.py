@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -152,7 +153,7 @@ class Forks:
             return Fork(self, self._pids[before], folder)
 
     def command(self, script: str, *args: object, cwd: Path, env: Mapping[str, str] | None = None) -> Fork:
-        """One of the top-level commands."""
+        """One of the commands, by its path in the repository."""
         return self.start("forks:run_script", {"script": script, "args": [*map(str, args)]}, cwd, env)
 
     def _listen(self) -> None:
@@ -200,7 +201,9 @@ def run_script(wish: dict[str, Any]) -> int:
     fault = os.environ.get(fault_points.VARIABLE)
     if fault:
         fault_points.arm(fault_points.armed_by(fault))
-    importlib.import_module(wish["script"].removesuffix(".py")).main()
+    script = Path(sys.argv[0])
+    sys.path[:0] = [str(script.parent)]
+    runpy.run_path(str(script), run_name="__main__")
     return 0
 
 
