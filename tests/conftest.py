@@ -1,16 +1,18 @@
-"""Shared by all tests: CPU only, no hub."""
+"""Shared by all tests: CPU only, no hub, shapes in signatures checked."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import shape_checks
 from forks import Forks, close_shared, shared
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # torch's threads wait by spinning: beside JAX's and another test's they slow each other down tenfold.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+shape_checks.install()
 
 
 @pytest.fixture(scope="session")

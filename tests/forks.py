@@ -209,6 +209,9 @@ def run_script(wish: dict[str, Any]) -> int:
 
 def _serve() -> None:
     """The parent's own process: has no thread, so that forking it is safe."""
+    import shape_checks
+
+    shape_checks.install()
     sys.path[:0] = [str(TESTS / "faults")]
     for name in IMPORTED:
         importlib.import_module(name)
