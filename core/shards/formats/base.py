@@ -53,7 +53,7 @@ class ShardContent:
     site: str
     layers: tuple[int, ...]
     activations: Shaped[np.ndarray, "L N D"]
-    offsets: Int64[np.ndarray, "S+1"]
+    offsets: Int64[np.ndarray, "S_plus_1"]
     samples: tuple[TokenizedSample, ...]
     more: Mapping[str, Shaped[np.ndarray, "L N W"]] = field(default_factory=dict)
 
