@@ -1,7 +1,7 @@
-"""One start of the engine, for benchmarks.start: what `core.run.runner` does, with the clock read between its stages.
+"""One start of the engine, for benchmarks.start: does what `core.run.runner` does and reads the clock between stages.
 
-argv: the fields of a RunConfig as JSON. Prints when each stage was over, in seconds since 1970, as JSON. At its top it
-imports nothing that the stages would have to import.
+argv: the fields of a RunConfig as JSON. Prints when each stage ended, in seconds since 1970, as JSON. The top of the
+file imports nothing that a stage would have to import.
 """
 
 import json
@@ -10,7 +10,7 @@ import time
 
 
 def main() -> None:
-    """Goes from nothing to the end of the stream."""
+    """Runs all stages, to the end of the stream."""
     over = {"interpreter": time.time()}
     import threading
 

@@ -1,20 +1,22 @@
-"""The engine of extract_activations.py with the model loaded once: what is timed is a run, from stream to commit."""
+"""The engine of extract_activations.py with the model loaded once, to time runs from stream to commit."""
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
-from core.reduce.reduced_step import StepOutput
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.job import Job
 from core.run.progress import Summary
 from core.run.stores import open_storage
 from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
-from core.step.layout import StepArrays, plan_steps, step_arrays
+from core.step.backend import StepOutput
+from core.step.host_copies import wait_for
+from core.step.layout import StepArrays, lay_out_steps, step_arrays
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,22 @@ class Engine:
         prepared = prepare_stream(job, open_storage(job))
         return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
 
-    def planned_steps(self) -> list[StepArrays]:
+    def all_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""
         return [
-            step_arrays(step, [sample.token_ids for sample in window.samples])
+            step_arrays(layout, [sample.token_ids for sample in window.samples])
             for window in self.job.windows()
-            for step in plan_steps(window.lengths, self.job.batch_shape)
+            for layout in lay_out_steps(window.lengths, self.job.batch_shape)
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:
         """The forward passes alone, nothing kept. As in a run, one is started before the last is waited for."""
-        last: StepOutput | None = None
-        for arrays in steps:
-            started = self.model.step(arrays)
+        last: Future[StepOutput] | None = None
+        with ThreadPoolExecutor(self.job.backend.lanes(self.job.model, self.job.step_request)) as device:
+            for arrays in steps:
+                started = device.submit(self.model.step, arrays)
+                if last is not None:
+                    wait_for(last.result().peaks)
+                last = started
             if last is not None:
-                last.wait()
-            last = started
-        if last is not None:
-            last.wait()
+                wait_for(last.result().peaks)

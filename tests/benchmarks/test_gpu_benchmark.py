@@ -14,8 +14,9 @@ from benchmarks.gpu import compilation as gpu_compile
 from benchmarks.gpu import devices as gpu_devices
 from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu.devices import peak_tflops
-from benchmarks.gpu.step import Workload
+from benchmarks.gpu.step import UniformBatch
 from core.base.errors import RunError, UsageError
+from core.step.backend import StepOutput
 from qwen2_jax.attention.gpu_tiles import candidates
 
 TINY = ["--rehearse", "--steps", "2", "--repeats", "2"]
@@ -37,7 +38,7 @@ def measured(model, length, *flags):
 def test_ours_alone_adds_up():
     found = measured("Qwen2.5-0.5B", 512, "--peers", "--samples_per_row", "2", "--peak_tflops", "0.5")
     ours = found.ours
-    assert found.workload == Workload(4, 128, 2)
+    assert found.workload == UniformBatch(4, 128, 2)
     seen = 8 * 64 * 65 / 2
     assert found.model_flops == 3 * (2 * MATRICES * 512 + 4 * seen * HEADS * HEAD)
     assert found.copied_bytes == 3 * 512 * D * 2
@@ -86,7 +87,7 @@ def test_the_tiles_that_are_told_are_those_of_the_step(monkeypatch):
     seen = []
     monkeypatch.setattr(gpu, "kernel_tiles", lambda *given: seen.append(given))
     config = gpu.decoder_config(settings().fields(gpu.CASES[-1]))
-    assert gpu._tiles(config, Workload(2, 256, 1)) is None
+    assert gpu._tiles(config, UniformBatch(2, 256, 1)) is None
     ((q, softcap),) = seen
     assert (q.shape, q.dtype, softcap) == ((2, 256, KV, HEADS // KV, HEAD), "bfloat16", 50.0)
 
@@ -110,7 +111,7 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     flags = [*TINY, "--models", "Qwen2.5-7B", "--peers", "--peak_tflops", "1e-9"]
     gpu.run(gpu.build_parser().parse_args(flags))
     told = capsys.readouterr()
-    assert told.err == "a rehearsal: tiny models, and a peak and targets that mean nothing\n"
+    assert told.err == "a rehearsal: tiny models; the peak and the targets mean nothing\n"
     lines = told.out.splitlines()[3:]
     assert [line.split(" | ")[0] for line in lines] == [
         "| Qwen2.5-7B, layer 13, rows of 512 ",
@@ -122,7 +123,7 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
 @pytest.mark.benchmark
 def test_json_holds_settings_and_cases(capsys, monkeypatch):
     ours = gpu.SideResult("ours", *[1.0] * 6, Ratio(1, 1, 1, 1), Ratio(1, 1, 1, 1), 0.0)
-    result = gpu.CaseResult("case", Workload(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
+    result = gpu.GpuResult("case", UniformBatch(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
     monkeypatch.setattr(gpu, "measure", lambda case, settings: result)
     gpu.run(gpu.build_parser().parse_args([*TINY, "--peers", "--json"]))
     found = json.loads(capsys.readouterr().out)
@@ -133,11 +134,11 @@ def test_json_holds_settings_and_cases(capsys, monkeypatch):
 
 
 def test_samples_fill_their_rows_and_positions_restart():
-    arrays = Workload(3, 12, 4).arrays(50)
+    arrays = UniformBatch(3, 12, 4).arrays(50)
     assert arrays.positions.tolist() == [[0, 1, 2] * 4] * 3
     assert arrays.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]] * 3
     assert 0 <= arrays.tokens.min() <= arrays.tokens.max() < 50
-    np.testing.assert_array_equal(arrays.tokens, Workload(3, 12, 4).arrays(50).tokens)
+    np.testing.assert_array_equal(arrays.tokens, UniformBatch(3, 12, 4).arrays(50).tokens)
 
 
 def test_without_a_gpu_one_line_says_what_to_do():
@@ -295,27 +296,24 @@ def test_torch_without_cuda_is_no_peer_of_a_gpu(capsys, monkeypatch):
 
 
 @pytest.mark.benchmark
-def test_the_next_step_is_started_before_one_is_fetched():
+def test_the_next_step_is_started_before_one_is_fetched(monkeypatch):
     events = []
 
-    class Output:
-        def __init__(self, number):
-            self.number = number
+    def noting(event):
+        def note(output):
+            number = output["number"] if isinstance(output, dict) else output.peaks["number"]
+            events.append(f"{event} {number}")
+            return output
 
-        def start_copy(self, kept):
-            events.append(f"copy {self.number}")
-
-        def fetch(self):
-            events.append(f"fetch {self.number}")
-            return {}
-
-        def wait(self):
-            events.append(f"wait {self.number}")
+        return note
 
     def step(arrays):
-        events.append(f"step {len([event for event in events if event.startswith('step')])}")
-        return Output(int(events[-1].split()[1]))
+        number = len([event for event in events if event.startswith("step")])
+        events.append(f"step {number}")
+        return StepOutput({}, {"number": number})
 
+    for function, event in (("begin_copies", "copy"), ("on_host", "fetch"), ("wait_for", "wait")):
+        monkeypatch.setattr(gpu_step, function, noting(event))
     ours = gpu_step.OurSide(None, {}, None, step)
     ours.extract(3)
     assert events == ["step 0", "copy 0", "step 1", "copy 1", "fetch 0", "step 2", "copy 2", "fetch 1", "fetch 2"]
