@@ -49,7 +49,7 @@ class Reference:
     @torch.no_grad()
     def activations(
         self, token_ids: Int[np.ndarray, " T"], capture: Capture
-    ) -> dict[str, Float32[np.ndarray, "L T D"]]:
+    ) -> dict[str, Float32[np.ndarray, "L T _"]]:
         """Every site of `capture` that this model has, for one sample."""
         missing = self.missing(capture)
         wanted = {site: capture.layers_of(site, self.n_layers) for site in capture.sites if site not in missing}

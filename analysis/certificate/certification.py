@@ -112,7 +112,7 @@ def compare_with_transformers(
 
 def _activations(
     reference: Reference, sample: CertifiedSample, capture: Capture
-) -> dict[str, Float32[np.ndarray, "L K D"]]:
+) -> dict[str, Float32[np.ndarray, "L K _"]]:
     values = reference.activations(sample.token_ids, capture)
     return {site: array[:, sample.kept] for site, array in values.items()}
 

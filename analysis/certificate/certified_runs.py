@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 class _Computed:
     """The output of a step for one sample: values by site in the step's dtype, norms of P pairs of site and layer."""
 
-    values: dict[str, Shaped[np.ndarray, "L T D"]]
+    values: dict[str, Shaped[np.ndarray, "L T _"]]
     norms: Float32[np.ndarray, "P T"]
 
 

@@ -43,7 +43,7 @@ class CertifiedSample:
     name: str
     token_ids: Int32[np.ndarray, "T"]
     kept: Int32[np.ndarray, "K"]
-    ours: Mapping[str, Shaped[np.ndarray, "L K D"]]
+    ours: Mapping[str, Shaped[np.ndarray, "L K _"]]
     final: FinalValues | None = None
 
 
@@ -280,7 +280,7 @@ class Comparison:
         self._layers = layers
         self._tallies = {(site, layer): Tally() for site, numbers in layers.items() for layer in numbers}
 
-    def add(self, ours: Mapping[str, Shaped[np.ndarray, "L K D"]], reference: Mapping[str, np.ndarray]) -> None:
+    def add(self, ours: Mapping[str, Shaped[np.ndarray, "L K _"]], reference: Mapping[str, np.ndarray]) -> None:
         """Adds one sample. Sites without a reference are skipped."""
         for site, numbers in self._layers.items():
             if site in reference:

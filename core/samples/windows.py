@@ -108,7 +108,7 @@ class Window:
         return int(self.offsets[-1])
 
     @cached_property
-    def offsets(self) -> Int64[np.ndarray, "S+1"]:
+    def offsets(self) -> Int64[np.ndarray, "S_plus_1"]:
         """Where the stored rows of each sample begin among those of the window, and the end."""
         return np.concatenate([[0], np.cumsum([sample.n_rows for sample in self.samples], dtype=np.int64)])
 

@@ -223,11 +223,11 @@ def test_workers_may_come_and_go_from_one_to_eight_to_three_to_one(attempt, nurs
     wait_until(lambda: committed(0.35))
     rng.shuffle(fleet)
     for worker in fleet[3:]:
-        worker.signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        worker.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
     wait_until(lambda: committed(0.6))
     check_half_done(out, files)
     for worker in fleet[1:3]:
-        worker.signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        worker.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
     assert fleet[0].finish()["status"] == "complete"
     # A worker that has not begun yet dies of SIGTERM like any process.
     assert {worker.wait() for worker in fleet} <= {0, 143, -signal.SIGKILL, -signal.SIGTERM}

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from fake_gcs import Stall, gcs_environment
 from fleets import check_committed, check_finished, flags, is_full, leave_alone, make_dataset, sample, wait_until
-from nursery import Running, Worker
+from forks import Fork
+from nursery import Worker
 
 from core.run.signals import STOP_GRACE_S
 
@@ -27,9 +28,9 @@ def releases(out: Path) -> list[str]:
     return sorted(json.loads(path.read_text())["reason"] for path in out.glob("claims/*/*.released"))
 
 
-def seconds_to_end(worker: Running, number: int = signal.SIGTERM) -> float:
+def seconds_to_end(worker: Fork, number: int = signal.SIGTERM) -> float:
     started = time.monotonic()
-    worker.signal(number)
+    worker.send_signal(number)
     worker.wait(60.0)
     return time.monotonic() - started
 
@@ -95,7 +96,7 @@ def test_a_second_signal_ends_at_once(nursery, calm, place):
     worker = nursery.start(Worker(flags(data, place / "out", stop_grace_s=60.0, **NEVER), stuck_after=2))
     wait_until(lambda: claimed(place / "out"))
     time.sleep(0.3)
-    worker.signal(signal.SIGINT)
+    worker.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert worker.returncode is None
     assert seconds_to_end(worker, signal.SIGINT) < SLACK_S
