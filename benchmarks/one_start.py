@@ -1,7 +1,7 @@
-"""One start of the engine, for benchmarks.start: what `core.run.runner` does, with the clock read between its stages.
+"""One start of the engine, for benchmarks.start: does what `core.run.runner` does and reads the clock between stages.
 
-argv: the fields of a RunConfig as JSON. Prints when each stage was over, in seconds since 1970, as JSON. At its top it
-imports nothing that the stages would have to import.
+argv: the fields of a RunConfig as JSON. Prints when each stage ended, in seconds since 1970, as JSON. The top of the
+file imports nothing that a stage would have to import.
 """
 
 import json
@@ -10,11 +10,11 @@ import time
 
 
 def main() -> None:
-    """Goes from nothing to the end of the stream."""
+    """Runs all stages, to the end of the stream."""
     over = {"interpreter": time.time()}
     import threading
 
-    from core.hosts.pod_slice import ALONE
+    from core.hosts.pod_slice import SINGLE_HOST
     from core.hosts.session import HostSession
     from core.run.checks import backend_of, prepare_job
     from core.run.config import RunConfig
@@ -32,7 +32,7 @@ def main() -> None:
     over["first window"] = time.time()
     model = load(job, prepared.first_shape)
     over["load"] = time.time()
-    run_stream(prepared, model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
+    run_stream(prepared, model, HostSession(SINGLE_HOST, "run", threading.Event()), log=lambda line: None)
     over["first shard"] = time.time()
     print(json.dumps(over))
 

@@ -1,4 +1,4 @@
-"""Starts the extraction on TPUs that are ready: code, environment, supervisor. Starting twice starts once."""
+"""Starts the extraction on ready TPUs: code, environment, supervisor. Launching again does not start it twice."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from fleet.gcloud.accelerators import hosts_of
 from fleet.gcloud.calls import Gcloud
 from fleet.gcloud.parallel import each
 
-# Of the extraction: the fleet numbers workers, and JAX numbers the hosts of a slice.
+# Flags of the extraction that launch sets: the fleet numbers workers, and JAX numbers the hosts of a slice.
 _FLAGS_OF_THE_FLEET = ("--worker_id", "--host_id")
 _MARK = "activations-host"
 _PROBE = f"""\
@@ -38,7 +38,7 @@ bash "$code/scripts/setup_tpu_vm.sh" --dir "$dir"
 
 
 class ExtractionState(StrEnum):
-    """What the extraction on a TPU does."""
+    """The state of the extraction on a TPU."""
 
     STARTED = "started"
     RUNNING = "running"
@@ -47,7 +47,7 @@ class ExtractionState(StrEnum):
     STOPPED = "stopped"
     OTHER = "runs something else"
     UNREACHABLE = "unreachable"
-    PLANNED = "planned"
+    DRY_RUN = "dry run"
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,13 @@ class ExtractionCommand:
 
     @property
     def id(self) -> str:
-        """The same for the same job, so that it is recognised on a TPU."""
+        """A hash of the job, by which it is recognized on a TPU."""
         return hashlib.sha256(repr((self.flags, self.secrets, self.bundle.digest)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class HostState:
-    """One host's supervisor: a word of supervise.sh, the job it belongs to, and what it adds."""
+    """One host's supervisor: its state in supervise.sh, the job it belongs to, and a detail."""
 
     host: str
     state: str
@@ -76,7 +76,7 @@ class HostState:
 
 @dataclass(frozen=True)
 class Launched:
-    """What became of one TPU's extraction."""
+    """The result of launching on one TPU."""
 
     decision: Decision
     extraction: ExtractionState
@@ -84,20 +84,20 @@ class Launched:
 
     @property
     def ok(self) -> bool:
-        """Whether the extraction runs or has ended well."""
+        """Whether the extraction runs or has finished."""
         return self.extraction in (
             ExtractionState.STARTED,
             ExtractionState.RUNNING,
             ExtractionState.FINISHED,
-            ExtractionState.PLANNED,
+            ExtractionState.DRY_RUN,
         )
 
     def line(self) -> str:
-        """For people."""
+        """The result as a log line."""
         return f"{self.decision.slot.name} (worker {self.decision.slot.worker_id}): {self.extraction}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """The result as plain values."""
         slot = self.decision.slot
         state = {"extraction": str(self.extraction), "message": self.message}
         return {"name": slot.name, "zone": slot.zone, "worker_id": slot.worker_id} | state
@@ -107,7 +107,7 @@ def require_flags(flags: Sequence[str]) -> None:
     """Raises UsageError for flags of extract_activations.py that the fleet sets."""
     for flag in flags:
         if flag.partition("=")[0] in _FLAGS_OF_THE_FLEET:
-            raise UsageError(f"{flag.partition('=')[0]} is set by launch, for each worker its own")
+            raise UsageError(f"{flag.partition('=')[0]} is set by launch for each worker: leave it out")
 
 
 def flags_of_worker(flags: Sequence[str], worker_id: int, hosts: int) -> tuple[list[str], dict[str, str]]:
@@ -152,7 +152,7 @@ def parse_states(output: str) -> tuple[HostState, ...]:
 
 
 def state_of(states: Sequence[HostState], job_id: str, hosts: int) -> tuple[ExtractionState | None, str]:
-    """What the hosts of one TPU do together; None when there is something to start."""
+    """The common state of the hosts of one TPU; None when the job has to be started."""
     if len(states) < hosts:
         return ExtractionState.UNREACHABLE, f"{len(states)} of {hosts} hosts answered"
     active = [host for host in states if host.state in ("running", "waiting")]
@@ -174,9 +174,9 @@ def state_of(states: Sequence[HostState], job_id: str, hosts: int) -> tuple[Extr
 def launch(
     gcloud: Gcloud, job: ExtractionCommand, decisions: Sequence[Decision], *, restart: bool = False, again: bool = True
 ) -> tuple[Launched, ...]:
-    """Starts the job on the TPUs of the decisions, all of them ready.
+    """Starts the job on the TPUs of the decisions, which must be ready.
 
-    restart: ends what runs there first. again: starts a job anew that failed for good or was stopped by someone.
+    restart: first ends another job that runs there. again: restarts a job that gave up or that a user stopped.
     """
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / _archive(job)
@@ -196,7 +196,7 @@ def launch(
 def _launch_one(
     gcloud: Gcloud, job: ExtractionCommand, decision: Decision, archive: Path, restart: bool, again: bool
 ) -> Launched:
-    assert decision.machine is not None, "what is ready is a machine"
+    assert decision.machine is not None, "a ready TPU has a machine"
     slot, hosts = decision.slot, hosts_of(decision.machine.tpu_type)
     if not gcloud.dry_run and not restart:
         extraction, message = state_of(parse_states(gcloud.ssh(slot, _PROBE)), job.id, hosts)
@@ -206,7 +206,7 @@ def _launch_one(
     gcloud.copy(str(archive), slot, archive.name)
     output = gcloud.ssh(slot, start_script(job, slot.worker_id, hosts, restart=restart))
     if gcloud.dry_run:
-        return Launched(decision, ExtractionState.PLANNED, f"job {job.id} on {hosts} host(s)")
+        return Launched(decision, ExtractionState.DRY_RUN, f"job {job.id} on {hosts} host(s)")
     extraction, message = state_of(parse_states(output), job.id, hosts)
     if extraction is ExtractionState.RUNNING:
         return Launched(decision, ExtractionState.STARTED, f"job {job.id} on {hosts} host(s)")

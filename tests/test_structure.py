@@ -99,7 +99,7 @@ def test_modules_do_not_import_each_other_in_a_circle():
     assert edges == {}
 
 
-def test_no_folder_shows_more_files_than_a_stranger_can_read():
+def test_no_folder_has_more_than_twelve_files():
     files = Counter(path.parent.relative_to(ROOT) for path in MODULES.values() if path.parent != ROOT)
     assert {str(folder): count for folder, count in files.items() if count > MOST_FILES} == {}
 

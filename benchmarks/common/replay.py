@@ -1,4 +1,4 @@
-"""Forward passes that cost nothing: what the device computed once is handed out again.
+"""Forward passes that take no time: outputs that the device computed once are replayed.
 
 So a run shows how fast everything after the device is.
 """
@@ -48,7 +48,7 @@ def replayed(engine: Engine) -> Engine:
 
 
 def window_activations(job: Job, step: ReplayedStep) -> list[WindowActivations]:
-    """What the encoder gets for each window of the job."""
+    """The encoder's input for each window of the job."""
     return [_activations(job, step, part) for window in job.windows() for part in job.parts_of(window)]
 
 

@@ -1,4 +1,4 @@
-"""Our side of the GPU's benchmark: the engine's step on one device, with random weights that are made there.
+"""Our side of the GPU benchmark: the engine's step on one device, with random weights made on that device.
 
 Axis letters: L captured layers, B rows, T tokens of a row, D d_model.
 """
@@ -26,11 +26,11 @@ SITE = "residual"
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Rows that samples of one length fill.
+class UniformBatch:
+    """Rows filled by samples of equal length.
 
     Attributes:
-      samples: of each row.
+      samples: per row.
     """
 
     rows: int
@@ -39,12 +39,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.rows * self.length
 
     @property
     def sample_length(self) -> int:
-        """Of every sample."""
+        """Tokens of every sample."""
         return self.length // self.samples
 
     def arrays(self, vocab_size: int) -> StepArrays:
@@ -57,7 +57,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class OurSide:
-    """A step and what it works on. parameters: as `qwen2_jax.parameters` names them, of the layers that run."""
+    """A step and its inputs. parameters: by their names in `qwen2_jax.parameters`, of the layers that run."""
 
     config: DecoderConfig
     parameters: dict[str, Array]
@@ -65,7 +65,7 @@ class OurSide:
     step: ExtractionStep
 
     @classmethod
-    def of(cls, config: DecoderConfig, layers: tuple[int, ...], workload: Workload) -> "OurSide":
+    def of(cls, config: DecoderConfig, layers: tuple[int, ...], workload: UniformBatch) -> "OurSide":
         """The residuals of these layers, computed and stored in bfloat16 on this process's first device."""
         request = StepRequest(Capture(layers), DTYPE, DTYPE)
         mesh = ModelMesh.of(config, jax.local_devices()[:1], 1)
@@ -97,7 +97,7 @@ class OurSide:
         on_host(before)
 
     def copy(self) -> tuple[int, float]:
-        """The bytes of a step that is done, and the seconds in which they reach the host."""
+        """The output bytes of a finished step, and the seconds it takes to copy them to the host."""
         output = self.step(self.arrays)
         wait_for(output.peaks)
         started = time.perf_counter()
@@ -111,7 +111,7 @@ class OurSide:
 
 
 def _random_parameters(config: DecoderConfig, mesh: ModelMesh) -> dict[str, Float[Array, "..."]]:
-    """Norms of ones, the rest small. Made by the device: nothing crosses the link to the host."""
+    """Norms are ones, the rest small random values. Made on the device: nothing is copied from the host."""
     specs = parameter_specs(config, with_final_norm=False, with_head=False)
     dtype = COMPUTE_DTYPES[DTYPE]
 
@@ -125,6 +125,6 @@ def _random_parameters(config: DecoderConfig, mesh: ModelMesh) -> dict[str, Floa
         }
 
     places = {name: mesh.sharding(spec.axes) for name, spec in specs.items()}
-    # Of the generators of JAX, the one that GPUs are fast at.
+    # The generator of JAX that is fast on GPUs.
     made: dict[str, Array] = jax.jit(make, out_shardings=places)(jax.random.key(0, impl="rbg"))
     return made

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to stop in good order, with an end that comes whatever the run is doing."""
+"""SIGTERM and Ctrl-C request an orderly stop; after a grace period the process exits whatever it is doing."""
 
 import os
 import select
@@ -13,17 +13,18 @@ from contextlib import contextmanager, suppress
 from absl import logging
 
 STOP_GRACE_S = 15.0
-"""What is left to finish in; a preempted machine is gone 20 to 30 s after the signal."""
-# For the last words and for giving the lease back, which may hang in a stalled request.
+"""Seconds left to finish; a preempted machine is gone 20 to 30 s after the signal."""
+# For shutdown logging and for releasing the lease, which may hang in a stalled request.
 _ABANDON_S = 3.0
-_ONE_REQUEST_S = 3.0
+# SIGTERMs this close together are one request.
+_SAME_REQUEST_S = 3.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# In place of a signal: another host has got one.
-_TOLD = 0
-_ASK_EVERY_S = 1.0
+# In place of a signal: another host received one.
+_PEER_STOP = 0
+_POLL_S = 1.0
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 
@@ -31,38 +32,39 @@ def _nothing() -> None:
 def stop_on_signals(
     grace_s: float = STOP_GRACE_S,
     *,
-    abandon: Callable[[], None] = _nothing,
-    say: Callable[[str], None] = logging.warning,
-    is_told: Callable[[], bool] | None = None,
+    abandon: Callable[[], None] = _do_nothing,
+    log: Callable[[str], None] = logging.warning,
+    peer_stopping: Callable[[], bool] | None = None,
 ) -> Iterator[threading.Event]:
-    """An event that SIGTERM or Ctrl-C sets: the run is to end after what it can commit.
+    """An event that SIGTERM or Ctrl-C sets: the run should commit what it can, then stop.
 
     If the block has not ended `grace_s` later, or at a second signal, `abandon` is called, for at most a few seconds,
-    and the process exits with 128 + the signal's number: nothing half-written counts, see the commit protocol. Must be
-    entered in the main thread.
+    and the process exits with 128 + the signal's number: files without a commit record do not count. Must be entered
+    in the main thread.
 
-    is_told: asked every second whether another host stops, which counts as SIGTERM here; the signal itself may follow.
+    peer_stopping: polled every second; True when another host is stopping, which counts as SIGTERM here. The signal
+    itself may follow.
     """
     stop = threading.Event()
-    watch = _Watch(stop, grace_s, abandon, say, is_told)
-    before = {number: signal.signal(number, _ignore) for number in _SIGNALS}
+    thread = _SignalThread(stop, grace_s, abandon, log, peer_stopping)
+    before = {signum: signal.signal(signum, _ignore) for signum in _SIGNALS}
     try:
-        with watch:
+        with thread:
             yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
-def _ignore(number: int, frame: object) -> None:
-    """Only keeps the default action away: the signal has gone through the wakeup descriptor already."""
+def _ignore(signum: int, frame: object) -> None:
+    """Replaces the default action only: the wakeup descriptor has carried the signal already."""
 
 
-class _Watch:
-    """A thread that learns of signals by itself.
+class _SignalThread:
+    """A thread that receives signals through the wakeup descriptor.
 
     Python runs signal handlers in the main thread between two instructions, and that thread may be inside a compiler or
-    a driver for minutes. What runs at once is the write to the wakeup descriptor.
+    a driver for minutes. The write to the wakeup descriptor happens at once.
     """
 
     def __init__(
@@ -70,20 +72,20 @@ class _Watch:
         stop: threading.Event,
         grace_s: float,
         abandon: Callable[[], None],
-        say: Callable[[str], None],
-        is_told: Callable[[], bool] | None,
+        log: Callable[[str], None],
+        peer_stopping: Callable[[], bool] | None,
     ) -> None:
         self._stop = stop
         self._grace_s = grace_s
         self._abandon = abandon
-        self._say = say
-        self._is_told = is_told
+        self._log = log
+        self._peer_stopping = peer_stopping
         self._received, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="signals", daemon=True)
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "_SignalThread":
         self._before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         self._thread.start()
         return self
@@ -101,28 +103,28 @@ class _Watch:
         if first is None:
             return
         self._stop.set()
-        reason = "another host stops" if first == _TOLD else signal.Signals(first).name
-        self._say(f"{reason}: committing what is computed, then stopping")
-        asked = time.monotonic()
-        deadline = asked + self._grace_s
+        reason = "another host is stopping" if first == _PEER_STOP else signal.Signals(first).name
+        self._log(f"{reason}: committing what is computed, then stopping")
+        requested = time.monotonic()
+        deadline = requested + self._grace_s
         second = self._next_signal(deadline)
-        if first == _TOLD and second is not None:
-            # What the other host got has come here, too.
-            first, asked, second = second, time.monotonic(), self._next_signal(deadline)
-        # The end of a machine signals the worker, its guard and its supervisor, which both pass it on.
-        while second == signal.SIGTERM and time.monotonic() < asked + _ONE_REQUEST_S:
+        if first == _PEER_STOP and second is not None:
+            # The signal that the other host received has arrived here, too.
+            first, requested, second = second, time.monotonic(), self._next_signal(deadline)
+        # When a machine shuts down, the worker, its guard and its supervisor are signalled, and the latter two forward.
+        while second == signal.SIGTERM and time.monotonic() < requested + _SAME_REQUEST_S:
             second = self._next_signal(deadline)
         if not self._ended.is_set():
-            self._give_up(second or first or signal.SIGTERM)
+            self._abandon_and_exit(second or first or signal.SIGTERM)
 
     def _first_signal(self) -> int | None:
-        """The first SIGTERM or SIGINT, or _TOLD; None when the block has ended."""
+        """The first SIGTERM or SIGINT, or _PEER_STOP; None when the block has ended."""
         while not self._ended.is_set():
-            number = self._next_signal(None if self._is_told is None else time.monotonic() + _ASK_EVERY_S)
-            if number is not None:
-                return number
-            if self._is_told is not None and self._is_told():
-                return _TOLD
+            signum = self._next_signal(None if self._peer_stopping is None else time.monotonic() + _POLL_S)
+            if signum is not None:
+                return signum
+            if self._peer_stopping is not None and self._peer_stopping():
+                return _PEER_STOP
         return None
 
     def _next_signal(self, deadline: float | None) -> int | None:
@@ -132,20 +134,20 @@ class _Watch:
             if left is not None and left <= 0:
                 break
             if select.select([self._received], [], [], left)[0]:
-                number = self._received.recv(1)[0]
-                if number in _SIGNALS:
-                    return number
+                signum = self._received.recv(1)[0]
+                if signum in _SIGNALS:
+                    return signum
         return None
 
-    def _give_up(self, number: int) -> None:
-        last = threading.Thread(target=self._last_words, args=(number,), daemon=True)
-        last.start()
-        last.join(_ABANDON_S)
-        os._exit(128 + number)
+    def _abandon_and_exit(self, signum: int) -> None:
+        abandoning = threading.Thread(target=self._log_and_abandon, args=(signum,), daemon=True)
+        abandoning.start()
+        abandoning.join(_ABANDON_S)
+        os._exit(128 + signum)
 
-    def _last_words(self, number: int) -> None:
-        name = signal.Signals(number).name
-        self._say(f"{name}: what is under way is given up; the same command goes on behind the last commit")
+    def _log_and_abandon(self, signum: int) -> None:
+        name = signal.Signals(signum).name
+        self._log(f"{name}: dropping uncommitted work; run the same command to continue after the last commit")
         self._abandon()
         with suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -3,7 +3,7 @@
 Selection (`core.samples.selection`) says which tokens are left; the rest is here, as the flags say it and as it is
 stored. The arithmetic is in `arithmetic`. A row of a stored array is a token, or one of the pools of a sample.
 
-Axis letters: N rows, D width of the site, E width behind the projection, W stored values of a row.
+Axis letters: N rows, D width of the site, E width after the projection, W stored values of a row.
 """
 
 import math
@@ -172,8 +172,8 @@ class Reduction:
 
 
 def restore(
-    arrays: Mapping[str, Shaped[np.ndarray, "N W"]], width: int, block: int | None
-) -> Float32[np.ndarray, "N {width}"]:
+    arrays: Mapping[str, Shaped[np.ndarray, "*rows _"]], width: int, block: int | None
+) -> Float32[np.ndarray, "*rows {width}"]:
     """The rows that stored arrays stand for: codes times their scales, at their indices, zero elsewhere.
 
     width: E. block: of the quantization; needed where there are scales.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from qwen2_jax.rope import Tables, rotate
 
@@ -202,7 +202,7 @@ def _blockwise_row(
     return out.reshape(-1, *q.shape[1:])[:length]
 
 
-def _whole_blocks(x: Float[Array, "T ..."], block: int) -> Float[Array, "N block ..."]:
+def _whole_blocks(x: Shaped[Array, "T ..."], block: int) -> Shaped[Array, "N {block} ..."]:
     """Fills the last block by repeating the last token: as a query it needs no key that is not visited anyway."""
     padding = [(0, -len(x) % block)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding, mode="edge").reshape(-1, block, *x.shape[1:])

@@ -14,7 +14,7 @@ from benchmarks.gpu import compilation as gpu_compile
 from benchmarks.gpu import devices as gpu_devices
 from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu.devices import peak_tflops
-from benchmarks.gpu.step import Workload
+from benchmarks.gpu.step import UniformBatch
 from core.base.errors import RunError, UsageError
 from core.step.backend import StepOutput
 from qwen2_jax.attention.gpu_tiles import candidates
@@ -34,10 +34,11 @@ def measured(model, length, *flags):
     return gpu.measure(case, settings(*flags))
 
 
+@pytest.mark.benchmark
 def test_ours_alone_adds_up():
     found = measured("Qwen2.5-0.5B", 512, "--peers", "--samples_per_row", "2", "--peak_tflops", "0.5")
     ours = found.ours
-    assert found.workload == Workload(4, 128, 2)
+    assert found.workload == UniformBatch(4, 128, 2)
     seen = 8 * 64 * 65 / 2
     assert found.model_flops == 3 * (2 * MATRICES * 512 + 4 * seen * HEADS * HEAD)
     assert found.copied_bytes == 3 * 512 * D * 2
@@ -53,6 +54,7 @@ def test_ours_alone_adds_up():
 
 
 @has_torch
+@pytest.mark.benchmark
 @pytest.mark.parametrize(
     ("model", "attention", "length", "samples"),
     [("gemma-2-2b", "eager", 512, "4"), ("Qwen2.5-0.5B", "sdpa", 512, "1")],
@@ -66,6 +68,7 @@ def test_transformers_computes_the_same_from_the_same_weights(model, attention, 
     assert peer.ratio_copied.median == pytest.approx(peer.copied_step_seconds / ours.copied_step_seconds, rel=1e-3)
 
 
+@pytest.mark.benchmark
 def test_a_layer_that_is_off_stops_the_benchmark_however_small_it_is():
     ours = np.ones((2, 1, 4, 8), np.float32)
     ours[1] *= 100
@@ -79,16 +82,18 @@ def test_a_layer_that_is_off_stops_the_benchmark_however_small_it_is():
         gpu._checked_distance("own", theirs * np.nan, ours)
 
 
+@pytest.mark.benchmark
 def test_the_tiles_that_are_told_are_those_of_the_step(monkeypatch):
     seen = []
     monkeypatch.setattr(gpu, "kernel_tiles", lambda *given: seen.append(given))
     config = gpu.decoder_config(settings().fields(gpu.CASES[-1]))
-    assert gpu._tiles(config, Workload(2, 256, 1)) is None
+    assert gpu._tiles(config, UniformBatch(2, 256, 1)) is None
     ((q, softcap),) = seen
     assert (q.shape, q.dtype, softcap) == ((2, 256, KV, HEADS // KV, HEAD), "bfloat16", 50.0)
 
 
 @has_torch
+@pytest.mark.benchmark
 def test_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
     from benchmarks.gpu import transformers_side as gpu_transformers
 
@@ -101,11 +106,12 @@ def test_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
     assert capsys.readouterr().err == failed
 
 
+@pytest.mark.benchmark
 def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     flags = [*TINY, "--models", "Qwen2.5-7B", "--peers", "--peak_tflops", "1e-9"]
     gpu.run(gpu.build_parser().parse_args(flags))
     told = capsys.readouterr()
-    assert told.err == "a rehearsal: tiny models, and a peak and targets that mean nothing\n"
+    assert told.err == "a rehearsal: tiny models; the peak and the targets mean nothing\n"
     lines = told.out.splitlines()[3:]
     assert [line.split(" | ")[0] for line in lines] == [
         "| Qwen2.5-7B, layer 13, rows of 512 ",
@@ -114,9 +120,10 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     assert all(">= 0.60: yes" in line and "all logits" in line for line in lines)
 
 
+@pytest.mark.benchmark
 def test_json_holds_settings_and_cases(capsys, monkeypatch):
     ours = gpu.SideResult("ours", *[1.0] * 6, Ratio(1, 1, 1, 1), Ratio(1, 1, 1, 1), 0.0)
-    result = gpu.CaseResult("case", Workload(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
+    result = gpu.GpuResult("case", UniformBatch(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
     monkeypatch.setattr(gpu, "measure", lambda case, settings: result)
     gpu.run(gpu.build_parser().parse_args([*TINY, "--peers", "--json"]))
     found = json.loads(capsys.readouterr().out)
@@ -127,11 +134,11 @@ def test_json_holds_settings_and_cases(capsys, monkeypatch):
 
 
 def test_samples_fill_their_rows_and_positions_restart():
-    arrays = Workload(3, 12, 4).arrays(50)
+    arrays = UniformBatch(3, 12, 4).arrays(50)
     assert arrays.positions.tolist() == [[0, 1, 2] * 4] * 3
     assert arrays.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]] * 3
     assert 0 <= arrays.tokens.min() <= arrays.tokens.max() < 50
-    np.testing.assert_array_equal(arrays.tokens, Workload(3, 12, 4).arrays(50).tokens)
+    np.testing.assert_array_equal(arrays.tokens, UniformBatch(3, 12, 4).arrays(50).tokens)
 
 
 def test_without_a_gpu_one_line_says_what_to_do():
@@ -166,6 +173,7 @@ def attention_alone(*flags):
     gpu_attention.run(gpu_attention.build_parser().parse_args(["--repeats", "1", *flags]))
 
 
+@pytest.mark.benchmark
 def test_attention_alone_compares_every_way_that_runs(capsys):
     attention_alone("--rehearse", "--models", "Qwen2.5-0.5B", "--samples_per_row", "2", "--json")
     told = capsys.readouterr()
@@ -178,6 +186,7 @@ def test_attention_alone_compares_every_way_that_runs(capsys):
     assert 0 < rows["64 x 32, 4 warps, 2 stages"]["distance"] < 1e-2
 
 
+@pytest.mark.benchmark
 def test_attention_alone_lists_the_fastest_and_what_a_run_tries():
     found = [gpu_attention.Found(str(n), tiles, n, 1.0, 0.0) for n, tiles in enumerate(gpu_attention.GRID)]
     found.append(gpu_attention.Found("cuDNN", None, 99, 1.0, 0.0))
@@ -286,6 +295,7 @@ def test_torch_without_cuda_is_no_peer_of_a_gpu(capsys, monkeypatch):
     assert capsys.readouterr().err == "transformers is left out: torch with CUDA not installed\n"
 
 
+@pytest.mark.benchmark
 def test_the_next_step_is_started_before_one_is_fetched(monkeypatch):
     events = []
 
