@@ -1,12 +1,12 @@
 """Extracts the activations of a language model over a dataset: the main job. See README.md.
 
-In Python: `extract(model_path, dataset_path, …)` and `price(…)`; docs/notebook.md shows them.
+In Python: `extract(model_path, dataset_path, …)`, `price(…)`, and `capture(model, texts, …)` in memory.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from core.pricing.plan import PlanReport
     from core.pricing.tpu_estimate import StepEstimate
     from core.run.config import RunConfig
+    from core.run.in_memory import Activations, Sample
     from core.run.progress import HostExit, Summary
     from core.run.sharded_run import BeforeExtraction
+    from qwen2_jax import Decoder
 
 
 def build_parser() -> CommandParser:
@@ -190,6 +192,23 @@ def extract(
         raise UsageError("plan, tpu_topology: call `price` to price a run")
     named = {"layers_to_extract": layers_to_extract, "activation_type": activation_type, "output_dir": output_dir}
     return _extract(run_config(model_path=model_path, dataset_path=dataset_path, **named, **flags))
+
+
+def capture(
+    model: "str | Decoder",
+    samples: "Sample | Sequence[Sample]",
+    *,
+    layers: int | Sequence[int] | None = None,
+    sites: str | Sequence[str] = "residual",
+    **options: Any,
+) -> "Activations":
+    """The activations of texts or token ids in memory: site -> layer -> one (T, D) array a sample; nothing is written.
+
+    options: see `core.run.in_memory.capture`, whose arguments and errors these are.
+    """
+    from core.run import in_memory
+
+    return in_memory.capture(model, samples, layers=layers, sites=sites, **options)
 
 
 def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "PlanReport | StepEstimate | HostExit":

@@ -18,9 +18,9 @@ from core.samples.prompts import Tokenizer
 from core.samples.selection import NORM_SITES, Selection, TokenFacts
 from core.samples.window_parts import PartOfWindow, parts_of_window
 from core.samples.windows import StreamPlace, TokenizedSample, Window, cut_windows
-from core.step.backend import Backend, StepRequest
+from core.step.backend import Backend, StepRequest, batch_shape
 from core.step.capture import site_bytes
-from core.step.layout import BatchShape, StepLayout, default_row_lengths, lay_out_part, packed_row_lengths
+from core.step.layout import BatchShape, StepLayout, lay_out_part
 from core.step.model_shape import ModelShape
 from qwen2_jax import Capture
 
@@ -100,12 +100,15 @@ class Job:
     @property
     def batch_shape(self) -> BatchShape:
         """The shape of steps, into which each host lays its samples."""
-        row_multiple = self.backend.row_multiple(self.model, self.step_request)
-        pack, longest = self.config.pack and self.backend.can_pack, self.config.max_seq_length
-        row_lengths = (
-            packed_row_lengths(longest, long_rows=self.backend.has_long_rows) if pack else default_row_lengths(longest)
+        config = self.config
+        return batch_shape(
+            self.backend,
+            self.model,
+            self.step_request,
+            batch_size=config.batch_size,
+            pack=config.pack,
+            longest=config.max_seq_length,
         )
-        return BatchShape(self.config.batch_size * row_multiple, row_multiple, row_lengths, pack)
 
     def items(self, start: StreamPlace | None = None) -> Iterator[TokenizedSample | BadRecord]:
         """The samples and bad records of the stream from `start` on; see `select`."""

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 from absl import logging
 
 from core.base.errors import UsageError
+from core.base.signals import stop_on_signals
 from core.commit.identity import differing_fields
 from core.hosts.pod_slice import SINGLE_HOST, Hosts, join_hosts
 from core.hosts.session import HostSession, SharedStopEvent
@@ -19,7 +20,6 @@ from core.run.config import RunConfig
 from core.run.job import Job
 from core.run.progress import HostExit, Summary
 from core.run.sharded_run import BeforeExtraction, run_shards
-from core.run.signals import stop_on_signals
 from core.run.stores import open_storage, open_stores, require_shared_output
 from core.run.stream_run import load, prepare_stream, run_stream
 

@@ -12,6 +12,7 @@ from absl import logging
 
 from core.base.errors import RunError, is_machine_fault
 from core.base.redaction import redact
+from core.base.signals import stop_on_signals
 from core.claims.leases import Lease, ShardClaims
 from core.claims.records import Owner
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, check_identity, write_identity
@@ -20,7 +21,6 @@ from core.hosts.session import HostSession, SharedStopEvent
 from core.object_store import ObjectStore
 from core.run.job import Job
 from core.run.progress import Progress, Summary
-from core.run.signals import stop_on_signals
 from core.run.stores import Stores, open_storage
 from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.streams.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset

@@ -11,7 +11,7 @@ from fleets import check_committed, check_finished, flags, is_full, leave_alone,
 from forks import Fork
 from nursery import Worker
 
-from core.run.signals import STOP_GRACE_S
+from core.base.signals import STOP_GRACE_S
 
 # Nobody takes over from a live or dead worker: only a shard that was given back is free.
 NEVER = {"claim_ttl_s": 2000.0, "claim_heartbeat_s": 1000.0}

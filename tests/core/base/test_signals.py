@@ -8,7 +8,7 @@ from pathlib import Path
 
 PROGRAM = """
 import sys, time
-from core.run.signals import stop_on_signals
+from core.base.signals import stop_on_signals
 grace_s, works_s = map(float, sys.argv[1:])
 with stop_on_signals(grace_s, log=lambda text: print(text, flush=True), peer_stopping=lambda: True) as stop:
     assert stop.wait(10)
