@@ -107,8 +107,8 @@ def _widened(table: Float[Array, "B T R"], head_dim: int, *, fixed: float) -> Fl
 
 
 def _turned(
-    x: Float[Array, "*PN H"], cos: Float[Array, "*PN H"], sin: Float[Array, "*PN H"], n_pairs: int, scale: Any
-) -> Float[Array, "*PN H"]:
+    x: Float[Array, "*P H"], cos: Float[Array, "*#P H"], sin: Float[Array, "*#P H"], n_pairs: int, scale: Any
+) -> Float[Array, "*P H"]:
     """`rope.rotate` and a scale, rounded once.
 
     The other dimension of each pair comes from a product with a matrix of ones: exact, and cheaper than moving lanes.
