@@ -1,7 +1,7 @@
-"""What the engine asks of whatever computes activations. Backends have this shape; they need not derive from it.
+"""The protocols of a backend and of its step. A backend implements them; it need not derive from them.
 
-Axis letters: L layers stored for the site (`Capture.layers_of`), B rows of the step, T tokens of a row, U what a row
-gives: its T tokens, or those that are fetched of them, or what they are reduced to; W values of each.
+Axis letters: L layers stored for the site (`Capture.layers_of`), B rows of the step, T tokens of a row, U output rows
+per row of the step (tokens, gathered tokens or pools), W values of an output row.
 """
 
 from collections.abc import Mapping
@@ -13,23 +13,23 @@ from core.step.model_shape import ModelShape
 from qwen2_jax.taps import Capture
 
 Arrays = Mapping[str, Any]
-"""Arrays by name, all of one kind: of JAX, of torch or of numpy."""
+"""Arrays by name, all of one library: JAX, torch or numpy."""
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step gives. The arrays lie where they were computed, and may still be computed when it is handed out.
+    """The output of one step, on the device that computes it; the arrays may still be computing.
 
-    `gather` (core/step/gathering.py) and `reduce` (core/reduce/reducer.py) make less of it there; `begin_copies` and
-    `on_host` (core/step/host_copies.py) bring it to the host. What it gives for padding means nothing.
+    `gather` (core/step/gathering.py) and `Reducer` (core/reduce/reducer.py) make it smaller on the device;
+    `begin_copies` and `on_host` (core/step/host_copies.py) copy it to the host. Values at padding are undefined.
 
     Attributes:
-      arrays: (L, B, U, W) in the stored dtype, by site; by `core.reduce.reductions.array_name` once they are reduced.
+      arrays: (L, B, U, W) in the stored dtype, by site; after a reduction by `core.reduce.reductions.array_name`.
       peaks: (L, B, U) float32 by site, the largest magnitude before the cast to the stored dtype; infinity for a NaN or
         infinity.
       norms: (L, B, T) float32 by site of `StepRequest.norm_sites`, the L2 norm of each token before the cast, summed in
-        float32 where the data is. They say which tokens are fetched; then there are none.
-      losses: (L, B, 2) float32 by site, once they are reduced: see `core.reduce.arithmetic.ReducedSite`.
+        float32 on the device. Empty once the tokens are gathered.
+      losses: (L, B, 2) float32 by site, after a reduction: see `core.reduce.arithmetic.ReducedSite`.
     """
 
     arrays: Arrays
@@ -39,25 +39,25 @@ class StepOutput:
 
 
 class Step(Protocol):
-    """A loaded model, ready for one batch after another."""
+    """A loaded model that computes one batch at a time."""
 
     def __call__(self, arrays: StepArrays) -> StepOutput:
         """Starts one step. Tokens of different segments do not see each other; segment 0 is padding.
 
-        Returns at once where the device has a queue of its own. Elsewhere the step is done when this returns.
+        Returns at once if the device has a queue of its own; otherwise the step is done when this returns.
         """
         ...
 
 
 @dataclass(frozen=True)
 class StepRequest:
-    """What the engine wants of a step.
+    """The capture, dtypes and norms that the engine asks of a step.
 
     Attributes:
       stored_dtype: a key of `core.base.dtypes.DTYPES`.
       compute_dtype: "float32" or "bfloat16".
-      norm_sites: sites of `capture` whose norms will be asked for.
-      first_shape: (rows, length) of the step that comes first, to be compiled while the weights are read; a hint.
+      norm_sites: sites of `capture` whose norms are computed too.
+      first_shape: a hint, the (rows, length) of the first step: it is compiled while the weights are read.
     """
 
     capture: Capture
@@ -73,8 +73,8 @@ class Backend(Protocol):
     Attributes:
       name: "jax" or "torch".
       can_pack: whether a row may hold several samples; otherwise each row is one sample, padded on the right.
-      has_long_rows: whether a row costs what its samples cost, however long it is, and new shapes are compiled quickly.
-      reduces_on_device: whether activations are reduced before they are brought to the host, rather than there.
+      has_long_rows: whether the cost of a row is that of its samples, not of its length, and shapes compile quickly.
+      reduces_on_device: whether activations are reduced on the device before they are copied, rather than on the host.
     """
 
     @property
@@ -90,37 +90,37 @@ class Backend(Protocol):
     def reduces_on_device(self) -> bool: ...
 
     def lanes(self, model: ModelShape, request: StepRequest) -> int:
-        """How many steps are computed at once, each in a thread that calls it.
+        """How many steps are computed at once, each in a thread of its own.
 
-        With 1 all programs are started by one thread: devices that work together have to see them in one order.
+        With 1, one thread starts all programs: devices that communicate must run them in the same order.
         """
         ...
 
     def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
-        """Every step has a multiple of this many rows."""
+        """The number that divides the number of rows of every step."""
         ...
 
     def model_shape(self, path: str, revision: str | None) -> ModelShape:
-        """The sizes of a model, without its weights. Raises ModelError for what is missing or not supported."""
+        """The sizes of a model, without its weights. Raises ModelError for a missing or unsupported model."""
         ...
 
     def model_digest(self, path: str, revision: str | None) -> str:
-        """What tells models apart by their content, wherever their files lie. Reads every local weight once."""
+        """A digest of the model's content, independent of its path. Reads every local weight once."""
         ...
 
     def compute_dtype(self, name: str) -> str:
-        """A key of `core.jax_utils.COMPUTE_DTYPES`; "auto" is what suits the device."""
+        """A key of `core.jax_utils.COMPUTE_DTYPES`; "auto" is the backend's choice for the device."""
         ...
 
     def load(self, path: str, revision: str | None, request: StepRequest) -> Step:
-        """Loads as much of the model as `request` needs. Raises ModelError in one line."""
+        """Loads the layers that `request` needs. Raises a one-line ModelError."""
         ...
 
 
 def batch_shape(
     backend: Backend, model: ModelShape, request: StepRequest, *, batch_size: int, pack: bool, longest: int
 ) -> BatchShape:
-    """How samples of at most `longest` tokens are laid into steps of `batch_size` rows a device."""
+    """The shapes of steps of `batch_size` rows a device, for samples of at most `longest` tokens."""
     row_multiple, pack = backend.row_multiple(model, request), pack and backend.can_pack
     lengths = packed_row_lengths(longest, long_rows=backend.has_long_rows) if pack else default_row_lengths(longest)
     return BatchShape(batch_size * row_multiple, row_multiple, lengths, pack)

@@ -37,12 +37,12 @@ def device_bytes() -> int | None:
 
 
 def model_parallelism(layout: str, n_devices: int, share: Callable[[int], int], available: int | None) -> int:
-    """Over how many devices each copy of the model is split.
+    """The number of devices that each copy of the model is split over.
 
-    layout: 1d, every device has all of it; 2d, one copy over all devices; DATAxMODEL, as it says; auto, as few devices
-    as have room for the parameters.
-    share: over how many devices -> the bytes that each then holds, of the `available` that it has (None: not known).
-    The share need not fall with the number: heads and neurons that do not divide are held by every device.
+    layout: 1d, every device has all of it; 2d, one copy over all devices; DATAxMODEL, over MODEL devices; auto, over
+    as few devices as have room for the parameters.
+    share: number of devices -> the bytes that each of them holds, of the `available` bytes (None: not known). More
+    devices may not reduce the share: every device holds the heads and neurons that do not divide.
     Raises UsageError when the layout is not one of these devices, RunError when the model does not fit.
     """
     if explicit := EXPLICIT_MESH.fullmatch(layout):

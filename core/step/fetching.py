@@ -1,7 +1,7 @@
-"""Which tokens of a step are brought to the host, and where each sample's are found among them.
+"""The tokens of a step that are copied to the host, and where each sample's are among them.
 
-Axis letters: B rows of a step, T tokens of a row, K tokens of a row that are fetched, U what a row of the step gives of
-them: one row of the stored arrays each, or a few for each sample.
+Axis letters: B rows of a step, T tokens of a row, K fetched tokens of a row, U output rows per row of the step: one for
+each fetched token, or a few for each sample.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from jaxtyping import Bool, Int32, Int64
 from core.samples.windows import TokenizedSample
 from core.step.layout import StepLayout, sample_spans
 
-# Gathering costs a copy on the device: more than this share of a row is fetched whole.
+# Gathering costs a copy on the device: if more than this share of a row is stored, all of it is fetched.
 _WORTH_GATHERING = 3 / 4
 _SMALLEST_FETCH = 8
 
-# What picks a sample's stored rows out of what its row of the step gives.
+# Index of a sample's stored rows in its row of the output.
 Places = slice | Int64[np.ndarray, "K"]
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """What is fetched of one step.
+    """The part of one step's output that is fetched.
 
     Attributes:
-      gathered: the places in its row of each token that is fetched; None: whole rows.
-      samples: by sample of the window (row of the step, its stored rows among what that row gives).
-      is_stored: which of what the rows give is stored.
+      gathered: the places of the fetched tokens in their row; None: whole rows.
+      samples: by sample of the window (row of the step, index of its stored rows in that row of the output).
+      is_stored: mask of the stored output rows.
     """
 
     gathered: Int32[np.ndarray, "B K"] | None
@@ -39,31 +39,31 @@ class Fetch:
     def of(
         cls, gathered: Int32[np.ndarray, "B K"] | None, samples: dict[int, tuple[int, Places]], shape: tuple[int, int]
     ) -> "Fetch":
-        """shape: (B, U). Stored is what belongs to a sample."""
+        """shape: (B, U). The rows that belong to a sample are stored."""
         is_stored = np.zeros(shape, bool)
         for row, places in samples.values():
             is_stored[row, places] = True
         return cls(gathered, samples, is_stored)
 
     def sample_at(self, row: int, unit: int) -> tuple[int, int]:
-        """The sample that a stored one of what a row gives belongs to, and its number among the sample's."""
+        """The sample that the stored output row at (row, unit) belongs to, and that row's number within the sample."""
         for sample, (in_row, places) in self.samples.items():
             if in_row == row:
                 found = np.flatnonzero(np.arange(self.is_stored.shape[1])[places] == unit)
                 if len(found):
                     return sample, int(found[0])
-        raise AssertionError("what is stored belongs to a sample")
+        raise AssertionError(f"({row}, {unit}) is not stored")
 
 
 def fetch_of(layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int]) -> Fetch:
-    """The stored tokens of a step. They are gathered on the device where that brings over a good deal less.
+    """The stored tokens of a step. They are gathered on the device if that saves more than a quarter of the copy.
 
-    `samples` and their `lengths` are the window's; those of other steps are not looked at.
+    `samples` and their `lengths` are the window's; those of other steps are ignored.
     """
     in_row: dict[int, tuple[int, Places]] = {}
     for row, sample, start, stop in sample_spans(layout, lengths):
         is_whole = samples[sample].reasons is None
-        in_row[sample] = row, slice(start, stop) if is_whole else start + samples[sample].kept
+        in_row[sample] = row, slice(start, stop) if is_whole else start + samples[sample].stored_places
     whole = Fetch.of(None, in_row, (layout.n_rows, layout.length))
     if all(samples[sample].reasons is None for sample in in_row):
         return whole
@@ -74,9 +74,9 @@ def fetch_of(layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Se
 
 
 def places_of(wanted: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B K"] | None:
-    """The places of the wanted tokens of each row, in their order; None where too many are wanted to gather them.
+    """The places of the wanted tokens of each row, in order; None: too many are wanted to be worth gathering.
 
-    Rows with fewer of them than K repeat token 0, which is not read.
+    Rows with fewer than K of them are filled up with token 0, which is not read.
     """
     size = fetch_size(int(wanted.sum(axis=1).max()), wanted.shape[1])
     if size is None:
@@ -89,9 +89,9 @@ def places_of(wanted: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B K"] | Non
 
 
 def fetch_size(most_stored: int, length: int) -> int | None:
-    """How many tokens of each row of `length` to fetch so that `most_stored` are among them; None: all.
+    """The number of tokens to gather from each row of `length` so that `most_stored` fit; None: all of them.
 
-    Few sizes, for each is compiled: three quarters of the row, and its halves.
+    Few sizes, because each is compiled: three quarters of the row, a half, a quarter and so on.
     """
     size = int(length * _WORTH_GATHERING)
     if most_stored > size:
@@ -105,11 +105,11 @@ def fetch_size(most_stored: int, length: int) -> int | None:
 def _among_gathered(
     in_row: dict[int, tuple[int, Places]], samples: Sequence[TokenizedSample]
 ) -> dict[int, tuple[int, Places]]:
-    """`in_row` lists the samples of a row in their order there."""
+    """The index of each sample among the gathered tokens. `in_row` is in the order of the samples in their rows."""
     taken: dict[int, int] = {}
     found: dict[int, tuple[int, Places]] = {}
     for sample, (row, _) in in_row.items():
         start = taken.get(row, 0)
-        taken[row] = start + len(samples[sample].kept)
+        taken[row] = start + len(samples[sample].stored_places)
         found[sample] = row, slice(start, taken[row])
     return found

@@ -1,6 +1,6 @@
-"""Some tokens of each row are taken out of what a step gives, where it lies.
+"""Gathers chosen tokens of a step's output on its device.
 
-Axis letters: L stored layers of a site, B rows of a step, T tokens of a row, K tokens of a row that are taken.
+Axis letters: L stored layers of a site, B rows of a step, T tokens of a row, K gathered tokens of a row.
 """
 
 from functools import lru_cache, singledispatch
@@ -19,9 +19,9 @@ _ROWS = PartitionSpec(DATA_AXIS)
 
 
 def gather(output: StepOutput, places: Int32[np.ndarray, "B K"] | None) -> StepOutput:
-    """The tokens at these places of each row alone; None: all tokens. The norms are left out: they have had their say.
+    """The tokens at these places of each row, without norms, which are no longer needed. None: the whole output.
 
-    Returns at once where the device has a queue of its own.
+    Returns at once if the device has a queue of its own.
     """
     if places is None:
         return output
@@ -31,7 +31,7 @@ def gather(output: StepOutput, places: Int32[np.ndarray, "B K"] | None) -> StepO
 
 @singledispatch
 def take_tokens(x: Any, places: Int32[np.ndarray, "B K"]) -> Any:
-    """(L, B, T, …) to (L, B, K, …). Arrays of numpy; those of JAX below, torch's in `torch_models.step`."""
+    """(L, B, T, …) to (L, B, K, …). For numpy arrays; JAX arrays follow, torch tensors are in `torch_models.step`."""
     return np.take_along_axis(x, places.reshape(1, *places.shape, *[1] * (x.ndim - 3)), axis=2)
 
 
@@ -45,7 +45,7 @@ def _(x: jax.Array, places: Int32[np.ndarray, "B K"]) -> jax.Array:
 
 @lru_cache
 def gather_program(sharding: NamedSharding) -> jax.stages.Wrapped:
-    """(x (L, B, T, …), places (B, K)) -> (L, B, K, …), jitted, for arrays that lie so: each device keeps its rows."""
+    """(x (L, B, T, …), places (B, K)) -> (L, B, K, …), jitted, for this sharding: rows stay on their devices."""
 
     def of_row(x: Shaped[Array, "L T *values"], places: Int32[Array, "K"]) -> Shaped[Array, "L K *values"]:
         return jnp.take(x, places, axis=1, mode="clip")

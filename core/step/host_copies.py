@@ -1,4 +1,4 @@
-"""Bringing what a step gives from the devices that computed it to the host."""
+"""Copies the output of a step from its devices to the host."""
 
 from collections.abc import Callable
 from functools import singledispatch
@@ -14,23 +14,23 @@ _PINNED = "pinned_host"
 
 
 def begin_copies(output: StepOutput) -> StepOutput:
-    """Begins to bring all arrays to the host, and returns at once; `numpy.asarray` of what it returns waits."""
+    """Starts to copy all arrays to the host and returns at once; `numpy.asarray` of a returned array waits for it."""
     return _with_each(begin_copy, output)
 
 
 def on_host(output: StepOutput) -> StepOutput:
-    """The arrays as numpy's, once they have arrived."""
-    return _with_each(_arrived, output)
+    """The output as numpy arrays; waits until they are copied."""
+    return _with_each(_copied, output)
 
 
 def wait_for(arrays: Arrays) -> None:
-    """Blocks until they are on the host. Of a step's peaks or norms: until the device is done with the step."""
+    """Blocks until the arrays are on the host. A step's peaks or norms are there when the device is done with it."""
     for array in arrays.values():
-        _arrived(array)
+        _copied(array)
 
 
 def _with_each(change: Callable[[Any], Any], output: StepOutput) -> StepOutput:
-    # The little that says whether the step is done and sound goes first.
+    # Peaks and norms first: they are small, and they tell when the step is done.
     peaks, norms, losses, arrays = (
         {name: change(array) for name, array in of.items()}
         for of in (output.peaks, output.norms, output.losses, output.arrays)
@@ -38,26 +38,26 @@ def _with_each(change: Callable[[Any], Any], output: StepOutput) -> StepOutput:
     return StepOutput(arrays, peaks, norms, losses)
 
 
-def _arrived(array: Any) -> np.ndarray:
+def _copied(array: Any) -> np.ndarray:
     return np.asarray(begin_copy(array))
 
 
 @singledispatch
 def begin_copy(array: Any) -> Any:
-    """Begins to bring an array to the host, see `begin_copies`.
+    """Starts to copy an array to the host, see `begin_copies`.
 
-    numpy's are there, and so is what is under way. Those of JAX below, torch's in `torch_models.step`.
+    numpy arrays, and copies that have started, are returned as they are. JAX arrays follow, torch tensors are in
+    `torch_models.step`.
     """
     return array
 
 
 @begin_copy.register
 def _(array: jax.Array) -> jax.Array:
-    """On a GPU an array goes to pinned host memory, which the GPU writes by itself.
+    """A GPU writes pinned host memory directly, without work of the host.
 
-    `copy_to_host_async` goes through a smaller staging buffer, which the host has to empty again and again; JAX's own
-    checkpoints take the other way for that reason, and mean numpy to read such memory where it lies (jax-ml/jax, pull
-    request 22114).
+    `copy_to_host_async` uses a smaller staging buffer, which the host has to empty many times. JAX's checkpoints use
+    pinned memory for that reason, and numpy is meant to read it without another copy (jax-ml/jax, pull request 22114).
     """
     if _is_pinned(array):
         return array
@@ -73,10 +73,10 @@ def _is_pinned(array: Array) -> bool:
 
 
 def _writes_pinned_memory(device: Any) -> bool:
-    """Whether it is a GPU that has such memory beside it. CPU devices have it too, and no use for it."""
+    """Whether it is a GPU with pinned host memory. CPU devices report it too but need no copy."""
     return device.platform == "gpu" and _PINNED in {memory.kind for memory in device.addressable_memories()}
 
 
 def _is_repeated(array: Array) -> bool:
-    """Whether two devices hold the same part: `device_put` would bring both, `copy_to_host_async` brings one."""
+    """Whether two devices hold the same part: `device_put` would copy both, `copy_to_host_async` copies one."""
     return any(shard.replica_id > 0 for shard in array.addressable_shards)

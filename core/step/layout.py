@@ -75,7 +75,7 @@ def packed_row_lengths(max_seq_length: int, *, long_rows: bool) -> tuple[int, ..
     """The row lengths for packing: those of `default_row_lengths` that are not too short to share.
 
     `long_rows`, for devices whose attention skips what lies outside a sample and that compile in a second: rows that
-    hold the longest sample twice, in eighths, which leaves few holes and trims the last rows closely.
+    hold the longest sample twice, in eighths of that length, which leaves little padding.
     """
     if not long_rows:
         lengths = default_row_lengths(max_seq_length)
@@ -155,7 +155,7 @@ def lay_out_steps(lengths: Sequence[int], shape: BatchShape) -> list[StepLayout]
 
 
 def lay_out_part(lengths: Sequence[int], shape: BatchShape) -> tuple[StepLayout, ...]:
-    """The layouts of a part of a window; a part without a sample has one of padding, to go the way of all parts."""
+    """The layouts of a part of a window; an empty part has one of padding, so that it is committed like any other."""
     return tuple(lay_out_steps(lengths, shape)) or (StepLayout(shape.row_lengths[0], shape.row_multiple, ()),)
 
 
