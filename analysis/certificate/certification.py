@@ -95,9 +95,9 @@ def compare_with_transformers(
         rounded = truth if subject.compute_dtype == "float32" else _activations(reference, sample, subject.capture)
         yardstick.add({site: as_stored(values, subject.stored_dtype) for site, values in rounded.items()}, truth)
     if wanted:
-        theirs = [reference.next_tokens(sample.token_ids)[sample.kept] for sample in samples]
+        theirs = [reference.next_tokens(sample.token_ids)[sample.compared] for sample in samples]
         next_tokens = replace(next_tokens, yardstick=agreement(theirs, wanted)[0])
-    digest, tokens = model_digest(source), sum(len(sample.kept) for sample in samples)
+    digest, tokens = model_digest(source), sum(len(sample.compared) for sample in samples)
     notes = [_OTHER_FILES.format(source.path)] if digest != subject.digest else []
     return FidelityReport(
         about=_about(subject, digest),
@@ -114,7 +114,7 @@ def _activations(
     reference: Reference, sample: CertifiedSample, capture: Capture
 ) -> dict[str, Float32[np.ndarray, "L K _"]]:
     values = reference.activations(sample.token_ids, capture)
-    return {site: array[:, sample.kept] for site, array in values.items()}
+    return {site: array[:, sample.compared] for site, array in values.items()}
 
 
 def _require_alike(
@@ -144,7 +144,7 @@ def _next_tokens(reference: Reference, samples: Sequence[CertifiedSample]) -> tu
         return NextTokens("neither the residual of the last layer nor final_norm is stored"), []
     if not reference.loaded.has_head:
         return NextTokens("the reference has no output head"), []
-    wanted = [reference.next_tokens(sample.token_ids)[sample.kept] for sample in samples]
+    wanted = [reference.next_tokens(sample.token_ids)[sample.compared] for sample in samples]
     found = [reference.next_tokens_of(final.values, normed=final.normed) for final in finals]
     share, positions = agreement(found, wanted)
     site = "final norm" if finals[0].normed else "last residual"

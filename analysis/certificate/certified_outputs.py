@@ -166,7 +166,7 @@ def _samples_of_part(
         CertifiedSample(
             name=f"{folder}:{table[slot].sample_idx}",
             token_ids=table[slot].token_ids,
-            kept=_kept(table[slot]),
+            compared=_stored_places(table[slot]),
             ours={site: arrays[i] for site, arrays in values.items()},
             final=None if final is None else FinalValues(values[final][i][-1], normed=final == "final_norm"),
         )
@@ -174,10 +174,10 @@ def _samples_of_part(
     ]
 
 
-def _kept(row: TableRow) -> np.ndarray:
+def _stored_places(row: TableRow) -> np.ndarray:
     return np.arange(len(row.token_ids)) if row.positions is None else row.positions
 
 
 def _with_tokens(table: Sequence[TableRow], wanted: Sequence[int]) -> list[int]:
-    usable = [slot for slot, row in enumerate(table) if len(_kept(row))]
+    usable = [slot for slot, row in enumerate(table) if len(_stored_places(row))]
     return sorted({min((slot for slot in usable if slot >= first), default=usable[-1]) for first in wanted})

@@ -117,8 +117,8 @@ def _samples(job: Job, windows: Sequence[tuple[Window, list[int]]]) -> list[Cert
 
 
 def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: FinalValues) -> CertifiedSample:
-    kept = _kept(job, sample, found)
-    ours = {site: values[:, kept] for site, values in found.values.items()}
+    compared = _stored_places(job, sample, found)
+    ours = {site: values[:, compared] for site, values in found.values.items()}
     for site, values in ours.items():
         if not np.isfinite(values.astype(np.float32)).all():
             raise RunError(
@@ -129,13 +129,13 @@ def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: Final
     return CertifiedSample(
         name=str(sample.sample_idx),
         token_ids=sample.token_ids,
-        kept=kept,
+        compared=compared,
         ours=ours,
-        final=FinalValues(final.values[kept], final.normed),
+        final=FinalValues(final.values[compared], final.normed),
     )
 
 
-def _kept(job: Job, sample: TokenizedSample, found: _Computed) -> np.ndarray:
+def _stored_places(job: Job, sample: TokenizedSample, found: _Computed) -> np.ndarray:
     """The positions of the tokens that the run stores."""
     reasons = sample.reasons
     if reasons is None:
@@ -150,7 +150,7 @@ def _first_windows(job: Job, n_samples: int) -> list[tuple[Window, list[int]]]:
     chosen: list[tuple[Window, list[int]]] = []
     left = n_samples
     for window in job.windows():
-        storing = [index for index, sample in enumerate(window.samples) if sample.n_kept][:left]
+        storing = [index for index, sample in enumerate(window.samples) if sample.n_stored][:left]
         if storing:
             chosen.append((window, storing))
         left -= len(storing)

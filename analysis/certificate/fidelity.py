@@ -34,15 +34,15 @@ class CertifiedSample:
 
     Attributes:
       name: its index, prefixed with its folder for committed samples.
-      token_ids: of all tokens that the model sees.
-      kept: the positions of the compared tokens, ascending.
+      token_ids: all tokens that the model sees.
+      compared: the positions of the compared tokens, ascending.
       ours: by site, in the stored dtype.
       final: None where it is not known.
     """
 
     name: str
     token_ids: Int32[np.ndarray, "T"]
-    kept: Int[np.ndarray, "K"]
+    compared: Int[np.ndarray, "K"]
     ours: Mapping[str, Shaped[np.ndarray, "L K _"]]
     final: FinalValues | None = None
 
