@@ -62,7 +62,7 @@ def _processor_id() -> str:
 
 
 def _report_split(mesh: ModelMesh, share: int) -> None:
-    """Says over how many devices a model is split, and what each then holds: less is split than some would think."""
+    """Says over how many devices a model is split, and what each then holds."""
     shape = mesh.mesh.shape
     n_devices = mesh.mesh.size // shape[DATA_AXIS]
     if n_devices > 1:
@@ -127,7 +127,7 @@ class JaxBackend:
         mesh = self._mesh(config, request)
         _report_split(mesh, device_share(config, request, mesh))
         dtype = COMPUTE_DTYPES[request.compute_dtype]
-        # The embedding alone needs no block; stacks of none would be a case of their own for every loader.
+        # Loaders need at least one layer, although the embedding alone needs none.
         n_layers = max(1, capture.layers_run(config.n_layers))
         parts = {"with_final_norm": capture.needs_final_norm, "with_head": capture.logits}
         step = ExtractionStep(Decoder.abstract(cut_config(config, n_layers), dtype, mesh=mesh, **parts), request, mesh)
@@ -146,7 +146,7 @@ class JaxBackend:
         return step
 
 
-# The programs of models that are held by somebody, by what they capture.
+# Compiled steps of live models, by request.
 _STEPS: WeakKeyDictionary[Decoder, dict[StepRequest, "ExtractionStep"]] = WeakKeyDictionary()
 
 
@@ -193,7 +193,7 @@ Outputs = tuple[dict[str, Array], dict[str, Array], dict[str, Array]]
 
 
 def _peaks(x: Float[Array, "B T D"], over: MeshAxes) -> Float[Array, "B T"]:
-    """The bits of magnitudes are ordered as they are, with NaN above infinity: no maximum can drop one."""
+    """The bits of magnitudes are ordered as they are, with NaN above infinity, so max() propagates NaN."""
     bits = jax.lax.bitcast_convert_type(jnp.abs(x.astype(jnp.float32)), jnp.int32).max(axis=-1)
     peaks = jax.lax.bitcast_convert_type(jnp.minimum(bits, _INFINITY_BITS), jnp.float32)
     return jax.lax.pmax(peaks, over) if over else peaks
@@ -229,13 +229,13 @@ def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepP
     graphdef, state = nnx.split(model)
     dtype, split = jnp.dtype(request.stored_dtype), mesh.split
 
-    def keep(site: str, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array | None]:
+    def on_tap(site: str, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array | None]:
         over = split.of_site(site)
         return x.astype(dtype), _peaks(x, over), _norms(x, over) if site in request.norm_sites else None
 
     def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
-        kept = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split, keep)
-        stored, peaks, norms = ({site: parts[i] for site, parts in kept.items()} for i in range(3))
+        outputs = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split, on_tap)
+        stored, peaks, norms = ({site: parts[i] for site, parts in outputs.items()} for i in range(3))
         return stored, peaks, {site: norms[site] for site in request.norm_sites}
 
     rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)

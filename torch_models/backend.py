@@ -73,8 +73,8 @@ class TorchBackend:
         source, capture = ModelSource(path, revision, self.trust_remote_code), request.capture
         shape = self.model_shape(path, revision)
         # At least one block, because the embedding is checked against its input.
-        kept = max(1, capture.layers_run(shape.n_layers))
-        loaded = load_causal_lm(source, request.compute_dtype, n_layers=kept, device=best_device())
+        n_loaded = max(1, capture.layers_run(shape.n_layers))
+        loaded = load_causal_lm(source, request.compute_dtype, n_layers=n_loaded, device=best_device())
         taps = find_model_taps(loaded)
         rows_alone = taps.rows_alone or depends_on_length(loaded)
         if rows_alone:

@@ -185,7 +185,7 @@ _INSIDE = tuple(site for site in SITES if SITES[site].per_layer and site not in 
 def is_sum(total: Tensor, parts: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether `parts` add up to `total` (…, D, float64) up to the roundings of `dtype`, and each of them matters.
 
-    The second half is for streams so large beside a part that leaving it out would be a rounding too.
+    Without the second condition a part that is smaller than the rounding error would pass.
     """
     if any(part.shape != total.shape for part in parts):
         return False

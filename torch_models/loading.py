@@ -138,7 +138,7 @@ class LoadedModel:
 
     Attributes:
       shape: of the whole model.
-      layers: path of the list of its blocks, of which the first `n_layers` were kept.
+      layers: path of the list of its blocks, of which the first `n_layers` are loaded.
       has_head: whether the files contain an output head.
     """
 
@@ -159,7 +159,7 @@ def load_causal_lm(
 ) -> LoadedModel:
     """The model in `dtype` ("float32" or "bfloat16") for inference.
 
-    n_layers: how many blocks to keep, all by default. attention: transformers' name of an implementation, such as
+    n_layers: number of blocks to load, all by default. attention: transformers' name of an implementation, such as
     "eager"; None: its default. Raises a one-line ModelError, also for missing weights, which transformers would
     initialize randomly.
     """
@@ -173,11 +173,11 @@ def load_causal_lm(
         model, has_head = _load_gguf(found, options) if found.is_file() else _load_folder(found, source, options)
     shape = shape_of(model)
     layers = decoder_layers(model, shape.n_layers)
-    kept = shape.n_layers if n_layers is None else n_layers
-    del model.get_submodule(layers)[kept:]  # type: ignore[operator]
+    n_loaded = shape.n_layers if n_layers is None else n_layers
+    del model.get_submodule(layers)[n_loaded:]  # type: ignore[operator]
     model.config.use_cache = False
     torch.nn.Module.to(model, device)
-    return LoadedModel(model.eval().requires_grad_(False), shape, layers, kept, has_head)
+    return LoadedModel(model.eval().requires_grad_(False), shape, layers, n_loaded, has_head)
 
 
 def find_model_taps(loaded: LoadedModel) -> Taps:

@@ -72,7 +72,7 @@ def probe_batch(vocab_size: int, device: torch.device | str = "cpu") -> Batch:
 
 @torch.no_grad()
 def find_taps(model: nn.Module, layers_path: str, n_layers: int, *, n_heads: int, vocab_size: int, whole: bool) -> Taps:
-    """The taps of the first `n_layers` blocks of `model` (all that were kept).
+    """The taps of the first `n_layers` blocks of `model` (all that are loaded).
 
     n_heads: query heads of a layer. whole: no block was cut off, so the final norm can be found too.
     Raises ModelError when the blocks do not form one residual stream.

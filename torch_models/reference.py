@@ -56,12 +56,12 @@ class Reference:
         taps = {(site, layer): self.taps.found[site, layer] for site, layers in wanted.items() for layer in layers}
         seen: dict[tuple[str, int], np.ndarray] = {}
 
-        def keep(key: tuple[str, int], values: Tensor) -> None:
-            # Rows of one: (T, D). A copy, for the model may go on in place.
+        def on_tap(key: tuple[str, int], values: Tensor) -> None:
+            # A batch of one row: (T, D). A copy, because the model may continue in place.
             seen[key] = values[0].to(device="cpu", dtype=torch.float32, copy=True).numpy()
 
         if taps:
-            Reader(self.loaded.model, taps).run(self._batch(token_ids), keep)
+            Reader(self.loaded.model, taps).run(self._batch(token_ids), on_tap)
         return {site: np.stack([seen[site, layer] for layer in layers]) for site, layers in wanted.items()}
 
     @torch.no_grad()

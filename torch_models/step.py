@@ -98,14 +98,14 @@ class TorchStep:
         self._fresh = _length_dependent_state(reader.model) if rows_alone else []
 
     def __call__(self, arrays: StepArrays) -> StepOutput:
-        """Runs the rows that hold a sample; what the others give means nothing."""
+        """Runs the rows that hold a sample; the values of the others are undefined."""
         rows, length = arrays.tokens.shape
         values, peaks = self._zeros(rows, length, self._stored), self._zeros(rows, length, None)
         norms = {site: torch.zeros_like(peaks[site]) for site in self._norm_sites}
         for span, batch in self._batches(arrays):
             tokens = slice(batch.shape[1])
 
-            def keep(key: tuple[str, int], seen: Tensor, span: slice = span, tokens: slice = tokens) -> None:
+            def on_tap(key: tuple[str, int], seen: Tensor, span: slice = span, tokens: slice = tokens) -> None:
                 site, layer = key
                 place = (self._layers[site].index(layer), span, tokens)
                 # NaN is made infinite first: a maximum may drop it.
@@ -115,7 +115,7 @@ class TorchStep:
                     norms[site][place] = torch.linalg.vector_norm(seen, dim=-1, dtype=torch.float32)
                 values[site][place] = seen.to(self._stored)
 
-            self._reader.run(batch, keep)
+            self._reader.run(batch, on_tap)
         return StepOutput(values, peaks, norms)
 
     def _zeros(self, rows: int, length: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -149,10 +149,10 @@ class TorchStep:
 
 
 def _length_dependent_state(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
-    """What rotary embeddings that grow with the longest sample seen hold at first: their buffers and that length."""
-    kept = []
+    """The initial buffers and lengths of rotary embeddings that grow with the longest sample seen."""
+    state = []
     for module in model.modules():
         attributes = {name: value for name, value in vars(module).items() if name.endswith("max_seq_len_cached")}
         if attributes:
-            kept.append((module, dict(module._buffers.items()), attributes))
-    return kept
+            state.append((module, dict(module._buffers.items()), attributes))
+    return state

@@ -122,6 +122,6 @@ def _as_run_error(error: Exception) -> RunError:
 def _report(error: Exception, verbose: bool) -> int:
     """Prints the error that is being handled, with its stack trace if `verbose`; returns the exit code."""
     if verbose:
-        print(printable(redact(traceback.format_exc()), keep="\n\t"), file=sys.stderr)
+        print(printable(redact(traceback.format_exc()), allowed="\n\t"), file=sys.stderr)
     print(printable(redact("error: " + " ".join(str(error).split()))), file=sys.stderr)
     return error.exit_code if isinstance(error, RunError) else UsageError.exit_code

@@ -36,9 +36,9 @@ def redact(text: str) -> str:
     return text
 
 
-def printable(text: str, keep: str = "") -> str:
-    """The text with every non-printable character, except those in `keep`, replaced by `?`."""
-    return "".join(letter if letter.isprintable() or letter in keep else "?" for letter in text)
+def printable(text: str, allowed: str = "") -> str:
+    """The text with every non-printable character, except those in `allowed`, replaced by `?`."""
+    return "".join(letter if letter.isprintable() or letter in allowed else "?" for letter in text)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -46,4 +46,4 @@ class RedactingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The formatted line."""
-        return printable(redact(super().format(record)), keep="\n\t")
+        return printable(redact(super().format(record)), allowed="\n\t")

@@ -216,7 +216,7 @@ class _Totals:
         self.windows += 1
         self.samples += len(window.samples)
         self.tokens += window.n_tokens
-        self.stored += window.n_kept
+        self.stored += window.n_stored
         self.rows += window.n_rows
         self.dropped.update(count_reasons(s.reasons for s in window.samples if s.reasons is not None))
         self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)

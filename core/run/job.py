@@ -130,8 +130,8 @@ class Job:
         if self.selection is None:
             return item
         reasons = self.selection.before(item.token_ids, item.sample_idx, self.facts)
-        most_kept = self.selection.most_kept(reasons) if self.selection.needs_norms else None
-        return replace(item, reasons=reasons, most_kept=most_kept)
+        most_stored = self.selection.most_stored(reasons) if self.selection.needs_norms else None
+        return replace(item, reasons=reasons, most_stored=most_stored)
 
     def windows(
         self, *, start: StreamPlace | None = None, first_index: int = 1, bad_before: int = 0

@@ -114,14 +114,14 @@ class Selection:
         A norm that is not finite is not an outlier: the model computed NaN or infinity, which must be reported.
         """
         assert self.outlier_factor is not None
-        final, kept = reasons.copy(), reasons == 0
-        if kept.any():
+        final, is_stored = reasons.copy(), reasons == 0
+        if is_stored.any():
             exact = norms.astype(np.float64)
-            limits = self.outlier_factor * np.median(exact[:, kept], axis=1, keepdims=True)
+            limits = self.outlier_factor * np.median(exact[:, is_stored], axis=1, keepdims=True)
             _drop(final, np.any((exact > limits) & np.isfinite(exact), axis=0), "norm_outlier")
         return self._limited(final, sample_idx)
 
-    def most_kept(self, reasons: Reasons) -> int:
+    def most_stored(self, reasons: Reasons) -> int:
         """The maximum number of tokens that will be stored, given the reasons of `before`."""
         left = int(np.count_nonzero(reasons == 0))
         return left if self.max_tokens is None else min(left, self.max_tokens)

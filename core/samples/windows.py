@@ -32,7 +32,7 @@ class TokenizedSample:
       text_preview: at most 200 characters, for people.
       labels: the record's other keys, as they were in the stream.
       reasons: (T,) why each token is not stored, 0 for one that is (`core.samples.selection`); None: all are stored.
-      most_kept: maximum number of stored tokens among those without a reason, until norms have decided; None: all.
+      most_stored: maximum number of stored tokens among those without a reason, until norms have decided; None: all.
       n_pools: how many vectors are stored instead of its tokens; 0: the tokens themselves.
     """
 
@@ -44,23 +44,23 @@ class TokenizedSample:
     text_preview: str
     labels: dict[str, Any] = field(default_factory=dict)
     reasons: UInt8[np.ndarray, "T"] | None = None
-    most_kept: int | None = None
+    most_stored: int | None = None
     n_pools: int = 0
 
     @property
-    def n_kept(self) -> int:
+    def n_stored(self) -> int:
         """How many tokens are stored; an upper bound until norms have decided."""
         if self.reasons is None:
             return len(self.token_ids)
-        return len(self.kept) if self.most_kept is None else self.most_kept
+        return len(self.stored_places) if self.most_stored is None else self.most_stored
 
     @property
     def n_rows(self) -> int:
         """How many rows its stored arrays have: one per token, or one per pool if a token is left."""
-        return min(1, self.n_kept) * self.n_pools if self.n_pools else self.n_kept
+        return min(1, self.n_stored) * self.n_pools if self.n_pools else self.n_stored
 
     @property
-    def kept(self) -> Int64[np.ndarray, "K"]:
+    def stored_places(self) -> Int64[np.ndarray, "K"]:
         """The positions of the stored tokens, ascending."""
         return np.arange(len(self.token_ids)) if self.reasons is None else np.flatnonzero(self.reasons == 0)
 
@@ -98,9 +98,9 @@ class Window:
         return sum(self.lengths)
 
     @property
-    def n_kept(self) -> int:
+    def n_stored(self) -> int:
         """Stored tokens of all samples; an upper bound until norms have decided."""
-        return sum(sample.n_kept for sample in self.samples)
+        return sum(sample.n_stored for sample in self.samples)
 
     @property
     def n_rows(self) -> int:

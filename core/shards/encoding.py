@@ -119,7 +119,7 @@ def table_row(sample: TokenizedSample) -> dict[str, Any]:
     """What the sample table keeps of a sample; `dropped` is there where tokens are left out."""
     row = {
         "sample_idx": sample.sample_idx,
-        "n_tokens": sample.n_kept,
+        "n_tokens": sample.n_stored,
         "full_length": sample.full_length,
         "token_ids": sample.token_ids.tolist(),
         "text_preview": sample.text_preview,

@@ -1,7 +1,7 @@
-"""The activations of a window on the host: they arrive step by step, and leave as files.
+"""The activations of a window on the host, filled step by step and then encoded as files.
 
-Axis letters: L layers stored for a site, N stored rows of the window, B rows of a step, T tokens of a row, U what a row
-of a step gives, W values of a stored row.
+Axis letters: L layers stored for a site, N stored rows of the window, B rows of a step, T tokens of a row, U output
+rows per row of a step, W values of a stored row.
 """
 
 from collections.abc import Mapping
@@ -76,7 +76,7 @@ class WindowActivations:
             sample = self.samples[index]
             assert sample.reasons is not None
             reasons = selection.after(sample.reasons, stacked[:, row, start:stop], sample.sample_idx)
-            self.samples[index] = replace(sample, reasons=reasons, most_kept=None)
+            self.samples[index] = replace(sample, reasons=reasons, most_stored=None)
 
     def finish(self) -> None:
         """Closes the gaps, once all steps have arrived and norms have decided that fewer tokens are stored.

@@ -81,17 +81,17 @@ class ShardContent:
         """The ids of each sample's stored tokens; None where rows are no tokens."""
         if self.is_pooled:
             return None
-        return [s.token_ids if s.reasons is None else s.token_ids[s.kept] for s in self.samples]
+        return [s.token_ids if s.reasons is None else s.token_ids[s.stored_places] for s in self.samples]
 
     @property
     def positions(self) -> list[Int32[np.ndarray, "_"]] | None:
         """The places of each sample's stored tokens; None where all tokens are stored, or rows are no tokens."""
         if self.is_pooled or any(sample.reasons is None for sample in self.samples):
             return None
-        return [sample.kept.astype(np.int32) for sample in self.samples]
+        return [sample.stored_places.astype(np.int32) for sample in self.samples]
 
     def outline(self) -> Outline:
-        """What a file of another run of this window has to hold too."""
+        """What any equivalent file of this window must match."""
         indices = tuple(sample.sample_idx for sample in self.samples)
         shapes = {name: self._shapes(name) for name in self.arrays}
         return Outline(indices, shapes, _plain(self.positions))
@@ -182,4 +182,4 @@ def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[s
     fields |= {name: content.rows(name, layer_slot, sample) for name in content.more}
     if content.is_pooled or described.reasons is None:
         return fields
-    return fields | {"token_positions": described.kept.astype(np.int32)}
+    return fields | {"token_positions": described.stored_places.astype(np.int32)}

@@ -72,7 +72,7 @@ class PickleFormat:
 
     def read(self, stream: BinaryIO) -> StoredShard:
         """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
-        # What an extension code once stood for is kept, and handed out again without a look at the list.
+        # Extension codes are cached, and a cached one bypasses the allow-list.
         copyreg.clear_extension_cache()
         try:
             shard = RestrictedUnpickler(stream).load()

@@ -37,7 +37,7 @@ from core.shards.sinks import Sink
 # Prompts that begin alike have the same activations there: a block holds several, and zstd looks back that far.
 BLOCK_BYTES = 4 << 20
 _ZSTD = zstandard.ZstdCompressionParameters.from_level(1, window_log=22)
-# Blocks that are compressed or wait for their turn.
+# Blocks that are being compressed or are queued.
 _IN_FLIGHT = 8
 _HEADER_FILE = "shard.json"
 _HEADER: Kinds = {
@@ -49,10 +49,10 @@ _HEADER: Kinds = {
     "block_tokens": (int,),
 }
 _ARRAYS = {"sample_idx": np.int64, "sample_offsets": np.int64, "token_ids": np.int32, "positions": np.int32}
-# zip keeps a time for every member; this is the earliest that it can say.
+# zip stores a time for every member; this is the earliest that it can represent.
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 _UNIX = 3
-# What zipfile, numpy and zstandard raise at bytes that somebody changed.
+# What zipfile, numpy and zstandard raise for damaged files.
 _UNREADABLE = (
     ArithmeticError,
     EOFError,

@@ -88,7 +88,7 @@ def test_pools_of_packed_rows_are_those_of_each_sample_alone(pools, selects):
         samples.append(
             TokenizedSample(index, index, 1, np.zeros(n, np.int32), n, "", reasons=reasons, n_pools=len(pools))
         )
-    assert not selects or any(not len(sample.kept) for sample in samples)
+    assert not selects or any(not len(sample.stored_places) for sample in samples)
     numbers = iter(range(len(flat)))
     layout = StepLayout(32, len(lengths) + 1, tuple(Row(32, tuple(next(numbers) for _ in row)) for row in lengths))
     parsed = tuple(map(parse_pool, pools))
@@ -99,24 +99,24 @@ def test_pools_of_packed_rows_are_those_of_each_sample_alone(pools, selects):
     starts = {s: sum(flat[o] for o in row.samples[: row.samples.index(s)]) for row in layout.rows for s in row.samples}
     for index, (row, places) in fetch.samples.items():
         found = arrays["activation"][:, row, places]
-        assert found.shape[1] == samples[index].n_rows == (len(pools) if len(samples[index].kept) else 0)
-        kept = x[:, row, starts[index] + samples[index].kept].astype(np.float64)
+        assert found.shape[1] == samples[index].n_rows == (len(pools) if len(samples[index].stored_places) else 0)
+        stored = x[:, row, starts[index] + samples[index].stored_places].astype(np.float64)
         for number, pool in enumerate(pools[: found.shape[1]]):
-            np.testing.assert_allclose(found[:, number], oracle(kept, pool), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(found[:, number], oracle(stored, pool), rtol=0, atol=1e-5)
             assert fetch.sample_at(row, places.start + number) == (index, number)
             np.testing.assert_allclose(peaks[:, row, places.start + number], np.abs(found[:, number]).max(-1))
     assert fetch.is_stored.sum() == sum(sample.n_rows for sample in samples)
 
 
-def oracle(kept, pool):
+def oracle(stored, pool):
     """(L, K, D) to (L, D) in float64, p counted from the last token."""
     if pool in ("first", "last"):
-        return kept[:, 0 if pool == "first" else -1]
+        return stored[:, 0 if pool == "first" else -1]
     if pool in ("max", "mean"):
-        return getattr(kept, pool)(axis=1)
-    p = np.arange(kept.shape[1])[::-1]
+        return getattr(stored, pool)(axis=1)
+    p = np.arange(stored.shape[1])[::-1]
     weights = np.exp(-np.log(2) * p / (float(pool[4:]) * len(p)))
-    return np.einsum("k,lkd->ld", weights / weights.sum(), kept)
+    return np.einsum("k,lkd->ld", weights / weights.sum(), stored)
 
 
 def test_a_nan_marks_its_own_sample_and_spoils_no_other():

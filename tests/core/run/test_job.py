@@ -70,7 +70,7 @@ def test_samples_carry_the_reasons_that_are_known_before_and_bad_records_pass(co
     job = job_of(config, positions=("1:3",), exclude_norm_outliers=4.0, max_tokens_per_sample=1)
     sample = next(item for item in job.items() if len(item.token_ids) > 3)
     assert np.flatnonzero(sample.reasons == 0).tolist() == [1, 2]
-    assert (sample.most_kept, sample.n_kept) == (1, 1)
+    assert (sample.most_stored, sample.n_stored) == (1, 1)
     bad = BadRecord(3, 4, "broken")
     assert job.select(bad) is bad
     assert all(item.reasons is None for item in job_of(config).items())

@@ -66,7 +66,7 @@ def named(reasons: np.ndarray) -> list[str | None]:
 def test_each_token_has_the_first_reason_that_applies(ids, rules):
     found = rules.before(np.array(ids, np.int32), 7, FACTS)
     assert named(found) == expected_reasons(ids, rules)
-    assert rules.most_kept(found) == named(found).count(None)
+    assert rules.most_stored(found) == named(found).count(None)
 
 
 @given(tokens, selections, st.floats(1.01, 5), st.data())
@@ -84,8 +84,8 @@ def test_outliers_are_those_above_k_times_the_median_of_what_the_rules_before_le
     }
     found = rules.after(first, np.array(norms, np.float32), 7)
     assert named(found) == expected_reasons(ids, rules, outliers)
-    assert named(found).count(None) <= rules.most_kept(first)
-    assert rules.most_kept(first) == len(left if rules.max_tokens is None else left[: rules.max_tokens])
+    assert named(found).count(None) <= rules.most_stored(first)
+    assert rules.most_stored(first) == len(left if rules.max_tokens is None else left[: rules.max_tokens])
 
 
 def test_a_norm_that_is_not_finite_is_no_outlier_for_it_must_be_reported():
@@ -174,7 +174,7 @@ def test_the_facts_are_those_of_the_tokenizer(smollm2):
     encoded = tokenizer("a\nb\n\nc d", add_special_tokens=False)["input_ids"]
     text = [tokenizer.decode([token]) for token in encoded]
     assert [facts.ends_line(token) for token in encoded] == [piece[-1] == "\n" for piece in text]
-    first = Selection(exclude=("newline_first",)).before(np.array(encoded), 0, facts)
+    first = Selection(exclude=("newline_first",)).before(np.array(encoded, np.int32), 0, facts)
     assert [text[i] for i in np.flatnonzero(first)] == [
         text[i + 1] for i in range(len(text) - 1) if text[i][-1] == "\n"
     ]

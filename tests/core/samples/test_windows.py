@@ -46,18 +46,18 @@ def test_a_window_counts_what_is_stored_of_a_sample_and_the_token_ids_of_all(ite
         if not isinstance(item, TokenizedSample):
             return item
         reasons = np.array([random.randint(0, 1) for _ in item.token_ids], np.uint8)
-        return replace(item, reasons=reasons, most_kept=random.choice([None, int((reasons == 0).sum()) // 2]))
+        return replace(item, reasons=reasons, most_stored=random.choice([None, int((reasons == 0).sum()) // 2]))
 
     def size(samples):
-        most = [int((s.reasons == 0).sum()) if s.most_kept is None else s.most_kept for s in samples]
+        most = [int((s.reasons == 0).sum()) if s.most_stored is None else s.most_stored for s in samples]
         return max(20 * sum(most), TOKEN_ID_BYTES * sum(len(s.token_ids) for s in samples))
 
     for window in cut_windows(map(selected, items), bytes_per_row=20, shard_bytes=shard_bytes):
         assert size(window.samples[:-1]) < shard_bytes
         assert window.next_place is None or size(window.samples) >= shard_bytes
-        assert window.n_kept == sum(s.n_kept for s in window.samples) == window.offsets[-1]
+        assert window.n_stored == sum(s.n_stored for s in window.samples) == window.offsets[-1]
         for s in window.samples:
-            assert s.n_kept <= len(s.kept) == int((s.reasons == 0).sum())
+            assert s.n_stored <= len(s.stored_places) == int((s.reasons == 0).sum())
 
 
 @given(streams, st.integers(1, 200), st.data())

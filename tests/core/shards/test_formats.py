@@ -36,7 +36,7 @@ def selected(lengths, **kwargs) -> ShardContent:
     rng = np.random.default_rng(1)
     samples = tuple(replace(s, reasons=rng.integers(0, 2, len(s.token_ids)).astype(np.uint8)) for s in shard.samples)
     kept = np.concatenate([s.reasons == 0 for s in samples])
-    offsets = np.cumsum([0, *(s.n_kept for s in samples)], dtype=np.int64)
+    offsets = np.cumsum([0, *(s.n_stored for s in samples)], dtype=np.int64)
     return replace(shard, arrays={"activation": shard.values[:, kept]}, offsets=offsets, samples=samples)
 
 
@@ -183,7 +183,7 @@ def test_the_safetensors_package_reads_every_tensor(tmp_path):
     with safe_open(tmp_path / "s.safetensors", framework="numpy") as file:
         assert set(file.keys()) == {"layer_0", "layer_7", "token_ids", "positions", "sample_idx", "sample_offsets"}
         start, stop = file.get_tensor("sample_offsets")[1:3]
-        np.testing.assert_array_equal(file.get_tensor("positions")[start:stop], shard.samples[1].kept)
+        np.testing.assert_array_equal(file.get_tensor("positions")[start:stop], shard.samples[1].stored_places)
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS))

@@ -39,13 +39,13 @@ def test_every_stored_token_is_found_where_it_is_said_to_be(reasons, is_selected
             assert index not in seen
             seen[index] = fetched[row, places].tolist()
         assert sorted(fetched[fetch.is_stored]) == sorted(
-            token for index in fetch.samples for token in samples[index].token_ids[samples[index].kept]
+            token for index in fetch.samples for token in samples[index].token_ids[samples[index].stored_places]
         )
         for row, unit in np.argwhere(fetch.is_stored)[:20]:
             index, number = fetch.sample_at(row, unit)
-            assert samples[index].token_ids[samples[index].kept[number]] == fetched[row, unit]
+            assert samples[index].token_ids[samples[index].stored_places[number]] == fetched[row, unit]
         assert is_selected or fetch.gathered is None
-    assert seen == {s.sample_idx: s.token_ids[s.kept].tolist() for s in samples}
+    assert seen == {s.sample_idx: s.token_ids[s.stored_places].tolist() for s in samples}
 
 
 @given(st.integers(0, 4096), st.integers(1, 32).map(lambda n: 128 * n))
