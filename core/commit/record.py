@@ -138,14 +138,14 @@ class CommitRecord:
 
     @property
     def n_rows(self) -> int:
-        """Of each stored array."""
+        """The number of rows of each stored array."""
         return (self.n_samples - self.n_empty) * len(self.pools) if self.pools else self.n_tokens
 
     parts: tuple[PartCounts, ...] = field(default=())
 
     @classmethod
     def empty(cls, plan_hash: str, stream_hash: str, dtype: str) -> "CommitRecord":
-        """The record of a folder without samples: a short stream has no line for its machine."""
+        """The record of a folder without samples: its machine's share of a short stream is empty."""
         zeros: dict[str, Any] = dict.fromkeys((*_COUNTS, "first_sample_idx"), 0)
         return cls(
             window=1,

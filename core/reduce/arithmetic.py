@@ -16,7 +16,7 @@ from core.reduce.reductions import INDICES, LARGEST_CODE, QUANTIZATIONS, SCALE, 
 
 
 class StepRows(NamedTuple):
-    """What the host knows of a step's tokens; on the device where they are reduced.
+    """The pools and stored rows of a step's tokens, computed on the host and copied to the device.
 
     Attributes:
       weights: of each fetched token in each pool of its sample; P is 0 without pools.
@@ -30,14 +30,14 @@ class StepRows(NamedTuple):
 
 
 class ReducedSite(NamedTuple):
-    """What is left of a site.
+    """One reduced site.
 
     Attributes:
       arrays: by the names of `Reduction.arrays`, (L, B, U, width).
       peaks: the largest magnitude of each row before it is coded or cast; infinity for a NaN or infinity, also of a
         token that it was pooled from.
-      losses: over the stored rows of each row of the step, of what is restored: the sum of their relative L2 errors,
-        and the least cosine.
+      losses: over the stored rows of each row of the step: the sum of the relative L2 errors of the restored rows, and
+        the smallest cosine.
     """
 
     arrays: dict[str, Shaped[Array, "L B U _"]]
@@ -52,10 +52,10 @@ def reduce_site(
     reduction: Reduction,
     dtype: np.dtype,
 ) -> ReducedSite:
-    """Everything that `reduction` asks for but selection.
+    """Projects, pools, cuts to topk and quantizes as `reduction` says; selection has been done.
 
-    matrices: of the projection and the means that it takes off, M or N = 1 for all layers, else L.
-    dtype: of values that are not quantized.
+    matrices: the projection's matrices and the means that it subtracts; M or N = 1 for all layers, else L.
+    dtype: the dtype of values that are not quantized.
     """
     x = x.astype(jnp.float32)
     if matrices is not None:
@@ -80,13 +80,13 @@ def reduce_site(
 def pool_tokens(
     x: Float32[Array, "L B K E"], is_sound: Bool[Array, "L B K"], step: StepRows, pools: tuple[Pool, ...]
 ) -> tuple[Float32[Array, "L B U E"], Bool[Array, "L B U"]]:
-    """The pools of every sample, side by side, and whether all that they were made of is finite.
+    """The pools of every sample, side by side, and whether all of their inputs are finite.
 
-    Sums are matrix products: those have one order of adding up, where scattered additions of a GPU have none.
+    Sums are matrix products, whose order of addition is fixed; that of a GPU's scattered additions is not.
     """
     n_samples = step.is_stored.shape[1] // len(pools)
     is_member = step.slots[:, None] == jnp.arange(n_samples)[:, None]
-    # A NaN that weighs nothing would still spoil the other samples of its row.
+    # A NaN with weight 0 would still make the other samples of its row NaN.
     finite = jnp.where(jnp.isfinite(x), x, 0)
     pooled, sound = [], []
     for pool, weights in zip(pools, step.weights, strict=True):
@@ -139,19 +139,22 @@ def _unblocked(blocks: Num[Array, "*rows G C"], width: int) -> Num[Array, "*rows
 
 def _losses(
     x: Float32[Array, "L B U E"],
-    kept: Float32[Array, "L B U W"],
+    largest: Float32[Array, "L B U W"],
     restored: Float32[Array, "L B U W"],
     peaks: Float32[Array, "L B U"],
     is_stored: Bool[Array | np.ndarray, "B U"],
 ) -> Float32[Array, "L B 2"]:
-    """See `ReducedSite`. Rows are divided by their peak, for squares of what float32 holds need not fit it."""
+    """The losses of `ReducedSite`. largest: the values of x that topk stores, else x.
+
+    Rows are divided by their peak first, because squares of float32 values may overflow.
+    """
     unit = jnp.where((peaks > 0) & jnp.isfinite(peaks), peaks, 1)[..., None]
-    x, kept, restored = x / unit, kept / unit, restored / unit
+    x, largest, restored = x / unit, largest / unit, restored / unit
     length, found = jnp.sum(x * x, axis=-1), jnp.sum(restored * restored, axis=-1)
-    left_out = jnp.maximum(length - jnp.sum(kept * kept, axis=-1), 0) if kept.shape != x.shape else 0
-    error = jnp.sqrt(left_out + jnp.sum((kept - restored) ** 2, axis=-1))
+    left_out = jnp.maximum(length - jnp.sum(largest * largest, axis=-1), 0) if largest.shape != x.shape else 0
+    error = jnp.sqrt(left_out + jnp.sum((largest - restored) ** 2, axis=-1))
     relative = jnp.where(length > 0, error / jnp.sqrt(jnp.where(length > 0, length, 1)), 0)
     lengths = jnp.sqrt(length * found)
-    cosine = jnp.where(lengths > 0, jnp.sum(kept * restored, axis=-1) / jnp.where(lengths > 0, lengths, 1), 1)
+    cosine = jnp.where(lengths > 0, jnp.sum(largest * restored, axis=-1) / jnp.where(lengths > 0, lengths, 1), 1)
     total = jnp.sum(jnp.where(is_stored, relative, 0), axis=-1)
     return jnp.stack([total, jnp.min(jnp.where(is_stored, cosine, 1), axis=-1)], axis=-1)

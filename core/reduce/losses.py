@@ -1,4 +1,4 @@
-"""How far what is restored from quantized or cut rows is from the rows: of a window, and of many.
+"""Reconstruction error of quantized or top-k rows, of one window and of several.
 
 Axis letters: L stored layers of a site, B rows of a step.
 """
@@ -18,20 +18,20 @@ _DIGITS = 6
 
 @dataclass
 class LossSum:
-    """Adds up what `core.reduce.arithmetic.ReducedSite` says of the steps of a window."""
+    """The sum of the losses of a window's steps, see `core.reduce.arithmetic.ReducedSite`."""
 
     _sums: dict[str, np.ndarray] = field(default_factory=dict)
     _worst: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, of_step: Mapping[str, Float32[np.ndarray, "L B 2"]]) -> None:
-        """One step."""
+        """Adds the losses of one step."""
         for site, losses in of_step.items():
             total, worst = losses[..., 0].sum(axis=1, dtype=np.float64), losses[..., 1].min(axis=1)
             self._sums[site] = self._sums.get(site, 0) + total
             self._worst[site] = np.minimum(self._worst.get(site, 1), worst)
 
     def of_rows(self, n_rows: int, layers: Mapping[str, tuple[int, ...]]) -> Losses:
-        """The figures of all rows; none where there is no row."""
+        """The losses of the window's `n_rows` rows; empty without rows."""
         if not n_rows:
             return {}
         return {
@@ -44,12 +44,12 @@ class LossSum:
 
 
 def _rounded(value: float) -> float:
-    """Last bits say nothing, and differ between kinds of hardware."""
+    """Rounded, because the last bits differ between kinds of hardware."""
     return float(f"{value:.{_DIGITS}g}")
 
 
 def total_losses(windows: Iterable[tuple[int, Losses]]) -> Losses:
-    """Of several windows, each with its number of rows."""
+    """The losses of several windows, given the number of rows and the losses of each."""
     sums: dict[tuple[str, str], tuple[int, float, float]] = {}
     for n_rows, losses in windows:
         for site, layers in losses.items():

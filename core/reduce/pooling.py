@@ -1,7 +1,7 @@
-"""Which tokens of a step become which rows: as they are, or pooled.
+"""The stored rows of a step: its tokens, or pools of them.
 
-Axis letters: B rows of a step, T tokens of a row, K tokens of a row that are fetched, P pools, U rows of the stored
-arrays that a row of the step gives: one a fetched token, or P for each of its samples.
+Axis letters: B rows of a step, T tokens of a row, K tokens of a row that are fetched, P pools, U output rows
+per row of the step: one for each fetched token, or P for each sample.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from core.step.layout import StepLayout, sample_spans
 def fetch_rows(
     layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
 ) -> tuple[Fetch, StepRows]:
-    """What is fetched of a step, and how a reduction makes rows of it. `samples` and their `lengths` are the window's.
+    """The fetched part of a step and the input of its reduction. `samples` and their `lengths` are the window's.
 
-    With pools those tokens are fetched that weigh something: all of them for a mean, one a sample for the last.
+    With pools, the tokens with a weight above 0 are fetched: all of them for a mean, one per sample for the last.
     """
     if pools:
         return _fetch_pools(layout, samples, lengths, pools)
@@ -39,13 +39,13 @@ def _fetch_pools(
     in_row: dict[int, tuple[int, Places]] = {}
     taken = np.zeros(layout.n_rows, np.int32)
     for row, sample, start, _ in sample_spans(layout, lengths):
-        places, slot = start + samples[sample].kept, int(taken[row])
+        places, slot = start + samples[sample].stored_places, int(taken[row])
         in_row[sample] = row, slice(slot * len(pools), (slot + bool(len(places))) * len(pools))
         if len(places):
             weights[:, row, places] = [pool.weights(len(places)) for pool in pools]
             slots[row, places] = slot
             taken[row] += 1
-    n_slots = 1 << (max(1, int(taken.max())) - 1).bit_length()  # few numbers, for each is compiled
+    n_slots = 1 << (max(1, int(taken.max())) - 1).bit_length()  # few sizes, because each is compiled
     slots[slots < 0] = n_slots
     wanted = np.any(weights > 0, axis=0)
     gathered = places_of(wanted)
@@ -62,7 +62,7 @@ def _gathered(
     places: Int32[np.ndarray, "B K"],
     n_slots: int,
 ) -> tuple[Float32[np.ndarray, "P B K"], Int32[np.ndarray, "B K"]]:
-    """Those of the fetched tokens; what a row repeats belongs to no sample."""
+    """The weights and slots of the gathered tokens; tokens that fill up a row belong to no sample."""
     is_repeat = np.arange(places.shape[1]) >= wanted.sum(axis=1, keepdims=True)
     of_tokens = np.take_along_axis(slots, places, axis=1)
     return np.take_along_axis(weights, places[None], axis=2), np.where(is_repeat, np.int32(n_slots), of_tokens)

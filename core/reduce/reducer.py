@@ -1,6 +1,6 @@
-"""Reducing what a step gives on the devices that computed it, before anything is copied.
+"""Reduces the output of a step on its devices, before it is copied to the host.
 
-One implementation for every backend: JAX's arrays are reduced where they lie, others on the host's CPU by JAX.
+One implementation for every backend: JAX arrays are reduced on their devices, others on the host's CPU by JAX.
 
 Axis letters: L stored layers of a site, B rows of a step, K fetched tokens of a row, D width of a site.
 """
@@ -21,26 +21,26 @@ from core.step.host_copies import begin_copy
 from qwen2_jax.sharding import DATA_AXIS
 
 _WHOLE, _ROWS, _LAYERS_ROWS = PartitionSpec(), PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
-# Of the fields of StepRows.
+# The specs of the fields of StepRows.
 _STEP_ROWS: Any = (_LAYERS_ROWS, _ROWS, _ROWS)
 
 
 class Reducer:
-    """What a run does to what its steps give. Several threads may call it.
+    """The reduction of step outputs. Several threads may call it.
 
-    dtype: of values that are not quantized.
+    dtype: the dtype of values that are not quantized.
     """
 
     def __init__(self, reduction: Reduction, dtype: np.dtype) -> None:
         self._reduction, self._dtype = reduction, dtype
         self._programs: dict[frozenset[tuple[str, NamedSharding]], _Program] = {}
-        # What one thread compiles another is not to compile too.
+        # Compile each program once.
         self._one_at_a_time = threading.Lock()
 
     def __call__(self, output: StepOutput, rows: StepRows) -> StepOutput:
-        """Starts to reduce a step whose tokens are those that `rows` speaks of, (L, B, K, D) by site.
+        """Starts to reduce an output of (L, B, K, D) by site, whose tokens `rows` describes.
 
-        What is not JAX's is brought to the host first, which waits for it.
+        Non-JAX arrays are copied to the host first, which blocks.
         """
         activations, shardings = {}, {}
         for site, x in output.arrays.items():
@@ -59,7 +59,7 @@ def _as_output(reduced: Mapping[str, ReducedSite]) -> StepOutput:
 
 
 class _Program:
-    """The reduction of arrays that lie in these ways on a mesh."""
+    """The compiled reduction for one set of shardings."""
 
     def __init__(self, shardings: Mapping[str, NamedSharding], reduction: Reduction, dtype: np.dtype) -> None:
         self._mesh = mesh = next(iter(shardings.values())).mesh
@@ -70,7 +70,7 @@ class _Program:
             self._matrices = jax.device_put(matrices, NamedSharding(mesh, _WHOLE))
 
     def __call__(self, activations: dict[str, Array], rows: StepRows) -> dict[str, ReducedSite]:
-        """Of one step."""
+        """Starts the reduction of one step's activations; returns its sites by name."""
         places = StepRows(*(NamedSharding(self._mesh, spec) for spec in _STEP_ROWS))  # type: ignore[arg-type]
         reduced: dict[str, ReducedSite] = self._reduce(activations, jax.device_put(rows, places), self._matrices)
         return reduced
@@ -79,7 +79,7 @@ class _Program:
 def _reduction_of(shardings: Mapping[str, NamedSharding], reduction: Reduction, dtype: np.dtype) -> jax.stages.Wrapped:
     """(activations by site, StepRows, matrices and means of the projection) -> `ReducedSite` by site, jitted.
 
-    Rows are reduced where they are; a width that is split over devices is put together there first.
+    Rows are reduced on their devices; a width that is split over devices is gathered there first.
     """
     mesh = next(iter(shardings.values())).mesh
     split = {site: _axes_of(sharding.spec, 3) for site, sharding in shardings.items()}
@@ -101,9 +101,9 @@ def _reduction_of(shardings: Mapping[str, NamedSharding], reduction: Reduction, 
 def lower_reduction(
     activations: Mapping[str, jax.ShapeDtypeStruct], rows: StepRows, reduction: Reduction, dtype: np.dtype
 ) -> jax.stages.Lowered:
-    """What a run compiles to reduce `activations`, (L, B, K, D) with their shardings: for devices that are not there.
+    """The reduction that a run compiles for `activations`, (L, B, K, D) with shardings; the devices may be absent.
 
-    rows: of any one row of the step; the others are taken to be like it.
+    rows: a `StepRows` of a single row; all rows of the step are assumed to be like it.
     """
     shardings = {site: x.sharding for site, x in activations.items()}
     mesh, n_rows = next(iter(shardings.values())).mesh, next(iter(activations.values())).shape[1]
@@ -122,7 +122,7 @@ def lower_reduction(
 
 
 def _on_a_mesh(x: Any) -> tuple[Array, NamedSharding]:
-    """JAX's arrays as they lie, all others on the host's CPU."""
+    """A JAX array on its own mesh; any other on the host's CPU."""
     if isinstance(x, jax.Array) and isinstance(x.sharding, NamedSharding):
         return x, x.sharding
     mesh = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), (DATA_AXIS,))

@@ -102,7 +102,7 @@ class StoredArray:
 
     @property
     def row_bytes(self) -> int:
-        """Of one row in one layer."""
+        """The bytes of one row in one layer."""
         return self.width * self.dtype.itemsize
 
 

@@ -5,7 +5,7 @@ forward   windows → packed steps → device                the main thread, an
 select    norms → which tokens are stored                a thread, only where norms decide
 copy      device → arrays of windows on the host         a thread
 encode    arrays of windows → finished files             a pool
-store     upload, commit record, index, checkpoint       a pool, and a thread that commits in order
+store     upload, record, folder metadata, checkpoint    a pool, and a thread that commits in order
 """
 
 import threading
@@ -54,10 +54,10 @@ Peaks = Mapping[str, Float32[np.ndarray, "L B U"]]
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step the device is working on.
+    """A step that the device computes.
 
     Attributes:
-      output: what it gives; what is fetched of it, on its way to the host, once that is known.
+      output: the step's output; after selection, the pending host copy of its fetched part.
       fetch, rows: see `core.reduce.pooling.fetch_rows`; None until norms have decided.
     """
 
@@ -75,7 +75,7 @@ class Extraction:
     """One run of a job over what its storage does not hold yet.
 
     Attributes:
-      reduce: what is done to what steps give; None: nothing.
+      reduce: the reduction of step outputs; None: they are stored as they are.
       session: what the hosts of a slice agree on. Its `stop` ends the run early: what is computed is committed, the
         window under way is dropped.
       on_commit: called after each commit, in order.
@@ -150,7 +150,7 @@ class Extraction:
                 flight = StepInFlight(part, activations, layout, output, started)
             else:
                 fetch, rows = self._fetch_rows(layout, activations)
-                output = self._device.submit(self._compute_and_bring, arrays, fetch, rows)
+                output = self._device.submit(self._compute_and_copy, arrays, fetch, rows)
                 flight = StepInFlight(part, activations, layout, output, started, fetch, rows)
             if self._lanes == 1:
                 wait([output])  # a queued step would still be computed after the run is stopped
@@ -164,15 +164,15 @@ class Extraction:
         return fetch_rows(layout, activations.samples, activations.window.lengths, self.job.pools)
 
     def _compute(self, arrays: StepArrays) -> StepOutput:
-        """In a thread of the device, as are the next two: starts a step, and brings the norms to the host."""
+        """Starts a step and the copy of its norms; this and the next two methods run in a thread of the device."""
         output = self.step(arrays)
         return replace(output, norms={site: begin_copy(norms) for site, norms in output.norms.items()})
 
-    def _compute_and_bring(self, arrays: StepArrays, fetch: Fetch, rows: StepRows) -> StepOutput:
-        return self._bring(self.step(arrays), fetch, rows)
+    def _compute_and_copy(self, arrays: StepArrays, fetch: Fetch, rows: StepRows) -> StepOutput:
+        return self._begin_copy(self.step(arrays), fetch, rows)
 
-    def _bring(self, output: StepOutput, fetch: Fetch, rows: StepRows) -> StepOutput:
-        """Begins to bring what is fetched of a step to the host. The device lets go of the rest as soon as it can."""
+    def _begin_copy(self, output: StepOutput, fetch: Fetch, rows: StepRows) -> StepOutput:
+        """Starts to copy the fetched part of a step to the host. The rest can be freed on the device."""
         output = gather(output, fetch.gathered)
         if self.reduce is not None and self.job.backend.reduces_on_device:
             output = self.reduce(output, rows)
@@ -187,7 +187,7 @@ class Extraction:
         return self.job.selection is not None and self.job.selection.needs_norms
 
     def _start_select(self, steps: Channel[StepInFlight]) -> Channel[StepInFlight]:
-        """Where norms decide, a stage of its own asks for the copy of a step while the one before is being copied."""
+        """If norms decide, an extra stage starts the copy of a step while the step before is being copied."""
         if not self._norms_decide:
             return steps
         selected: Channel[StepInFlight] = self.pipeline.channel(_STEPS_IN_FLIGHT)
@@ -202,9 +202,9 @@ class Extraction:
             norms = {site: np.asarray(norms) for site, norms in output.norms.items()}
             flight.activations.select(flight.layout, norms, selection)
             fetch, rows = self._fetch_rows(flight.layout, flight.activations)
-            brought = self._device.submit(self._bring, output, fetch, rows)
-            # Nothing here keeps the whole step on the device while it waits for room.
-            flight = replace(flight, output=brought, fetch=fetch, rows=rows)
+            copying = self._device.submit(self._begin_copy, output, fetch, rows)
+            # Drop references so the full output is freed while waiting.
+            flight = replace(flight, output=copying, fetch=fetch, rows=rows)
             del output
             selected.put(flight, clock)
             del flight
@@ -227,11 +227,11 @@ class Extraction:
         encoded.close()
 
     def _store_rows(self, flight: StepInFlight, clock: StageClock) -> None:
-        """Scatters what a step gives into the arrays of its window, once it has arrived and is sound."""
+        """Scatters the output of a step into the arrays of its window, once it is copied and checked."""
         fetch, rows, activations = flight.fetch, flight.rows, flight.activations
         assert fetch is not None
         assert rows is not None
-        output = self._arrived(flight, rows, clock)
+        output = self._on_host(flight, rows, clock)
         check_peaks(flight, fetch, output.peaks, self.job)
         activations.scatter(fetch, output.arrays)
         if self._codes_rows:
@@ -239,8 +239,8 @@ class Extraction:
         lengths = [len(activations.samples[sample].token_ids) for sample in fetch.samples]
         self.progress.computed(len(lengths), sum(lengths))
 
-    def _arrived(self, flight: StepInFlight, rows: StepRows, clock: StageClock) -> StepOutput:
-        """What a step gives, on the host."""
+    def _on_host(self, flight: StepInFlight, rows: StepRows, clock: StageClock) -> StepOutput:
+        """The output of a step, on the host."""
         output = on_host(flight.output.result() if self._norms_decide else self._wait_for_device(flight, clock))
         if self.reduce is not None and not self.job.backend.reduces_on_device:
             output = on_host(self.reduce(output, rows))
@@ -362,9 +362,9 @@ def _stored_part(number: int | None, window: Window, files: list[StoredFile], lo
     first, last = (samples[0].sample_idx, samples[-1].sample_idx) if samples else (None, None)
     return StoredPart(
         number=number,
-        counts=PartCounts(first, last, len(samples), window.n_kept),
+        counts=PartCounts(first, last, len(samples), window.n_stored),
         n_dropped=count_reasons(sample.reasons for sample in samples if sample.reasons is not None),
-        n_empty=sum(sample.n_kept == 0 for sample in samples),
+        n_empty=sum(sample.n_stored == 0 for sample in samples),
         n_rows=window.n_rows,
         files=tuple(files),
         losses=losses,
@@ -391,10 +391,10 @@ def check_peaks(flight: StepInFlight, fetch: Fetch, peaks: Peaks, job: Job) -> N
 
 
 def _not_finite(flight: StepInFlight, fetch: Fetch, peaks: Peaks, job: Job, row: int) -> str:
-    """What is wrong with a row: the sample that holds a NaN or infinity, or those of which one brought it in.
+    """The error message for a row: it names the sample with a NaN or infinity, or the samples that may be its source.
 
-    Attention gives what a token does not see the weight zero, and zero times NaN is NaN: after the next attention the
-    other samples of the row have it too. Where fewest of them have it is nearest to where it came up.
+    Attention multiplies tokens that are not seen by zero, and zero times NaN is NaN: after the next attention the
+    other samples of the row have it too. The stage with the fewest affected samples is closest to the source.
     """
     found: list[tuple[str, dict[int, list[str]]]] = []
     for site, of_site in peaks.items():
@@ -423,15 +423,17 @@ def _stage(job: Job, site: str, slot: int) -> str:
 
 
 def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int) -> tuple[TokenizedSample, str]:
-    """The sample that something stored of a row of a step belongs to, and where it stands there, for people."""
+    """The sample of a stored output row, and the row's position within it, for an error message."""
     index, number = fetch.sample_at(row, unit)
     sample = flight.activations.samples[index]
-    place = f"in the pool {job.pools[number]} of its tokens" if job.pools else f"at token {sample.kept[number]}"
+    place = (
+        f"in the pool {job.pools[number]} of its tokens" if job.pools else f"at token {sample.stored_places[number]}"
+    )
     return sample, place
 
 
 def resume_place(records: Sequence[CommitRecord]) -> tuple[StreamPlace | None, int, int]:
-    """Where to go on after committed windows: the place in the stream, the next window, bad records so far."""
+    """Where to continue after committed windows: the place in the stream, the next window, bad records so far."""
     if not records:
         return None, 1, 0
     return records[-1].next_place, records[-1].window + 1, sum(len(record.bad_records) for record in records)

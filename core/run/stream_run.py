@@ -33,7 +33,7 @@ _METADATA_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """The model on the device, how long it took to get there, and what is done to what its steps give."""
+    """The loaded step, the seconds that loading took, and the reducer of its outputs; None: no reduction."""
 
     step: Step
     seconds: float
