@@ -106,7 +106,7 @@ def _add_status(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     fleet = commands.add_parser("status", help="shards, owners, progress, throughput and time left of a whole fleet")
     fleet.add_argument("dir", help="the output folder, local or gs://")
     fleet.add_argument("--watch", action="store_true", help="repeat until nothing is left to do")
-    fleet.add_argument("--interval", type=float, default=30.0, metavar="S", help="seconds between two (default 30)")
+    fleet.add_argument("--interval", type=float, default=30.0, metavar="S", help="seconds between reports (default 30)")
     fleet.set_defaults(run=status_command)
     return fleet
 
