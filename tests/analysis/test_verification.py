@@ -20,9 +20,10 @@ from core.object_store import LocalStore
 from core.object_store.generic import FsspecStore
 from core.run.config import RunConfig
 from core.run.runner import run
+from core.shards.formats import FORMATS
 
 
-@pytest.fixture(scope="module", params=["pickle", "safetensors", "planes"])
+@pytest.fixture(scope="module", params=FORMATS)
 def pristine(request, tmp_path_factory) -> Path:
     """About four windows of 20 samples, two sites."""
     folder = tmp_path_factory.mktemp("pristine")

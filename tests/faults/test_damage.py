@@ -15,13 +15,16 @@ from tiny_run import token_lines
 
 from analysis.verification.verify import verify
 from core.commit.record import RECORD_NAME
+from core.shards.formats import FORMATS
 
 KINDS = {
     "shards, pickle": {},
     "shards, plain pickle of two sites": {"compress_shards": False, "activation_type": ("residual", "mlp")},
-    "a stream, safetensors": {"format": "safetensors", "activation_type": ("residual", "mlp"), "dtype": "bfloat16"},
-    "shards, planes": {"format": "planes", "dtype": "bfloat16"},
     "a stream with tokens left out": {"positions": ("0:20",), "max_bad_records": 2},
+} | {
+    f"a stream, {name}": {"format": name, "activation_type": ("residual", "mlp"), "dtype": "bfloat16"}
+    for name in FORMATS
+    if name != "pickle"
 }
 
 
@@ -101,7 +104,7 @@ def test_every_byte_of_a_record_counts(pristine, place, tally):
 
 def test_a_file_that_is_gone_is_named(pristine, place, tally):
     out = Path(shutil.copytree(pristine, place / "out"))
-    # Claims and the index may go: they are no part of the data.
+    # Claims and folder metadata may be missing: they are not part of the data.
     needed = [name for name in stored_files(out) if not name.startswith("claims/") and "metadata.json" not in name]
     needed = [name for name in needed if not RECORD_NAME.fullmatch(name.rpartition("/")[2])]
     assert {name.rpartition("/")[2][:4] for name in needed} >= {"run.", "stre", "shar", "samp"}
