@@ -1,4 +1,4 @@
-"""Commit records take nothing on trust, and the index follows from them alone."""
+"""Commit records are checked before use, and the folder metadata follows from the records alone."""
 
 import copy
 import json

@@ -290,7 +290,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 100))
     def lose_an_object(self, place: int) -> None:
-        """A disk forgets a file, a record or an index, but for a file that is about to be named."""
+        """A disk forgets a file, a record or folder metadata, except for a file that is about to be named."""
         in_hand = {f"{shard}/{file_name(window)}" for shard, window in self.in_hand()}
         names = [name for name in self.store.list("shard_") if not name.endswith("stream.json") and name not in in_hand]
         if names:

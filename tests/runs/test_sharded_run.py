@@ -335,7 +335,7 @@ DAMAGES = {
     "a sample table": "shard_002/samples_0002.jsonl.gz",
     "a record with others behind it": "shard_002/shard_0001.json",
     "the last record": "last",
-    "the index": "shard_002/metadata.json",
+    "the folder metadata": "shard_002/metadata.json",
 }
 
 
@@ -349,7 +349,7 @@ def test_what_a_finished_run_has_lost_is_made_again(damage, model, calm, tmp_pat
     else:
         lost.unlink()
     assert not is_shard_finished(LocalStore(out), "shard_002")
-    assert verify(str(out)).ok == (damage == "the index")
+    assert verify(str(out)).ok == (damage == "the folder metadata")
     summary = run(config(model, data, out))
     assert (summary.status, summary.finished_shards) == ("complete", ("shard_002",))
     assert outputs(committed_files(out)) == outputs(committed_files(calm_out))
