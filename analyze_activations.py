@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
+from core.backends import BACKENDS, choose_backend
 from core.base.command_line import CommandParser, run_command
 from core.base.dtypes import DTYPES
-from core.step.backends import BACKENDS, choose_backend
 
 if TYPE_CHECKING:
     from analysis.certificate.fidelity import FidelityReport

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from core.backends import BACKENDS
 from core.base.command_line import CommandParser, log_to_file, run_command
 from core.base.dtypes import DTYPES
 from core.reduce.reductions import QUANTIZATIONS
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS
 from core.shards.formats import FORMATS
-from core.step.backends import BACKENDS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:

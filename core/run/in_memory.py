@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 from tqdm import tqdm
 
+from core.backends import choose_backend
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.jax_utils import LoadedBackend
@@ -18,7 +19,6 @@ from core.reduce.reductions import Reduction
 from core.samples.windows import TokenizedSample, Window
 from core.shards.window_activations import WindowActivations
 from core.step.backend import Step, StepOutput, StepRequest, batch_shape
-from core.step.backends import choose_backend
 from core.step.capture import resolve_capture
 from core.step.fetching import Fetch, fetch_of
 from core.step.gathering import gather
