@@ -31,7 +31,8 @@ from core.step.layout import BatchShape, StepArrays, lay_out_steps, step_arrays
 from core.step.model_shape import ModelShape
 from qwen2_jax import Capture, Decoder, load_tokenizer
 
-Activations = dict[str, dict[int, list[Shaped[np.ndarray, "T D"]]]]
+# Of each sample (T, D).
+Activations = dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]]
 Sample = str | Sequence[int] | np.ndarray
 DEFAULT_BATCH_SIZE = 4
 
@@ -69,7 +70,8 @@ def capture(
       dtype: of the arrays, "float32", "float16" or "bfloat16".
       tokenizer: a transformers tokenizer; None: that of `model`, which has to be a path then.
       max_seq_length: what rows are laid out for; None: the longest sample. With that of a run the bits are its bits.
-      revision, backend, compute_dtype, mesh, trust_remote_code, batch_size, pack: as the flags of extract_activations.py.
+      revision, backend, compute_dtype, mesh, trust_remote_code, batch_size, pack: as the flags of
+        extract_activations.py.
       progress: shows a bar on stderr.
 
     Raises UsageError for arguments that cannot be, ModelError for the model, RunError for values that are not finite or
@@ -79,18 +81,16 @@ def capture(
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     engine: Backend
     if isinstance(model, Decoder):
-        if given := [
-            name for name, value in (("revision", revision), ("trust_remote_code", trust_remote_code or None)) if value
-        ]:
-            raise UsageError(f"{given[0]}: the model is loaded: give it to load_model")
-        if (backend, mesh) != ("auto", "auto"):
-            raise UsageError("backend, mesh: the model is loaded, and runs on the devices that it lies on")
+        if (revision, trust_remote_code, backend, mesh) != (None, False, "auto", "auto"):
+            raise UsageError(
+                "revision, trust_remote_code, backend, mesh: `load_model` has decided these of a loaded model"
+            )
         engine, name = LoadedBackend(model), f"this {model.config.family} model"
     else:
         name = path_text(model, "model")
         engine = choose_backend(backend, name, revision, mesh=mesh, trust_remote_code=trust_remote_code)
         model = name
-    if engine.name == "jax" and jax.config.jax_compilation_cache_dir is None:
+    if engine.name == "jax" and jax.config.values["jax_compilation_cache_dir"] is None:
         enable_compilation_cache(RunConfig.compilation_cache_dir)
     shape = engine.model_shape(name, revision)
     tokenized = _tokenized(_as_many(samples), model, tokenizer, revision)
@@ -107,9 +107,9 @@ def _as_many(samples: Sample | Sequence[Sample]) -> list[Any]:
     """A text, or the token ids of one, is a single sample."""
     if not hasattr(samples, "__len__"):
         raise UsageError("samples: a text, a list of token ids, or a list of such")
-    is_one = isinstance(samples, str) or (
-        len(samples) > 0 and not isinstance(samples[0], str) and np.ndim(samples[0]) == 0
-    )
+    if isinstance(samples, str):
+        return [samples]
+    is_one = len(samples) > 0 and not isinstance(samples[0], str) and np.ndim(samples[0]) == 0
     return [samples] if is_one else list(samples)
 
 
@@ -130,7 +130,7 @@ def _as_list(values: Any) -> list[Any]:
 
 def _tokenized(
     samples: Sequence[Sample], model: str | Decoder, tokenizer: Any, revision: str | None
-) -> list[Int32[np.ndarray, "T"]]:
+) -> list[Int32[np.ndarray, "_"]]:
     texts = [sample for sample in samples if isinstance(sample, str)]
     encoded = iter(_encoded(texts, model, tokenizer, revision) if texts else ())
     ids = [next(encoded) if isinstance(sample, str) else sample for sample in samples]
@@ -151,7 +151,7 @@ def _encoded(texts: list[str], model: str | Decoder, tokenizer: Any, revision: s
     return encoded
 
 
-def _check_tokens(tokenized: Sequence[Int32[np.ndarray, "T"]], shape: ModelShape, name: str) -> None:
+def _check_tokens(tokenized: Sequence[Int32[np.ndarray, "_"]], shape: ModelShape, name: str) -> None:
     for place, ids in enumerate(tokenized):
         if not 0 <= int(ids.min()) <= int(ids.max()) < shape.vocab_size:
             raise UsageError(f"samples[{place}]: its token ids are not all in 0..{shape.vocab_size - 1}")
@@ -160,7 +160,7 @@ def _check_tokens(tokenized: Sequence[Int32[np.ndarray, "T"]], shape: ModelShape
 
 
 def _run(
-    tokenized: Sequence[Int32[np.ndarray, "T"]],
+    tokenized: Sequence[Int32[np.ndarray, "_"]],
     step: Step,
     request: StepRequest,
     shape: ModelShape,
