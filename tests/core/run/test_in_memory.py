@@ -133,7 +133,7 @@ def test_paths_and_numbers_of_numpy_are_taken(model, tmp_path):
         "output_dir": tmp_path / "out",
         "quiet": True,
     }
-    summary = extract(Path(model), Path(stream), layers_to_extract=np.arange(2), **flags)
+    summary = extract(Path(model), Path(stream), layers_to_extract=np.arange(2), quiet=True, **flags)
     assert verify(tmp_path / "out").ok
     assert summary.samples == 3
     assert list(capture(Path(model), np.array([3, 4]), layers=np.int64(1))["residual"]) == [1]
