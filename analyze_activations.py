@@ -131,7 +131,7 @@ def status_command(args: argparse.Namespace) -> None:
 
 
 def retry_command(args: argparse.Namespace) -> None:
-    """Makes workers retry shards that were set aside."""
+    """Makes workers retry dataset shards that were set aside."""
     cleared = retry(args.dir, args.shard)
     for shard, failures in cleared.items():
         done = f"{failures} failures deleted: workers will claim it again" if failures else "it had no failures"

@@ -47,8 +47,8 @@ def build_parser() -> CommandParser:
         help="the unit of a .txt file that is one sample (default: line; blank lines are counted and left out)",
     )
     add("--num_streams", type=int, help="number of streams, one per worker (default: 1)")
-    add("--sharded", action="store_true", help="make a sharded dataset, whose shards workers claim, not streams")
-    add("--num_shards", type=int, help="number of shards of a sharded dataset: several times the number of workers")
+    add("--sharded", action="store_true", help="make dataset shards, which workers claim, not streams")
+    add("--num_shards", type=int, help="number of dataset shards: several times the number of workers")
     add("--chunk_size_mb", type=float, help="maximum size of a dataset shard's files, in MiB (default: 64)")
     add("--output_dir", help="folder or URL (default: ./data/streams, or ./data/sharded_dataset with --sharded)")
     add("--max_samples", type=int, help="stop after this many samples")
@@ -80,7 +80,7 @@ def create_streams(
 def create_sharded_dataset(
     dataset_name: str, output_dir: str = "./data/sharded_dataset", *, num_shards: int, **options: Any
 ) -> "StreamsSummary":
-    """Writes a sharded dataset, whose shards workers claim; arguments and errors as of `create_streams`."""
+    """Writes a sharded dataset, for workers that claim its parts; arguments and errors as of `create_streams`."""
     from core.streams import writing
 
     _refuse(options, "num_streams", since="`create_streams` makes streams")

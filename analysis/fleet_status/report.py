@@ -1,4 +1,4 @@
-"""The status report of a fleet: shards, workers, progress, throughput and time left."""
+"""The status report of a fleet: dataset shards, workers, progress, throughput and time left."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ class Commit:
 
 
 @dataclass(frozen=True)
-class ShardStatus:
-    """A shard of the dataset, or the folder of a worker with a stream of its own.
+class FolderStatus:
+    """The folder of a dataset shard, or of a worker with a stream of its own.
 
     Attributes:
       state: "finished"; "running" while its owner sends heartbeats; "abandoned" when the last heartbeat is older than
@@ -55,7 +55,7 @@ class ShardStatus:
     error: str | None = None
 
     def line(self) -> str:
-        """The shard as a line of text."""
+        """The folder as a line of text."""
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         parts = [f"{self.shard} {self.state}: {self.samples}{of} samples"]
         if self.owner is not None:
@@ -74,13 +74,13 @@ class FleetStatus:
     """The status of a whole output.
 
     Attributes:
-      finished: whether every shard is finished.
-      settled: whether every shard is finished or set aside, so that nothing is left to do.
-      states: how many shards are in each state.
-      workers: processes that hold a running shard.
+      finished: whether every dataset shard is finished.
+      settled: whether every dataset shard is finished or set aside, so that nothing is left to do.
+      states: how many dataset shards are in each state.
+      workers: processes that hold a running dataset shard.
       samples_per_second, tokens_per_second: recent rates of the whole fleet; None before they can be measured.
       eta_s: seconds until everything is committed at that rate; None where it is unknown.
-      notes: what is missing beyond single shards.
+      notes: what is missing and belongs to no single dataset shard.
     """
 
     url: str
@@ -95,7 +95,7 @@ class FleetStatus:
     samples_per_second: float | None
     tokens_per_second: float | None
     eta_s: float | None
-    shards: tuple[ShardStatus, ...]
+    shards: tuple[FolderStatus, ...]
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class FleetStatus:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The status as lines of text; shards that are finished, or were never claimed, are only counted."""
+        """The status as lines of text; dataset shards that are finished, or were never claimed, are only counted."""
         states = ", ".join(f"{count} {state}" for state, count in self.states.items())
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         share = f" ({self.samples / self.expected_samples:.1%})" if self.expected_samples else ""
@@ -121,7 +121,7 @@ class FleetStatus:
 
 
 def fleet_status(
-    url: str, shards: Sequence[ShardStatus], commits: Sequence[Commit], now: float, notes: Sequence[str] = ()
+    url: str, shards: Sequence[FolderStatus], commits: Sequence[Commit], now: float, notes: Sequence[str] = ()
 ) -> FleetStatus:
     """The sums over `shards`; `commits` in order, `now` by the same clock; no `notes` in a finished output."""
     states = Counter[str](shard.state for shard in shards)

@@ -1,7 +1,7 @@
 """The status of a fleet, from its output alone: commit records, claims and heartbeats.
 
-Immutable objects are read once: a refresh costs one listing, the new records, and the heartbeat of each shard that is
-being worked on. Times are the storage's, and compared with the storage's own clock.
+Immutable objects are read once: a refresh costs one listing, the new records, and the heartbeat of each dataset shard
+that is being worked on. Times are the storage's, and compared with the storage's own clock.
 """
 
 import time
@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import logging
 
-from analysis.fleet_status.report import Commit, FleetStatus, ShardStatus, fleet_status
+from analysis.fleet_status.report import Commit, FleetStatus, FolderStatus, fleet_status
 from analysis.verification.stored_identity import StoredDatasetShard, read_dataset_shards, read_stream
 from analysis.verification.stream_shares import share_faults
 from core.base.errors import RunError, UsageError
@@ -66,9 +66,9 @@ def watch(url: str, every_s: float, sleep: Callable[[float], None] = time.sleep)
 
 
 def retry(url: str, shards: Sequence[str]) -> dict[str, int]:
-    """Deletes the failures of shards that were set aside, so that they are claimed again; returns how many each had.
+    """Deletes the failures of dataset shards that were set aside, so that they are claimed again; returns their counts.
 
-    Raises UsageError for a name that is not a shard of the run.
+    Raises UsageError for a name that is not a dataset shard of the run.
     """
     store = open_store(url.rstrip("/"))
     if store.info(DATASET_FILE) is None:
@@ -76,7 +76,7 @@ def retry(url: str, shards: Sequence[str]) -> dict[str, int]:
     known = read_dataset_shards(store)
     for shard in shards:
         if shard not in known:
-            raise UsageError(f"{shard}: not a shard of {url}; names are like {next(iter(known), 'shard_000')}")
+            raise UsageError(f"{shard}: not a dataset shard of {url}; names are like {next(iter(known), 'shard_000')}")
     return {shard: clear_failures(store, shard) for shard in shards}
 
 
@@ -140,7 +140,7 @@ class FleetMonitor:
         claims = claims_from_names(snapshot.modified)
         items = [(shard, claims.get(shard, ClaimState()), records.get(shard, [])) for shard in self._dataset]
         with ThreadPoolExecutor(_READ_THREADS) as pool:
-            shards = list(pool.map(lambda item: self._shard_status(item[0], item[1], item[2], snapshot), items))
+            shards = list(pool.map(lambda item: self._dataset_shard_status(item[0], item[1], item[2], snapshot), items))
         return fleet_status(self.store.url, shards, commits, snapshot.now)
 
     def _read_records(self, wanted: Sequence[tuple[str, float]]) -> list[Commit]:
@@ -180,19 +180,21 @@ class FleetMonitor:
             self._streams[folder] = read_stream(self.store, folder).stream
         return self._streams[folder]
 
-    def _stream_status(self, folder: str, names: list[str], snapshot: _Snapshot) -> ShardStatus:
+    def _stream_status(self, folder: str, names: list[str], snapshot: _Snapshot) -> FolderStatus:
         records, damage = self._committed(names, snapshot)
         counts = _counts(records)
         if _is_finished(records):
-            return ShardStatus(folder, "finished", expected_samples=counts["samples"], **counts)
+            return FolderStatus(folder, "finished", expected_samples=counts["samples"], **counts)
         silent_s = snapshot.age(names[-1]) if names else None
-        return ShardStatus(folder, "unfinished", silent_s=silent_s, error=damage, **counts)
+        return FolderStatus(folder, "unfinished", silent_s=silent_s, error=damage, **counts)
 
-    def _shard_status(self, shard: str, state: ClaimState, names: list[str], snapshot: _Snapshot) -> ShardStatus:
+    def _dataset_shard_status(
+        self, shard: str, state: ClaimState, names: list[str], snapshot: _Snapshot
+    ) -> FolderStatus:
         assert self._dataset is not None
         records, damage = self._committed(names, snapshot)
         counts = _counts(records)
-        found = ShardStatus(shard, "waiting", lease=state.epoch, failures=len(state.failures), error=damage, **counts)
+        found = FolderStatus(shard, "waiting", lease=state.epoch, failures=len(state.failures), error=damage, **counts)
         if _is_finished(records):
             return replace(found, state="finished", expected_samples=found.samples, **self._owner(found))
         per_record = self._samples_per_record()
@@ -209,8 +211,8 @@ class FleetMonitor:
         records = (record for record in self._records.values() if isinstance(record, CommitRecord) and record.n_samples)
         return next((record.samples_per_record for record in records), None)
 
-    def _with_claim(self, found: ShardStatus, state: ClaimState, snapshot: _Snapshot) -> ShardStatus:
-        """Adds the state of the claims: the owner, whether it is alive, and why the shard is set aside."""
+    def _with_claim(self, found: FolderStatus, state: ClaimState, snapshot: _Snapshot) -> FolderStatus:
+        """Adds the state of the claims: the owner, whether it is alive, and why the dataset shard is set aside."""
         error = self._poison_error(found.shard, state)
         found = replace(found, **self._owner(found))
         if error is not None:
@@ -229,7 +231,7 @@ class FleetMonitor:
             ),
         )
 
-    def _owner(self, found: ShardStatus) -> dict[str, Any]:
+    def _owner(self, found: FolderStatus) -> dict[str, Any]:
         if not found.lease:
             return {}
         owner = asdict(self._lease(found.shard, found.lease).owner)
@@ -248,7 +250,7 @@ class FleetMonitor:
         return self._beats[shard][1]
 
     def _poison_error(self, shard: str, state: ClaimState) -> str | None:
-        """The error for which the shard is set aside; None when it is not."""
+        """The error for which the dataset shard is set aside; None when it is not."""
         if not state.failures and not state.is_poisoned:
             self._poison.pop(shard, None)
         elif shard not in self._poison:

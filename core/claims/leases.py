@@ -1,15 +1,15 @@
 """Leases on dataset shards, so that workers that share nothing but storage do not do the same work twice.
 
-A lease is a file named by its epoch (1, 2, …), see `core.claims.records`. The latest one holds the shard until it is
-released, or until an observer has seen no new heartbeat for the TTL by its own monotonic clock; wall clocks are never
-compared. Heartbeats are read from the listing of all claims, as new versions of a file: observing a thousand leases
-costs no more than observing one. The worker that creates the next epoch holds the shard: creation is exclusive, so
-exactly one does. Leases avoid duplicate work; commits ensure correctness, even when two workers both think that they
-hold a shard. A release as "done" is not trusted either: the output decides whether a shard is finished, so a shard
-whose output was lost is free again.
+A lease is a file named by its epoch (1, 2, …), see `core.claims.records`. The latest one holds the dataset shard until
+it is released, or until an observer has seen no new heartbeat for the TTL by its own monotonic clock; wall clocks are
+never compared. Heartbeats are read from the listing of all claims, as new versions of a file: observing a thousand
+leases costs no more than observing one. The worker that creates the next epoch holds the dataset shard: creation is
+exclusive, so exactly one does. Leases avoid duplicate work; commits ensure correctness, even when two workers both
+think that they hold a dataset shard. A release as "done" is not trusted either: the output decides whether a dataset
+shard is finished, so a dataset shard whose output was lost is free again.
 
 A heartbeat means that the work progresses, not that a process exists: an owner without progress for `stall_s` stops
-sending heartbeats, and another worker takes the shard over.
+sending heartbeats, and another worker takes the dataset shard over.
 """
 
 import random
@@ -47,8 +47,8 @@ DEFAULT_STALL_S = 1800.0
 
 _ERROR_CHARS = 500
 _READ_THREADS = 16
-# A listing takes a request per 1,000 names, and a shard has about three names. With more shards than this, claims are
-# listed less often, so that no waiting worker makes more than 15 requests per heartbeat.
+# A listing takes a request per 1,000 names, and a dataset shard has about three names. With more dataset shards than
+# this, claims are listed less often, so that no waiting worker makes more than 15 requests per heartbeat.
 SHARDS_A_HEARTBEAT = 5000
 # A heartbeat that hangs in a stalled request must not delay a worker that is asked to stop.
 _LAST_BEAT_S = 5.0
@@ -64,10 +64,10 @@ class _Observation:
 
 
 class Lease:
-    """A claimed shard. Inside its `with` block a thread sends heartbeats while the work progresses.
+    """A claimed dataset shard. Inside its `with` block a thread sends heartbeats while the work progresses.
 
     Attributes:
-      lost: set when another worker has taken the shard over: stop working on it.
+      lost: set when another worker has taken the dataset shard over: stop working on it.
       report: returns what to store with the heartbeat, such as the number of samples done; may be set at any time. The
         work progresses as long as its result changes.
     """
@@ -90,8 +90,8 @@ class Lease:
         self._thread = threading.Thread(target=self._heartbeat_loop, name="heartbeat", daemon=True)
 
     @property
-    def shard(self) -> str:
-        """The shard's name."""
+    def dataset_shard(self) -> str:
+        """The dataset shard's name."""
         return self.record.shard
 
     @property
@@ -111,38 +111,41 @@ class Lease:
                 self.release("failed" if kind is not None and issubclass(kind, Exception) else "stopped")
         except RunError as error:
             # The lease expires by itself; an exception of the block must not be hidden.
-            logging.warning("%s: cannot release the lease: %s", self.shard, error)
+            logging.warning("%s: cannot release the lease: %s", self.dataset_shard, error)
 
     def is_held(self) -> bool:
-        """Checks that no other worker has taken the shard over; sets `lost` if one has."""
-        if not self.lost.is_set() and self._store.info(lease_file(self.shard, self.epoch + 1, "json")) is not None:
-            logging.warning("%s: another worker has taken it over", self.shard)
+        """Checks that no other worker has taken the dataset shard over; sets `lost` if one has."""
+        if (
+            not self.lost.is_set()
+            and self._store.info(lease_file(self.dataset_shard, self.epoch + 1, "json")) is not None
+        ):
+            logging.warning("%s: another worker has taken it over", self.dataset_shard)
             self.lost.set()
         return not self.lost.is_set()
 
     def release(self, reason: Reason) -> None:
-        """Releases the shard, once; "done" holds as long as its output stays complete."""
+        """Releases the dataset shard, once; "done" holds as long as its output stays complete."""
         if not self._released.acquire(blocking=False):
             return
         data = sealed_json({"reason": reason, "owner": asdict(self.record.owner)})
         fault_point("release.before")
-        self._store.create_bytes(lease_file(self.shard, self.epoch, "released"), data)
+        self._store.create_bytes(lease_file(self.dataset_shard, self.epoch, "released"), data)
         fault_point("release.after")
 
     def abandon(self) -> None:
-        """Releases the shard from another thread while work is in progress, because the process is about to exit."""
+        """Releases the dataset shard from another thread during the work, because the process is about to exit."""
         self._ended.set()
         if self.is_held():
             self.release("stopped")
 
     def beat(self) -> None:
-        """Sends one heartbeat, unless the shard is lost or the work is stalled."""
+        """Sends one heartbeat, unless the dataset shard is lost or the work is stalled."""
         if self.is_held() and self._is_progressing():
             self._beats += 1
             seconds = round(self._clock() - self._started, 3)
             beat = {"beat": self._beats, "seconds": seconds, "owner": self.record.owner.nonce} | self._last_report
             fault_point("beat.before")
-            self._store.replace_bytes(lease_file(self.shard, self.epoch, "beat"), sealed_json(beat))
+            self._store.replace_bytes(lease_file(self.dataset_shard, self.epoch, "beat"), sealed_json(beat))
             fault_point("beat.after")
 
     def _is_progressing(self) -> bool:
@@ -153,7 +156,7 @@ class Lease:
         if self._is_stalled and not was_stalled:
             logging.error(
                 "%s: no progress for %.0f s: heartbeats stop, so that another worker can take it over",
-                self.shard,
+                self.dataset_shard,
                 self._stall_s,
             )
         return not self._is_stalled
@@ -164,16 +167,16 @@ class Lease:
                 self.beat()
             except Exception as error:
                 # A missed heartbeat may cost the lease, but no committed work.
-                logging.warning("%s: a heartbeat failed: %s", self.shard, error)
+                logging.warning("%s: a heartbeat failed: %s", self.dataset_shard, error)
 
 
 @dataclass
-class ShardClaims:
+class DatasetShardClaims:
     """The claims in an output folder, as one owner sees and makes them.
 
     Attributes:
-      is_finished: whether a shard's output is complete, regardless of its claims.
-      ttl_s: how long this owner observes a lease without a heartbeat before it takes the shard over.
+      is_finished: whether a dataset shard's output is complete, regardless of its claims.
+      ttl_s: how long this owner observes a lease without a heartbeat before it takes the dataset shard over.
       heartbeat_s: interval of its own heartbeats, and of polling the claims of others.
       stall_s: without progress for this long, its own heartbeats stop.
       clock: monotonic seconds.
@@ -187,17 +190,18 @@ class ShardClaims:
     stall_s: float = DEFAULT_STALL_S
     clock: Callable[[], float] = time.monotonic
     set_aside: dict[str, str] = field(default_factory=dict)
-    """The poisoned shards that this owner found, with their errors."""
+    """The poisoned dataset shards that this owner found, with their errors."""
     _finished: set[str] = field(default_factory=set)
     _observations: dict[str, _Observation] = field(default_factory=dict)
 
     def next(
         self, shards: Sequence[str], preferred: str | None = None, stop: threading.Event | None = None
     ) -> Lease | None:
-        """Claims a shard: the preferred one if it is free, else another, else one whose lease expires.
+        """Claims a dataset shard: the preferred one if it is free, else another, else one whose lease expires.
 
-        Waits while others hold all remaining shards. A lease without a heartbeat for the TTL is taken over at the
-        second poll after that at the latest. None when every shard is finished or set aside, or once `stop` is set.
+        Waits while others hold all remaining dataset shards. A lease without a heartbeat for the TTL is taken over at
+        the second poll after that at the latest. None when every dataset shard is finished or set aside, or once `stop`
+        is set.
         """
         stop = stop or threading.Event()
         is_waiting = False
@@ -208,7 +212,7 @@ class ShardClaims:
             if not is_waiting:
                 left = self._pending(shards)
                 logging.info(
-                    "waiting: other workers hold the remaining shards: %s%s",
+                    "waiting: other workers hold the remaining dataset shards: %s%s",
                     ", ".join(left[:5]),
                     ", …" * (len(left) > 5),
                 )
@@ -219,9 +223,9 @@ class ShardClaims:
     def try_next(
         self, shards: Sequence[str], preferred: str | None = None, stop: threading.Event | None = None
     ) -> Lease | None:
-        """One attempt of `next`, without waiting: also None when others hold all remaining shards.
+        """One attempt of `next`, without waiting: also None when others hold all remaining dataset shards.
 
-        Except for the preferred shard, shards that were never claimed come before released ones.
+        Except for the preferred one, dataset shards that were never claimed come before released ones.
         """
         states = self._list_claims(shards)
         first = {shard: state for shard, state in states.items() if shard == preferred or _is_unclaimed(state)}
@@ -234,20 +238,20 @@ class ShardClaims:
         return None
 
     def remaining(self, shards: Sequence[str]) -> list[str]:
-        """The shards that are neither done nor set aside; lists the claims, and checks the output of those "done"."""
+        """The dataset shards that are neither done nor set aside, by their claims and the output of those "done"."""
         return list(self._unsettled(self._list_claims(shards)))
 
     def any_remaining(self, shards: Sequence[str]) -> bool:
-        """Whether `remaining` is not empty; a single request while some shard was never claimed."""
+        """Whether `remaining` is not empty; a single request while some dataset shard was never claimed."""
         states = self._list_claims(shards)
         return any(map(_is_unclaimed, states.values())) or bool(self._unsettled(states))
 
     def record_failure(self, lease: Lease, error: str) -> None:
-        """Records an error of the shard's data; at the third identical one the shard is set aside."""
+        """Records an error of the dataset shard's data; at the third identical one the dataset shard is set aside."""
         content = {"error": error[:_ERROR_CHARS], "owner": asdict(self.owner), "epoch": lease.epoch}
-        index = len(read_claims(self.store).get(lease.shard, ClaimState()).failures)
+        index = len(read_claims(self.store).get(lease.dataset_shard, ClaimState()).failures)
         fault_point("failure.before")
-        while self._create(failure_file(lease.shard, index), content) is Created.ALREADY_DIFFERENT:
+        while self._create(failure_file(lease.dataset_shard, index), content) is Created.ALREADY_DIFFERENT:
             index += 1
         fault_point("failure.after")
 
@@ -258,11 +262,11 @@ class ShardClaims:
         return [shard for shard in shards if shard not in self._finished and shard not in self.set_aside]
 
     def _list_claims(self, shards: Sequence[str]) -> dict[str, ClaimState]:
-        """The claims of every shard that this owner does not know to be done or set aside."""
+        """The claims of every dataset shard that this owner does not know to be done or set aside."""
         asked_at = self.clock()
         claims = read_claims(self.store)
         self._observe(claims, asked_at)
-        # A shard whose failures were cleared is free again, also for workers that are running.
+        # A dataset shard whose failures were cleared is free again, also for workers that are running.
         for shard in [shard for shard in self.set_aside if not claims.get(shard, ClaimState()).failures]:
             del self.set_aside[shard]
         return {shard: claims.get(shard, ClaimState()) for shard in self._pending(shards)}
@@ -277,7 +281,7 @@ class ShardClaims:
             self._observations[shard] = _Observation(mark, since, asked_at)
 
     def _unsettled(self, states: dict[str, ClaimState]) -> dict[str, ClaimState]:
-        """The shards that are not settled; one that was finished without a release is among them."""
+        """The dataset shards that are not settled; one that was finished without a release is among them."""
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             settled = pool.map(lambda item: self._settle(*item), states.items())
             return {
@@ -287,7 +291,7 @@ class ShardClaims:
             }
 
     def _settle(self, shard: str, state: ClaimState) -> bool:
-        """Whether a shard is set aside, or done by both its claims and its output; remembers that."""
+        """Whether a dataset shard is set aside, or done by both its claims and its output; remembers that."""
         if self._was_released_as_done(shard, state) and self.is_finished(shard):
             self._finished.add(shard)
             return True
@@ -306,9 +310,10 @@ class ShardClaims:
     def _in_order(
         self, shards: Sequence[str], states: dict[str, ClaimState], preferred: str | None
     ) -> list[tuple[str, ClaimState]]:
-        """The preferred shard, the shard of this worker's id, then random order; failed ones later, held ones last.
+        """The preferred dataset shard, that of this worker's id, then random order; failed ones later, held ones last.
 
-        Workers with different ids start with different shards; those with the same id diverge after the first race.
+        Workers with different ids start with different dataset shards; those with the same id diverge after the first
+        race.
         """
         own = shards[self.owner.worker_id % len(shards)] if shards else None
         shuffled = sorted(states)
@@ -347,7 +352,7 @@ class ShardClaims:
 
 
 def poll_interval_s(heartbeat_s: float, n_shards: float) -> float:
-    """Seconds between two polls of a waiting worker, for a dataset of `n_shards` shards."""
+    """Seconds between two polls of a waiting worker, for a dataset of `n_shards`."""
     return heartbeat_s * max(1.0, n_shards / SHARDS_A_HEARTBEAT)
 
 

@@ -27,9 +27,9 @@ from core.object_store import ObjectStore
 
 CLAIMS_FOLDER = "claims"
 POISON_AFTER = 3
-"""A shard is set aside after this many failures with the same error."""
+"""A dataset shard is set aside after this many failures with the same error."""
 POISON_AFTER_ANY = 10
-"""A shard is set aside after this many failures of any kind: errors may contain text that differs each time."""
+"""A dataset shard is set aside after this many failures of any kind: errors may contain text that differs each time."""
 
 Reason = Literal["done", "stopped", "failed"]
 
@@ -75,7 +75,7 @@ class LeaseRecord:
 
     Attributes:
       replaces: the owner whose expired or released lease this one follows, or None.
-      heartbeat_s, ttl_s: its owner's flags; an observer takes the shard over after its own TTL.
+      heartbeat_s, ttl_s: its owner's flags; an observer takes the dataset shard over after its own TTL.
     """
 
     shard: str
@@ -88,7 +88,7 @@ class LeaseRecord:
 
 @dataclass(frozen=True)
 class ClaimState:
-    """The state of a shard by a listing of its claims. `epoch` 0: never claimed.
+    """The state of a dataset shard by a listing of its claims. `epoch` 0: never claimed.
 
     Attributes:
       beat: version of the latest lease's heartbeat file; None where there is none, or the listing had no versions.
@@ -107,7 +107,7 @@ class ClaimState:
 
 
 def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
-    """The claims in an output folder by shard, from one listing."""
+    """The claims in an output folder by dataset shard, from one listing."""
     versions = {entry.name: entry.version for entry in store.listing(f"{CLAIMS_FOLDER}/").entries}
     return {
         shard: replace(state, beat=versions.get(lease_file(shard, state.epoch, "beat")))
@@ -116,7 +116,7 @@ def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
 
 
 def claims_from_names(names: Iterable[str]) -> dict[str, ClaimState]:
-    """The claims by shard, from the names in an output folder."""
+    """The claims by dataset shard, from the names in an output folder."""
     by_shard: dict[str, list[str]] = {}
     for name in names:
         if name.startswith(f"{CLAIMS_FOLDER}/"):
@@ -152,7 +152,7 @@ def read_beat(store: ObjectStore, shard: str, epoch: int) -> dict[str, Any]:
 
 
 def poison_error(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
-    """The error for which a shard is set aside; None when it is not. Raises RunError when a claim is damaged."""
+    """The error for which a dataset shard is set aside; None: it is not. Raises RunError for a damaged claim."""
     if state.is_poisoned:
         return _read(store, poisoned_file(shard), _POISONED)["error"]
     if len(state.failures) < POISON_AFTER:
@@ -167,7 +167,7 @@ def poison_error(store: ObjectStore, shard: str, state: ClaimState) -> str | Non
 
 
 def clear_failures(store: ObjectStore, shard: str) -> int:
-    """Deletes the failures of a shard, so that it is claimed again. Returns how many there were."""
+    """Deletes the failures of a dataset shard, so that it is claimed again. Returns how many there were."""
     state = read_claims(store).get(shard, ClaimState())
     # poisoned.json goes last: a worker that sees failures without it would write it again.
     for name in (*state.failures, poisoned_file(shard)):
@@ -228,5 +228,5 @@ def failure_file(shard: str, index: int) -> str:
 
 
 def poisoned_file(shard: str) -> str:
-    """The name of the file that marks a shard as set aside."""
+    """The name of the file that marks a dataset shard as set aside."""
     return f"{CLAIMS_FOLDER}/{shard}/{_POISONED_FILE}"

@@ -57,16 +57,18 @@ def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOS
     return _prepare(config, compute_dtype, hosts, path, config.folder, stream)
 
 
-def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOST) -> list[Job]:
-    """One job for each shard of --sharded_dataset_dir, otherwise identical. Raises as `prepare_job` does.
+def prepare_dataset_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOST) -> list[Job]:
+    """One job for each dataset shard of --sharded_dataset_dir, otherwise identical. Raises as `prepare_job` does.
 
-    `max_tasks` counts from the start of the dataset: shards after it have no job.
+    `max_tasks` counts from the start of the dataset: dataset shards after it have no job.
     """
     assert config.sharded_dataset_dir is not None
     url = config.sharded_dataset_dir.rstrip("/")
     dataset = read_dataset(url)
     if config.preferred_shard_id is not None and config.preferred_shard_id >= dataset.num_shards:
-        raise UsageError(f"--preferred_shard_id {config.preferred_shard_id}: {url} has {dataset.num_shards} shards")
+        raise UsageError(
+            f"--preferred_shard_id {config.preferred_shard_id}: {url} has {dataset.num_shards} dataset shards"
+        )
     limit = dataset.total_tasks if config.max_tasks is None else config.max_tasks
     taken = [shard for shard in dataset.shards if shard.first_task < limit]
     streams = [_shard_stream(shard, limit) for shard in taken]

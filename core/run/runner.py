@@ -15,11 +15,11 @@ from core.commit.identity import differing_fields
 from core.hosts.pod_slice import SINGLE_HOST, Hosts, join_hosts
 from core.hosts.session import HostSession, SharedStopEvent
 from core.jax_utils import enable_compilation_cache
-from core.run.checks import backend_of, prepare_job, prepare_shard_jobs
+from core.run.checks import backend_of, prepare_dataset_shard_jobs, prepare_job
 from core.run.config import RunConfig
 from core.run.job import Job
 from core.run.progress import HostExit, Summary
-from core.run.sharded_run import BeforeExtraction, run_shards
+from core.run.sharded_run import BeforeExtraction, run_dataset_shards
 from core.run.stores import open_storage, open_stores, require_shared_output
 from core.run.stream_run import load, prepare_stream, run_stream
 
@@ -52,7 +52,7 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
         require_shared_output(config, hosts)
         jobs = prepare_jobs(config, hosts)
         if config.use_sharded_dataset:
-            return run_shards(jobs, open_stores(config, jobs[0].identity.parts), before_extraction)
+            return run_dataset_shards(jobs, open_stores(config, jobs[0].identity.parts), before_extraction)
         return _extract(jobs[0], before_extraction)
 
     return on_every_host(config, work)
@@ -73,7 +73,7 @@ def on_every_host(config: RunConfig, work: Callable[[Hosts], Report]) -> Report 
 
 
 def prepare_jobs(config: RunConfig, hosts: Hosts) -> list[Job]:
-    """The checked jobs of a run: one for --dataset_path, one for each shard of a sharded dataset."""
+    """The checked jobs of a run: one for --dataset_path, one for each dataset shard."""
     backend = backend_of(config)
     if backend.name == "jax":
         enable_compilation_cache(config.compilation_cache_dir)
@@ -81,7 +81,7 @@ def prepare_jobs(config: RunConfig, hosts: Hosts) -> list[Job]:
         raise UsageError(_NOT_WITH_TORCH)
     compute_dtype = backend.compute_dtype(config.compute_dtype)
     if config.use_sharded_dataset:
-        return prepare_shard_jobs(config, compute_dtype, hosts)
+        return prepare_dataset_shard_jobs(config, compute_dtype, hosts)
     return [prepare_job(config, compute_dtype, hosts)]
 
 

@@ -1,4 +1,4 @@
-"""One worker's run over a sharded dataset: it claims shard after shard until none is left."""
+"""One worker's run over a sharded dataset: it claims one dataset shard after another until none is left."""
 
 import re
 import threading
@@ -13,7 +13,7 @@ from absl import logging
 from core.base.errors import RunError, is_machine_fault
 from core.base.redaction import redact
 from core.base.signals import stop_on_signals
-from core.claims.leases import Lease, ShardClaims
+from core.claims.leases import DatasetShardClaims, Lease
 from core.claims.records import Owner
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, check_identity, write_identity
 from core.commit.stored_records import committed_records, has_current_metadata
@@ -27,7 +27,7 @@ from core.streams.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, re
 
 # Called with the first job and the stores, before anything is written.
 BeforeExtraction = Callable[[Job, Stores], None]
-# Consecutive failures of different shards suggest a fault of this machine.
+# Consecutive failures of different dataset shards suggest a fault of this machine.
 _FAILURES_IN_A_ROW = 3
 # The host that finds an error first differs from run to run.
 _HOST = re.compile(r"^host [0-9]+: ")
@@ -40,7 +40,7 @@ class ShardedSummary(Summary):
     """The result of one worker's run over a dataset: its counts are sums over the dataset shards it worked on.
 
     Attributes:
-      status: "complete" when the whole dataset is, by any workers; "incomplete" when shards were set aside.
+      status: "complete" when the whole dataset is, by any workers; "incomplete" when dataset shards were set aside.
       finished_shards: the dataset shards that this worker completed.
       set_aside: the dataset shards that failed repeatedly, with their error.
     """
@@ -50,7 +50,7 @@ class ShardedSummary(Summary):
 
     @property
     def exit_code(self) -> int:
-        """0; 1 when shards were set aside; that of a process ended by SIGTERM when the run was stopped early."""
+        """0; 1 when dataset shards were set aside; that of SIGTERM when the run was stopped early."""
         return 1 if self.status == "incomplete" else super().exit_code
 
     def lines(self) -> list[str]:
@@ -62,7 +62,7 @@ class ShardedSummary(Summary):
         ]
 
 
-def is_shard_finished(store: ObjectStore, folder: str) -> bool:
+def is_dataset_shard_finished(store: ObjectStore, folder: str) -> bool:
     """Whether a folder's records reach the end of its stream without a gap, all their files exist, and metadata.json
     lists them: a worker that died right after the last record leaves metadata.json to the next one.
     """
@@ -70,13 +70,14 @@ def is_shard_finished(store: ObjectStore, folder: str) -> bool:
     return bool(records) and records[-1].next_place is None and has_current_metadata(store, folder, records)
 
 
-def run_shards(
+def run_dataset_shards(
     jobs: Sequence[Job], stores: Stores, before_extraction: BeforeExtraction | None = None
 ) -> ShardedSummary:
     """Claims and extracts dataset shards, alongside other workers, until all are done or a signal arrives.
 
-    An error of a shard's data is recorded with its claims, and the worker continues with other shards. Raises
-    UsageError when the output belongs to another run or dataset, and RunError when this machine or its storage fails.
+    An error of a dataset shard's data is recorded with its claims, and the worker continues with other dataset shards.
+    Raises UsageError when the output belongs to another run or dataset, and RunError when this machine or its storage
+    fails.
     """
     identities = _identities(jobs)
     _check_identities(identities, stores)
@@ -126,7 +127,7 @@ def _write_identities(identities: Mapping[str, dict[str, Any]], stores: Stores) 
 
 
 def _tasks_by_shard(jobs: Sequence[Job]) -> dict[str, int]:
-    """The number of lines to extract of each shard, relative to which `status` measures progress."""
+    """The number of lines to extract of each dataset shard, relative to which `status` measures progress."""
     assert jobs[0].config.sharded_dataset_dir is not None
     sizes = {shard.name: shard.num_tasks for shard in read_dataset(jobs[0].config.sharded_dataset_dir).shards}
     return {job.folder: min(sizes[job.folder], job.stream.max_tasks or sizes[job.folder]) for job in jobs}
@@ -151,13 +152,13 @@ class _ShardedRun:
         self._jobs = {job.folder: job for job in jobs}
         self._stores = stores
         self._preferred = None if config.preferred_shard_id is None else f"shard_{config.preferred_shard_id:03d}"
-        self._claims = ShardClaims(
+        self._claims = DatasetShardClaims(
             stores.primary,
             Owner.of_this_process(config.worker_id),
             ttl_s=config.claim_ttl_s,
             heartbeat_s=config.claim_heartbeat_s,
             stall_s=config.claim_stall_s,
-            is_finished=lambda shard: is_shard_finished(stores.primary, shard),
+            is_finished=lambda shard: is_dataset_shard_finished(stores.primary, shard),
         )
         self._started = time.monotonic()
         self._summaries: list[tuple[str, Summary]] = []
@@ -168,11 +169,11 @@ class _ShardedRun:
         self._n_sessions = 0
 
     def any_remaining(self) -> bool:
-        """Whether a shard remains to be extracted; called by all hosts together."""
+        """Whether a dataset shard remains to be extracted; called by all hosts together."""
         return self._hosts.broadcast("any remaining", lambda: self._claims.any_remaining(list(self._jobs)))
 
     def _dataset_state(self) -> tuple[bool, dict[str, str]]:
-        """Whether a shard remains, and the shards set aside with their errors (all of them when none remains)."""
+        """Whether a dataset shard remains, and those set aside with their errors (all of them when none remains)."""
 
         def read() -> tuple[bool, dict[str, str]]:
             return self._claims.any_remaining(list(self._jobs)), dict(self._claims.set_aside)
@@ -181,7 +182,7 @@ class _ShardedRun:
         return remaining, set_aside
 
     def work(self, model: LoadedStep, stop: threading.Event) -> None:
-        """Claims and extracts until no shard remains or `stop` is set. In a slice, host 0 claims for all hosts."""
+        """Claims and extracts until no dataset shard remains or `stop` is set. Host 0 of a slice claims for all hosts."""
         self._started = time.monotonic()
         if not self._hosts.is_first:
             self._follow(model, stop)
@@ -197,7 +198,7 @@ class _ShardedRun:
         return f"session/{self._n_sessions}"
 
     def _follow(self, model: LoadedStep, stop: threading.Event) -> None:
-        """Extracts the shards that host 0 claims."""
+        """Extracts the dataset shards that host 0 claims."""
 
         def keep_waiting() -> bool:
             # `is_set` publishes this host's stop request to the other hosts; host 0 then announces the end.
@@ -217,32 +218,32 @@ class _ShardedRun:
         return HostSession(self._hosts, str(self._n_sessions), stop)
 
     def abandon(self) -> None:
-        """Releases the claimed shard, from another thread, when the process is about to exit."""
+        """Releases the claimed dataset shard, from another thread, when the process is about to exit."""
         if self._lease is not None:
             self._lease.abandon()
 
     def _work_on(self, lease: Lease, model: LoadedStep, stop: threading.Event) -> None:
-        self._hosts.publish(self._next_session(), lease.shard)
+        self._hosts.publish(self._next_session(), lease.dataset_shard)
         try:
             with self._session(_AnyEvent(stop, lease.lost)) as session:
-                summary = self._extract(lease.shard, model, session, lease)
+                summary = self._extract(lease.dataset_shard, model, session, lease)
         except Exception as error:
             if is_machine_fault(error):
                 raise
             if stop.is_set() or lease.lost.is_set():
                 # An error during shutdown need not come from the data.
-                logging.warning("%s: dropped: %s", lease.shard, error)
+                logging.warning("%s: dropped: %s", lease.dataset_shard, error)
                 return
             self._record_failure(lease, error)
             return
         self._failed_in_a_row.clear()
-        self._summaries.append((lease.shard, summary))
+        self._summaries.append((lease.dataset_shard, summary))
         if summary.status == "complete" and lease.is_held():
-            self._finished.append(lease.shard)
+            self._finished.append(lease.dataset_shard)
             lease.release("done")
 
     def _extract(self, shard: str, model: LoadedStep, session: HostSession, lease: Lease | None = None) -> Summary:
-        """lease: None on hosts other than the one that has claimed the shard."""
+        """lease: None on hosts other than the one that has claimed the dataset shard."""
         job = self._jobs[shard]
         if lease is not None:
             logging.info("%s: claimed (lease %d)", shard, lease.epoch)
@@ -267,11 +268,13 @@ class _ShardedRun:
 
     def _record_failure(self, lease: Lease, error: Exception) -> None:
         text = str(error) if isinstance(error, RunError) else f"{type(error).__name__}: {error}"
-        logging.error("%s failed: %s", lease.shard, text, exc_info=None if isinstance(error, RunError) else error)
+        logging.error(
+            "%s failed: %s", lease.dataset_shard, text, exc_info=None if isinstance(error, RunError) else error
+        )
         text = self._without_worker_details(text)
         self._claims.record_failure(lease, text)
         lease.release("failed")
-        self._failed_in_a_row.add(lease.shard)
+        self._failed_in_a_row.add(lease.dataset_shard)
         if len(self._failed_in_a_row) >= _FAILURES_IN_A_ROW:
             shards = ", ".join(sorted(self._failed_in_a_row))
             raise RunError(f"{shards} failed one after another; the last one: {text}") from error
@@ -314,6 +317,8 @@ def _check_shard(job: Job) -> None:
     """Raises RunError if a dataset shard's own metadata differs from the dataset's manifest."""
     shard = find_shard(job.stream_path)
     if shard is None:
-        raise RunError(f"{job.stream_path}: no such shard, but the dataset's manifest lists it: copy the dataset again")
+        raise RunError(
+            f"{job.stream_path}: no such dataset shard, but the dataset's manifest lists it: copy the dataset again"
+        )
     if (shard.identity, shard.first_task) != (job.stream.identity, job.stream.first_position):
         raise RunError(f"{job.stream_path}/{SHARD_FILE} and {MASTER_FILE} disagree: copy the dataset again")

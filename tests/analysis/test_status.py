@@ -12,10 +12,10 @@ import pytest
 from fake_gcs import FakeGcs, gcs_environment
 from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
-from analysis.fleet_status.report import Commit, ShardStatus, fleet_status, rate_of
+from analysis.fleet_status.report import Commit, FolderStatus, fleet_status, rate_of
 from analysis.fleet_status.status import FleetMonitor, retry, status, watch
 from core.base.errors import RunError, UsageError
-from core.claims.leases import ShardClaims
+from core.claims.leases import DatasetShardClaims
 from core.claims.records import Owner, poison_error, read_claims
 from core.commit.record import CommitRecord
 from core.object_store import LocalStore, open_store
@@ -57,8 +57,8 @@ def out(pristine, tmp_path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "out"))
 
 
-def claims(out: Path, worker: int = 0, **options) -> ShardClaims:
-    return ShardClaims(LocalStore(out), Owner.of_this_process(worker), lambda shard: False, **options)
+def claims(out: Path, worker: int = 0, **options) -> DatasetShardClaims:
+    return DatasetShardClaims(LocalStore(out), Owner.of_this_process(worker), lambda shard: False, **options)
 
 
 def unfinish(out: Path, shard: str, keep: int = 1) -> int:
@@ -69,7 +69,7 @@ def unfinish(out: Path, shard: str, keep: int = 1) -> int:
     return sum(CommitRecord.from_bytes(record.read_bytes()).n_samples for record in records[:keep])
 
 
-def shard(fleet, name: str) -> ShardStatus:
+def shard(fleet, name: str) -> FolderStatus:
     return next(shard for shard in fleet.shards if shard.shard == name)
 
 
@@ -126,7 +126,7 @@ def test_a_shard_that_is_set_aside_says_why_until_it_is_to_be_tried_again(out):
     assert shard(fleet, "shard_001").error == "chunk_0000.jsonl:7: \x1b[31mbroken"
     assert any("?[31mbroken" in line for line in fleet.lines())
     assert not any("\x1b" in line for line in fleet.lines())
-    with pytest.raises(UsageError, match="shard_9: not a shard of"):
+    with pytest.raises(UsageError, match="shard_9: not a dataset shard of"):
         retry(str(out), ["shard_9"])
     assert retry(str(out), ["shard_001"]) == {"shard_001": 3}
     assert shard(status(str(out)), "shard_001").state == "waiting"
@@ -265,17 +265,17 @@ def test_throughput_is_that_of_the_last_minutes_and_the_first_commit_only_starts
 
 def test_the_time_that_is_left_follows_from_what_is_left():
     commits = [Commit(0.0, 10, 10), Commit(10.0, 10, 10)]
-    half = ShardStatus("a", "running", samples=20, expected_samples=120)
+    half = FolderStatus("a", "running", samples=20, expected_samples=120)
     assert fleet_status("u", [half], commits, 10.0).eta_s == 100.0
-    assert fleet_status("u", [half, ShardStatus("b", "waiting")], commits, 10.0).eta_s is None
-    poisoned = ShardStatus("b", "poisoned", samples=0, expected_samples=1000)
+    assert fleet_status("u", [half, FolderStatus("b", "waiting")], commits, 10.0).eta_s is None
+    poisoned = FolderStatus("b", "poisoned", samples=0, expected_samples=1000)
     assert fleet_status("u", [half, poisoned], commits, 10.0).eta_s == 100.0
     assert fleet_status("u", [half], commits[:1], 10.0).eta_s is None
     assert fleet_status("u", [], [], 0.0).finished is False
 
 
 def test_what_a_terminal_would_obey_is_not_printed():
-    assert ShardStatus("a", "poisoned", error="b\x1b[2J\nc\u202eñ").line() == "a poisoned: 0 samples, b?[2J?c?ñ"
+    assert FolderStatus("a", "poisoned", error="b\x1b[2J\nc\u202eñ").line() == "a poisoned: 0 samples, b?[2J?c?ñ"
 
 
 def test_the_command_prints_one_json_object_for_each_look(out, tmp_path):

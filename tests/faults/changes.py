@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from core.activation_storage import ActivationStorage
-from core.claims.leases import Lease, ShardClaims
+from core.claims.leases import DatasetShardClaims, Lease
 from core.commit import record as commit_record
 from core.commit.record import StoredFile
 from core.object_store import Created, LocalStore, gcs, local
@@ -174,19 +174,19 @@ def records_come_before_files() -> None:
 @change
 def leases_expire_by_the_wall_clock() -> None:
     """The TTL is measured by a clock that people set."""
-    init = ShardClaims.__init__
+    init = DatasetShardClaims.__init__
 
     def on_the_wall(claims, *args, **kw):
         init(claims, *args, **kw)
         claims.clock = lambda: time.time()
 
-    ShardClaims.__init__ = on_the_wall
+    DatasetShardClaims.__init__ = on_the_wall
 
 
 @change
 def leases_expire_at_once() -> None:
     """An observer does not wait for the TTL."""
-    ShardClaims._has_expired = lambda claims, shard: True
+    DatasetShardClaims._has_expired = lambda claims, shard: True
 
 
 @change

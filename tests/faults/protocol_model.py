@@ -20,14 +20,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from core.activation_storage import ActivationStorage
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError
-from core.claims.leases import Lease, ShardClaims
+from core.claims.leases import DatasetShardClaims, Lease
 from core.claims.records import POISON_AFTER, Owner, clear_failures, read_claims
 from core.commit.identity import RunIdentity, StreamIdentity
 from core.commit.record import RECORD_NAME, CommitRecord, StoredFile, StoredSite
 from core.commit.stored_records import METADATA_FILE, committed_records, folder_metadata
 from core.object_store import LocalStore
 from core.object_store.sinks import DigestWriter
-from core.run.sharded_run import is_shard_finished
+from core.run.sharded_run import is_dataset_shard_finished
 from core.samples.windows import StreamPlace
 from core.shards.encoding import SpooledFile
 from core.shards.names import shard_stem
@@ -70,7 +70,7 @@ Mark = tuple[int, bytes | None]
 class Worker:
     """One start of one process, and what it has in its hands."""
 
-    claims: ShardClaims
+    claims: DatasetShardClaims
     hardware: int
     lease: Lease | None = None
     storage: ActivationStorage | None = None
@@ -116,8 +116,12 @@ class Protocol(RuleBasedStateMachine):
     def new_worker(self, number: int) -> Worker:
         # Two of them have the same configured id.
         owner = Owner(number // 2, "host", number, f"{number}-{id(object())}-{self.now}-{len(self.store.objects)}")
-        claims = ShardClaims(
-            self.store, owner, lambda shard: is_shard_finished(self.store, shard), ttl_s=TTL_S, clock=lambda: self.now
+        claims = DatasetShardClaims(
+            self.store,
+            owner,
+            lambda shard: is_dataset_shard_finished(self.store, shard),
+            ttl_s=TTL_S,
+            clock=lambda: self.now,
         )
         return Worker(claims, hardware=number % 2)
 
@@ -129,7 +133,7 @@ class Protocol(RuleBasedStateMachine):
         if worker.lease is not None:
             return
         before = {shard: self.mark(shard) for shard in SHARDS}
-        worker.saw_finished |= {shard for shard in SHARDS if is_shard_finished(self.store, shard)}
+        worker.saw_finished |= {shard for shard in SHARDS if is_dataset_shard_finished(self.store, shard)}
         free = [shard for shard in SHARDS if shard not in worker.saw_finished and self.is_free(shard)]
         lease = worker.claims.try_next(SHARDS)
         if lease is None:
@@ -139,8 +143,8 @@ class Protocol(RuleBasedStateMachine):
         self.claimed(worker, lease, free, before)
 
     def claimed(self, worker: Worker, lease: Lease, free: list[str], before: dict[str, Mark]) -> None:
-        shard, held = lease.shard, self.held.get(lease.shard)
-        assert not is_shard_finished(self.store, shard), "a finished shard was claimed"
+        shard, held = lease.dataset_shard, self.held.get(lease.dataset_shard)
+        assert not is_dataset_shard_finished(self.store, shard), "a finished shard was claimed"
         assert self.failures[shard] < POISON_AFTER, "a poisoned shard was claimed"
         if held is not None and not held.released:
             mark, since = worker.saw.get(shard, (None, self.now))
@@ -184,7 +188,7 @@ class Protocol(RuleBasedStateMachine):
             return
         before = dict(self.store.objects)
         worker.lease.beat()
-        is_last = self.held[worker.lease.shard].worker is worker
+        is_last = self.held[worker.lease.dataset_shard].worker is worker
         assert worker.lease.lost.is_set() != is_last
         if not is_last:
             assert self.store.objects == before, "a zombie wrote a sign of life"
@@ -195,7 +199,7 @@ class Protocol(RuleBasedStateMachine):
         if worker.lease is None or worker.stored is not None or worker.window > WINDOWS:
             return
         assert worker.storage is not None
-        shard, name = worker.lease.shard, file_name(worker.window)
+        shard, name = worker.lease.dataset_shard, file_name(worker.window)
         window = worker.window
         data = content(shard, window, worker.hardware)
         path = self.spool.temporary_path(f"{shard}/{name}")
@@ -221,7 +225,7 @@ class Protocol(RuleBasedStateMachine):
         if worker.lease is None or worker.storage is None:
             return
         if worker.stored is not None:
-            worker.storage.commit(self.record(worker.lease.shard, worker.window, worker.storage, worker.stored))
+            worker.storage.commit(self.record(worker.lease.dataset_shard, worker.window, worker.storage, worker.stored))
             worker.window, worker.stored = worker.window + 1, None
         if worker.window > WINDOWS and worker.lease.is_held():
             worker.storage.write_metadata()
@@ -240,7 +244,7 @@ class Protocol(RuleBasedStateMachine):
         assert worker.lease is not None
         if worker.lease.is_held():
             worker.lease.release(reason)
-            self.held[worker.lease.shard].released = True
+            self.held[worker.lease.dataset_shard].released = True
         worker.lease = worker.storage = worker.stored = None
 
     @rule(number=st.integers(0, WORKERS - 1))
@@ -253,7 +257,7 @@ class Protocol(RuleBasedStateMachine):
         """The shard's data meets an error, the same each time."""
         worker = self.workers[number]
         if worker.lease is not None and worker.lease.is_held():
-            self.failures[worker.lease.shard] += 1
+            self.failures[worker.lease.dataset_shard] += 1
             worker.claims.record_failure(worker.lease, "line 7 is broken")
             self.give_back(worker, "failed")
 
@@ -309,7 +313,7 @@ class Protocol(RuleBasedStateMachine):
     def in_hand(self) -> set[tuple[str, int]]:
         """The windows whose file somebody has stored and is about to name: no disk damages it just then, here."""
         return {
-            (worker.lease.shard, worker.window)
+            (worker.lease.dataset_shard, worker.window)
             for worker in self.workers
             if worker.stored is not None and worker.lease is not None
         }
@@ -371,7 +375,7 @@ class Protocol(RuleBasedStateMachine):
     def at_most_one_worker_holds_a_shard(self) -> None:
         for shard in SHARDS:
             believers = [
-                w for w in self.workers if w.lease is not None and w.lease.shard == shard and w.lease.is_held()
+                w for w in self.workers if w.lease is not None and w.lease.dataset_shard == shard and w.lease.is_held()
             ]
             assert len(believers) <= 1
             epochs = sorted(
@@ -401,12 +405,12 @@ class Protocol(RuleBasedStateMachine):
         self.try_again()
         self.workers = [self.new_worker(number) for number in range(WORKERS)]
         for _ in range(4 * len(SHARDS) * (WINDOWS + 1)):
-            if all(is_shard_finished(self.store, shard) and self.is_free(shard) for shard in SHARDS):
+            if all(is_dataset_shard_finished(self.store, shard) and self.is_free(shard) for shard in SHARDS):
                 break
             self.steal(0)
             self.upload(0)
             self.commit(0)
         for shard in SHARDS:
-            assert is_shard_finished(self.store, shard), f"{shard} is never finished"
+            assert is_dataset_shard_finished(self.store, shard), f"{shard} is never finished"
             assert [record.window for record in committed_records(self.store, shard)] == [1, 2, 3]
         assert self.workers[0].claims.next(SHARDS) is None

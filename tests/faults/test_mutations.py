@@ -29,14 +29,14 @@ from test_lost_acknowledgements import PATIENT, lose_first
 from core import activation_storage, object_store
 from core.base import fault_points
 from core.base.errors import RunError
-from core.claims import leases as shard_claims
+from core.claims import leases
 from core.claims.records import Owner
 from core.commit import record as commit_record
 from core.object_store import Created, RetryPolicy, gcs, local, open_store
 from core.run import runner, sharded_run, stream_run
 
 PATCHED = (activation_storage.ActivationStorage, commit_record, fault_points, gcs.GcsStore, local,
-           object_store.LocalStore, runner, shard_claims.Lease, shard_claims.ShardClaims, sharded_run, stream_run,
+           object_store.LocalStore, runner, leases.Lease, leases.DatasetShardClaims, sharded_run, stream_run,
            stream_run._Bookkeeper, DictStore)  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def test_without_reading_back_on_a_disk_an_owner_does_not_know_its_claim(place):
         CHANGES["every_create_is_repeated"]()
 
     with changed(change_both):
-        lease = shard_claims.ShardClaims(
+        lease = leases.DatasetShardClaims(
             open_store(str(place / "claims")), Owner.of_this_process(0), lambda shard: False
         ).try_next(["shard_000"])
     with must_fail():
@@ -163,7 +163,7 @@ def check_second_to_commit() -> None:
     sleeper, successor = model.workers[:2]
     model.claim(0)
     model.upload(0)
-    shard = sleeper.lease.shard
+    shard = sleeper.lease.dataset_shard
     model.store.delete(f"{shard}/{file_name(1)}")
     # Both believe to hold it.
     successor.lease, successor.storage, successor.window = sleeper.lease, model.storage_of(shard), 1

@@ -110,7 +110,7 @@ def test_a_worker_that_waits_for_others_ends_at_once(nursery, calm, place):
     holders = [nursery.start(Worker(flags(data, out, number, **NEVER), **holds)) for number in range(6)]
     wait_until(lambda: len(list(out.glob("claims/*/000001.json"))) == 6)
     waiting = nursery.start(Worker(flags(data, out, 7, **NEVER)))
-    wait_until(lambda: "waiting: other workers hold the remaining shards" in waiting.errors)
+    wait_until(lambda: "waiting: other workers hold the remaining dataset shards" in waiting.errors)
     assert seconds_to_end(waiting) < SLACK_S
     assert waiting.returncode == 143
     for holder in holders:

@@ -8,7 +8,7 @@ from fleets import is_full
 from tally import RACES
 
 from core.base.canonical_json import read_sealed_json
-from core.claims.leases import Lease, ShardClaims
+from core.claims.leases import DatasetShardClaims, Lease
 from core.claims.records import Owner
 from core.object_store import ObjectStore, RetryPolicy, open_store
 
@@ -31,7 +31,7 @@ def race(store: ObjectStore, pool: ThreadPoolExecutor) -> list[Lease]:
     barrier = threading.Barrier(CLAIMANTS)
 
     def claim(number: int) -> Lease | None:
-        claimant = ShardClaims(store, Owner.of_this_process(number % 3), lambda shard: False)
+        claimant = DatasetShardClaims(store, Owner.of_this_process(number % 3), lambda shard: False)
         barrier.wait()
         return claimant.try_next([SHARD])
 

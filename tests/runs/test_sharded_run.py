@@ -34,7 +34,7 @@ from core.object_store import LocalStore
 from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.runner import run
-from core.run.sharded_run import ShardedSummary, is_machine_fault, is_shard_finished
+from core.run.sharded_run import ShardedSummary, is_dataset_shard_finished, is_machine_fault
 from core.streams.sharded_dataset import read_dataset, write_dataset
 
 N_LINES, N_SHARDS = 260, 6
@@ -348,7 +348,7 @@ def test_what_a_finished_run_has_lost_is_made_again(damage, model, calm, tmp_pat
         shutil.rmtree(lost)
     else:
         lost.unlink()
-    assert not is_shard_finished(LocalStore(out), "shard_002")
+    assert not is_dataset_shard_finished(LocalStore(out), "shard_002")
     assert verify(str(out)).ok == (damage == "the folder metadata")
     summary = run(config(model, data, out))
     assert (summary.status, summary.finished_shards) == ("complete", ("shard_002",))

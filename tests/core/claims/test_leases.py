@@ -14,7 +14,7 @@ from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Status, gcs_env
 
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError
-from core.claims.leases import Lease, ShardClaims, poll_interval_s
+from core.claims.leases import DatasetShardClaims, Lease, poll_interval_s
 from core.claims.records import (
     ClaimState,
     Owner,
@@ -62,17 +62,17 @@ def always(shard: str) -> bool:
 
 def claims(
     store: ObjectStore, worker_id: int = 0, is_finished: Callable[[str], bool] = never, **options
-) -> ShardClaims:
-    return ShardClaims(store, Owner.of_this_process(worker_id), is_finished, **options)
+) -> DatasetShardClaims:
+    return DatasetShardClaims(store, Owner.of_this_process(worker_id), is_finished, **options)
 
 
-def claimed(who: ShardClaims, shard: str = "shard_000") -> Lease:
+def claimed(who: DatasetShardClaims, shard: str = "shard_000") -> Lease:
     lease = who.try_next([shard])
     assert lease is not None
     return lease
 
 
-def race(store: ObjectStore, enter: Callable[[ShardClaims], Lease | None]) -> list[Lease]:
+def race(store: ObjectStore, enter: Callable[[DatasetShardClaims], Lease | None]) -> list[Lease]:
     """What 32 claimants that start together get."""
     barrier = threading.Barrier(CLAIMANTS)
 
@@ -106,7 +106,7 @@ def test_of_32_observers_of_a_dead_holder_one_takes_over(store):
     claimed(claims(store))
     clock = Clock()
 
-    def watch(claimant: ShardClaims) -> Lease | None:
+    def watch(claimant: DatasetShardClaims) -> Lease | None:
         claimant.clock = clock
         assert claimant.try_next(["shard_000"]) is None
         seen.wait()
@@ -174,7 +174,7 @@ def test_one_observer_finds_the_dead_one_of_100_leases_within_the_ttl_and_two_lo
             if lease is not dead:
                 lease.beat()
     (taken,) = filter(None, looks)
-    assert taken.shard == dead.shard
+    assert taken.dataset_shard == dead.dataset_shard
 
 
 def fill(server: FakeGcs, n_leases: int) -> list[str]:
@@ -210,10 +210,10 @@ def test_what_a_worker_saw_while_it_had_work_counts_for_the_ttl(store):
     clock = Clock()
     held = claimed(claims(store))
     busy = claims(store, 1, clock=clock)
-    assert busy.try_next(["shard_000", "shard_001"]).shard == "shard_001"
+    assert busy.try_next(["shard_000", "shard_001"]).dataset_shard == "shard_001"
     clock.now = 90.0
     taken = busy.try_next(["shard_000"])
-    assert (taken.shard, taken.epoch) == (held.shard, 2)
+    assert (taken.dataset_shard, taken.epoch) == (held.dataset_shard, 2)
 
 
 def test_a_shard_that_is_claimed_anew_has_its_ttl_from_then_on_also_without_a_sign_of_life(store):
@@ -253,7 +253,7 @@ def test_a_sign_of_life_counts_from_the_end_of_one_listing_to_the_beginning_of_a
 def test_who_waits_looks_less_often_where_there_are_many_shards(store, monkeypatch):
     monkeypatch.setattr("core.claims.leases.SHARDS_A_HEARTBEAT", 1)
     holder, stop, waited = claims(store), threading.Event(), []
-    shards = [claimed(holder, f"shard_{number:03d}").shard for number in range(3)]
+    shards = [claimed(holder, f"shard_{number:03d}").dataset_shard for number in range(3)]
     monkeypatch.setattr(stop, "wait", lambda seconds: waited.append(seconds) or stop.set())
     assert claims(store, 1, heartbeat_s=20.0).next(shards, stop=stop) is None
     assert waited == [60.0]
@@ -402,7 +402,7 @@ def test_whoever_starts_late_asks_nothing_of_what_is_done_before_it_works(server
     late = claims(store, is_finished=lambda shard: asked.append(shard) or shard != shards[-1])
     before = len(server.requests)
     assert late.any_remaining(shards)
-    assert late.try_next(shards).shard == shards[-1]
+    assert late.try_next(shards).dataset_shard == shards[-1]
     assert asked == [shards[-1]]
     kinds = Counter(request.kind for request in server.requests[before:])
     assert kinds == {"object.list": 2, "object.get": 1, "upload.multipart": 1}
@@ -410,17 +410,17 @@ def test_whoever_starts_late_asks_nothing_of_what_is_done_before_it_works(server
 
 
 def test_the_preferred_shard_comes_first_when_it_is_free(store):
-    assert claims(store).try_next(SHARDS, "shard_033").shard == "shard_033"
-    assert claims(store).try_next(SHARDS, "shard_033").shard == "shard_000"
+    assert claims(store).try_next(SHARDS, "shard_033").dataset_shard == "shard_033"
+    assert claims(store).try_next(SHARDS, "shard_033").dataset_shard == "shard_000"
 
 
 def test_many_workers_hold_as_many_different_shards(store):
     with ThreadPoolExecutor(16) as pool:
         leases = list(pool.map(lambda worker: claims(store, worker % 3).next(SHARDS), range(40)))
-    assert sorted(lease.shard for lease in leases) == SHARDS
+    assert sorted(lease.dataset_shard for lease in leases) == SHARDS
 
 
-def fail(who: ShardClaims, error: str) -> None:
+def fail(who: DatasetShardClaims, error: str) -> None:
     with claimed(who) as lease:
         who.record_failure(lease, error)
         lease.release("failed")
@@ -465,11 +465,11 @@ def test_a_shard_whose_failures_are_cleared_is_claimed_again_by_those_who_run(st
     for _ in range(3):
         fail(claims(store), "line 7 is broken")
     observer = claims(store)
-    assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_001"
+    assert observer.try_next(["shard_000", "shard_001"]).dataset_shard == "shard_001"
     assert observer.remaining(["shard_000", "shard_001"]) == ["shard_001"]
     assert observer.set_aside == {"shard_000": "line 7 is broken"}
     assert clear_failures(store, "shard_000") == 3
-    assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_000"
+    assert observer.try_next(["shard_000", "shard_001"]).dataset_shard == "shard_000"
     assert observer.set_aside == {}
     assert not [name for name in store.list() if "poisoned" in name or "failures" in name]
 
@@ -568,7 +568,7 @@ def test_being_killed_again_and_again_does_not_count(store):
 
 def test_failed_shards_come_after_those_that_never_failed(store):
     fail(claims(store), "broken")
-    assert claims(store).try_next(["shard_000", "shard_001"]).shard == "shard_001"
+    assert claims(store).try_next(["shard_000", "shard_001"]).dataset_shard == "shard_001"
 
 
 def test_a_damaged_claim_is_one_line_that_says_what_to_do(store):
