@@ -182,7 +182,7 @@ class _ShardedRun:
         return remaining, set_aside
 
     def work(self, model: LoadedStep, stop: threading.Event) -> None:
-        """Claims and extracts until no dataset shard remains or `stop` is set. Host 0 of a slice claims for all hosts."""
+        """Claims and extracts until no dataset shard remains or `stop` is set. In a slice host 0 claims for all."""
         self._started = time.monotonic()
         if not self._hosts.is_first:
             self._follow(model, stop)
