@@ -1,4 +1,4 @@
-"""What a shard holds and what a format must offer. One file a format; `core.shards.formats.FORMATS` is the registry.
+"""The content of a shard, and the protocol of a format; a file per format. The registry is `FORMATS`.
 
 Axis letters: L layers, S samples, N stored rows of all samples, one after the other, K stored rows of one sample, W
 values of a row. A row is a token, or one of the vectors that its tokens were pooled to.
@@ -19,12 +19,12 @@ from core.reduce.reductions import VALUES
 from core.samples.windows import TokenizedSample
 
 UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES | CODE_DTYPES, 1.0))
-"""`ShardFormat.usual_share` of a format that keeps values as they are."""
+"""`ShardFormat.usual_share` of a format that stores values as they are."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What two runs of one window agree on, whatever their rounding: which samples, which of their tokens, how wide.
+    """The part of a window's file that is equal in all runs, whatever their rounding: samples, tokens and widths.
 
     Attributes:
       shapes: by name of an array and by layer, the shape and dtype of each sample's rows.
@@ -47,8 +47,8 @@ class ShardContent:
     N may be 0.
 
     Attributes:
-      arrays: by the names of `core.reduce.reductions.Reduction.arrays`: VALUES, and what belongs to the same rows
-        besides, such as the scales of quantized ones.
+      arrays: by the names of `core.reduce.reductions.Reduction.arrays`: VALUES, and further arrays of the same rows,
+        such as the scales of quantized ones.
     """
 
     site: str
@@ -64,7 +64,7 @@ class ShardContent:
 
     @property
     def more(self) -> dict[str, Shaped[np.ndarray, "L N _"]]:
-        """The arrays that belong to the same rows besides."""
+        """The further arrays of the same rows."""
         return {name: array for name, array in self.arrays.items() if name != VALUES}
 
     def rows(self, name: str, layer_slot: int, sample: int) -> Shaped[np.ndarray, "K W"]:
@@ -78,14 +78,14 @@ class ShardContent:
 
     @property
     def token_ids(self) -> list[Int32[np.ndarray, "_"]] | None:
-        """The ids of each sample's stored tokens; None where rows are no tokens."""
+        """The ids of each sample's stored tokens; None where rows are pools."""
         if self.is_pooled:
             return None
         return [s.token_ids if s.reasons is None else s.token_ids[s.stored_places] for s in self.samples]
 
     @property
     def positions(self) -> list[Int32[np.ndarray, "_"]] | None:
-        """The places of each sample's stored tokens; None where all tokens are stored, or rows are no tokens."""
+        """The places of each sample's stored tokens; None where all tokens are stored, or rows are pools."""
         if self.is_pooled or any(sample.reasons is None for sample in self.samples):
             return None
         return [sample.stored_places.astype(np.int32) for sample in self.samples]
@@ -109,7 +109,7 @@ class StoredShard:
     Attributes:
       layers: per layer the activations; more: per name and layer the further arrays of their rows.
       positions: the places of the stored tokens in their sample; None where all tokens are stored.
-      token_ids: of the stored tokens, where the format keeps them.
+      token_ids: of the stored tokens, if the format stores them.
     """
 
     sample_idx: tuple[int, ...]
@@ -119,7 +119,7 @@ class StoredShard:
     more: dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]] = field(default_factory=dict)
 
     def outline(self) -> Outline:
-        """What this file holds, whatever its rounding."""
+        """The outline of this file."""
         shapes = {name: _shapes(layers) for name, layers in ({VALUES: self.layers} | self.more).items()}
         return Outline(self.sample_idx, shapes, _plain(self.positions))
 
@@ -133,7 +133,7 @@ def _plain(positions: list[Int32[np.ndarray, "_"]] | None) -> list[list[int]] | 
 
 
 class ShardFormat(Protocol):
-    """One way to lay a shard out in a file. Same content, same bytes: no time stamps, no environment.
+    """A file format of shards. The same content gives the same bytes: no timestamps, nothing from the environment.
 
     Attributes:
       compressible: whether gzip may be put around it.
@@ -158,11 +158,11 @@ class ShardFormat(Protocol):
         ...
 
     def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
-        """What these values of one layer take in a file, all else left out."""
+        """The bytes of these values of one layer in a file, without headers."""
         ...
 
     def read(self, stream: BinaryIO) -> StoredShard:
-        """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
+        """Reads a whole shard; for damaged bytes raises ValueError, EOFError or OSError."""
         ...
 
 

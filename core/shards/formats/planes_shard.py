@@ -74,7 +74,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Header:
-    """What the blocks of a file are: each layer is (tokens, width) of `dtype`, cut every `block_tokens` tokens."""
+    """The description of a file's blocks: each layer is (tokens, width) of `dtype`, cut every `block_tokens` tokens."""
 
     site: str
     layers: tuple[int, ...]
@@ -108,7 +108,7 @@ class Header:
 
     @classmethod
     def from_json(cls, data: bytes) -> "Header":
-        """Raises ValueError for what is no header."""
+        """Raises ValueError if `data` is not a header."""
         fields = json.loads(data)
         require_types(fields, _HEADER)
         require_all(fields["layers"], int, "layers")
@@ -327,7 +327,7 @@ def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member's bytes; zipfile compares their CRC. What zip compressed itself could be small and become anything."""
+    """A member's bytes; zipfile checks their CRC. A compressed member is refused: it can expand to any size."""
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
