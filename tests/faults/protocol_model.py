@@ -1,8 +1,8 @@
-"""Claims and commits under everything that can happen to workers, step by step beside a model of plain dicts.
+"""Claims and commits under all faults of workers, compared step by step with a model of plain dicts.
 
-Three workers share two shards of three windows. What a worker writes for a window is the same whoever it is, up to the
-rounding of its hardware, so the model is small: whose lease is the last one of each shard, what each worker has seen of
-it since when, and what is committed.
+Three workers share two dataset shards of three windows. All workers write the same files for a window, up to the
+rounding of their hardware, so the model is small: the holder of the last lease of each dataset
+shard, the heartbeats that each worker has seen and when, and the committed windows.
 """
 
 import hashlib
@@ -168,7 +168,7 @@ class Protocol(RuleBasedStateMachine):
         return epoch, self.store.objects.get(f"claims/{shard}/{epoch:06d}.beat")
 
     def is_free(self, shard: str) -> bool:
-        """Whether nobody holds a shard, and it is not set aside."""
+        """Whether no worker holds a dataset shard, and it is not set aside."""
         held = self.held.get(shard)
         return self.failures[shard] < POISON_AFTER and (held is None or held.released)
 
@@ -265,7 +265,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 30.0, TTL_S - 1, TTL_S, 1000.0]))
     def pause(self, seconds: float) -> None:
-        """Time passes in which nobody does anything."""
+        """Time passes in which no worker does anything."""
         self.now += seconds
 
     @rule(number=st.integers(0, WORKERS - 1))
@@ -335,7 +335,7 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: any(self.failures.values()))
     @rule()
     def try_again(self) -> None:
-        """A person mends the data, when nobody holds it."""
+        """A person fixes the data while no worker holds it."""
         for shard in SHARDS:
             clear_failures(self.store, shard)
             self.failures[shard] = 0
@@ -360,16 +360,16 @@ class Protocol(RuleBasedStateMachine):
 
     @precondition(lambda self: not self.has_lost)
     @invariant()
-    def an_index_says_what_the_records_say(self) -> None:
-        """Where a window was lost and made again an index may be of the first one; then nobody calls the shard done."""
+    def folder_metadata_follows_from_the_records(self) -> None:
+        """Not after a lost window was made again: the metadata may be of the first one, and the shard is not done."""
         for shard in SHARDS:
             data = self.store.objects.get(f"{shard}/{METADATA_FILE}")
             names = [f"{shard}/{shard_stem(window)}.json" for window in range(1, WINDOWS + 1)]
             if data is not None and all(name in self.store.objects for name in names):
                 records = [CommitRecord.from_bytes(self.store.objects[name]) for name in names]
-                index = read_sealed_json(data)
-                of_those = records[: index["total_shards"]]
-                assert index == folder_metadata(of_those), "an index lists what nobody committed"
+                metadata = read_sealed_json(data)
+                of_those = records[: metadata["total_shards"]]
+                assert metadata == folder_metadata(of_those), "metadata lists a window that was not committed"
 
     @invariant()
     def at_most_one_worker_holds_a_shard(self) -> None:
