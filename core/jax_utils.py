@@ -64,7 +64,7 @@ def _processor_id() -> str:
 
 
 def _report_split(mesh: ModelMesh, share: int) -> None:
-    """Says over how many devices a model is split, and what each then holds."""
+    """Logs the number of devices that a copy of the model is split over, and the bytes on each."""
     shape = mesh.mesh.shape
     n_devices = mesh.mesh.size // shape[DATA_AXIS]
     if n_devices > 1:
@@ -108,7 +108,7 @@ class JaxBackend:
         return ModelMesh.of(model, devices, model_parallelism(self._layout, len(devices), share, device_bytes()))
 
     def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
-        """The model's config. Raises ModelError for what is missing or not supported."""
+        """The model's config. Raises ModelError for a missing or unsupported model."""
         try:
             return load_config(path, revision)
         except UnsupportedError as error:
@@ -216,12 +216,12 @@ def _lanes(mesh: Mesh) -> int:
 
 @dataclass(frozen=True)
 class StepProgram:
-    """The extraction step before it is compiled: what a run compiles for its devices and the laboratory for others.
+    """The extraction step before it is compiled, by a run for its devices and by the laboratory for others.
 
     Attributes:
       state: the model's arrays, or their shapes (`Decoder.abstract` on a mesh), which are enough to lower `forward`.
       forward: (state, tokens, segment_ids, positions) -> `Outputs`, jitted; the arrays are (B, T) and lie on `rows`.
-      out_specs: how the outputs lie on the mesh: activations by site, all peaks, all norms.
+      out_specs: the specs of the outputs: activations by site, all peaks, all norms.
     """
 
     state: nnx.State

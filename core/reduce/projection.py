@@ -26,7 +26,7 @@ _MATRIX, _MEAN = "matrix", "mean"
 _BFLOAT16 = DTYPES["bfloat16"]
 # numpy has no kind of its own for the floats of ml_dtypes.
 _FLOATS_BESIDE_NUMPY = (_BFLOAT16, CODE_DTYPES["float8_e4m3fn"])
-# What numpy, zipfile, its decompressors and the reader of safetensors raise at damaged bytes.
+# What numpy, zipfile, its decompressors and the reader of safetensors raise for damaged files.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -76,7 +76,7 @@ class Projection:
                 raise UsageError(f"--project {self.name}: it has {layers}, {site} has {n_layers}")
 
     def to_json(self) -> dict[str, Any]:
-        """What the identity keeps: a digest of the numbers, whatever file they came in."""
+        """A digest of the numbers, independent of their file, for the identity."""
         digest = hashlib.sha256(repr(self.matrix.shape).encode())
         for array in (self.matrix, self.mean):
             digest.update(np.ascontiguousarray(array, "<f4").data)
@@ -145,7 +145,7 @@ def _projection(matrix: np.ndarray, mean: np.ndarray | None, url: str) -> Projec
 def _floats(name: str, array: np.ndarray, url: str) -> Float32[np.ndarray, "..."]:
     """Raises UsageError for anything but finite floating-point numbers."""
     if array.dtype == np.dtype("V2"):
-        # What numpy makes of a bfloat16 array in its own files.
+        # numpy reads a bfloat16 array from its own files as this dtype.
         array = array.view(_BFLOAT16)
     if array.dtype.kind != "f" and array.dtype not in _FLOATS_BESIDE_NUMPY:
         raise UsageError(f"--project {url}: {name} is {array.dtype}: expected floating-point numbers")

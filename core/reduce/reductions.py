@@ -1,7 +1,7 @@
-"""What makes activations smaller before they leave the device: select → project → pool → topk → quantize.
+"""The reductions of activations on the device, in their order: select → project → pool → topk → quantize.
 
-Selection (`core.samples.selection`) says which tokens are left; the rest is here, as the flags say it and as it is
-stored. The arithmetic is in `arithmetic`. A row of a stored array is a token, or one of the pools of a sample.
+Selection is in `core.samples.selection`. Here are the settings of the others, parsed from flags and as they are stored;
+their arithmetic is in `core.reduce.arithmetic`. A row of a stored array is a token, or one of the pools of a sample.
 
 Axis letters: N rows, D width of the site, E width after the projection, W stored values of a row.
 """
@@ -23,13 +23,13 @@ QUANTIZATIONS = {"int8": CODE_DTYPES["int8"], "fp8": CODE_DTYPES["float8_e4m3fn"
 LARGEST_CODE = {"int8": 127.0, "fp8": 448.0}
 """The code that the largest magnitude of a block gets."""
 DEFAULT_BLOCK = {"int8": 32, "fp8": 0}
-"""benchmarks/README.md says what each loses: fp8 gains little from more scales."""
+"""benchmarks/README.md has the error of each: fp8 gains little from more scales."""
 VALUES, INDICES, SCALE = "activation", "indices", "scale"
 """The arrays of a row: its values or codes, the places of the values (topk), the scales of its blocks (quantize)."""
 
 
 def array_name(site: str, array: str) -> str:
-    """What an array of a site is called among those of all sites: `residual`, `residual.scale`."""
+    """The name of an array of a site among the arrays of all sites: `residual`, `residual.scale`."""
     return site if array == VALUES else f"{site}.{array}"
 
 
@@ -43,7 +43,7 @@ def site_and_array(name: str) -> tuple[str, str]:
 class Pool:
     """One vector of all selected tokens of a sample.
 
-    half_life: of `exp`, as a share of the number of tokens T: the token p places before the last one weighs
+    half_life: for `exp`, a share of the number of tokens T: the token p places before the last one has the weight
     2^(-p / (half_life * T)).
     """
 
@@ -59,7 +59,7 @@ class Pool:
         return self.kind != "max"
 
     def weights(self, n_tokens: int) -> Float64[np.ndarray, "T"]:
-        """What each of `n_tokens` >= 1 tokens weighs; the sum is 1. For `max` all weigh the same, and are wanted."""
+        """The weight of each of `n_tokens` >= 1 tokens; the sum is 1. For `max` all are equal, so that all are fetched."""
         if self.kind in ("first", "last"):
             return np.eye(1, n_tokens, 0 if self.kind == "first" else n_tokens - 1)[0]
         if self.half_life is None:
@@ -108,7 +108,7 @@ class StoredArray:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is done to the selected tokens, in the order of the fields; None or empty: nothing."""
+    """The reduction of the selected tokens, in the order of the fields; None or empty: that step is skipped."""
 
     projection: Projection | None = None
     pools: tuple[Pool, ...] = ()
@@ -117,7 +117,7 @@ class Reduction:
 
     @property
     def codes_rows(self) -> bool:
-        """Whether less than a row is stored, from which it is restored with an error: see `restore`."""
+        """Whether rows are stored with a loss, by topk or quantization: see `restore`."""
         return self.topk is not None or self.quantization is not None
 
     def width(self, site_width: int) -> int:
@@ -125,7 +125,7 @@ class Reduction:
         return site_width if self.projection is None else self.projection.out_width
 
     def arrays(self, site_width: int, dtype: np.dtype) -> dict[str, StoredArray]:
-        """What is stored of each row of a site. dtype: of values that are not quantized."""
+        """The stored arrays of a site. dtype: the dtype of values that are not quantized."""
         width = self.width(site_width)
         values = width if self.topk is None else self.topk
         arrays = {VALUES: StoredArray(values, dtype)}
@@ -137,7 +137,7 @@ class Reduction:
         return arrays
 
     def check(self, site_widths: Mapping[str, int], n_layers: Mapping[str, int]) -> None:
-        """Raises UsageError naming the site that it cannot be applied to."""
+        """Raises UsageError that names a site to which the reduction does not apply."""
         for site, site_width in site_widths.items():
             if self.projection is not None:
                 self.projection.check(site, site_width, n_layers[site])
@@ -146,7 +146,7 @@ class Reduction:
                 raise UsageError(f"--topk {self.topk}: {what} is only {self.width(site_width)} wide")
 
     def to_json(self) -> dict[str, Any]:
-        """The rules as the identity keeps them, under the names of their flags."""
+        """The settings as they are stored in the identity, under the names of their flags."""
         quantization = self.quantization
         return {
             "project": None if self.projection is None else self.projection.to_json(),
@@ -157,7 +157,7 @@ class Reduction:
         }
 
     def __str__(self) -> str:
-        """The steps for people, in their order."""
+        """The steps as text, in their order."""
         steps = []
         if self.projection is not None:
             steps.append(f"project to {self.projection.out_width}")
@@ -174,7 +174,7 @@ class Reduction:
 def restore(
     arrays: Mapping[str, Shaped[np.ndarray, "*rows _"]], width: int, block: int | None
 ) -> Float32[np.ndarray, "*rows {width}"]:
-    """The rows that stored arrays stand for: codes times their scales, at their indices, zero elsewhere.
+    """The rows that stored arrays represent: codes times their scales, at their indices, zero elsewhere.
 
     width: E. block: of the quantization; needed where there are scales.
     """

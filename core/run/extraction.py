@@ -72,12 +72,12 @@ class StepInFlight:
 
 @dataclass
 class Extraction:
-    """One run of a job over what its storage does not hold yet.
+    """One run of a job over the windows that its storage lacks.
 
     Attributes:
       reduce: the reduction of step outputs; None: they are stored as they are.
-      session: what the hosts of a slice agree on. Its `stop` ends the run early: what is computed is committed, the
-        window under way is dropped.
+      session: the session of the hosts of a slice. Its `stop` ends the run early: computed windows are committed, the
+        unfinished one is dropped.
       on_commit: called after each commit, in order.
     """
 

@@ -74,7 +74,7 @@ def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
 def prepare_stream(
     job: Job, storage: ActivationStorage, broadcast: Callable[[str, Callable[[], Any]], Any] | None = None
 ) -> PreparedStream:
-    """Finds what is left to do; raises RunError when the stream starts with a bad record or the disk is too small.
+    """Reads the first missing window. Raises RunError when the stream starts with a bad record or the disk is too small.
 
     broadcast: sends a result of host 0 to all hosts: `Hosts.broadcast` (None) or `HostSession.broadcast`.
     """
@@ -134,7 +134,7 @@ def run_stream(
     on_start: Callable[[Progress], None] | None = None,
     may_write_metadata: Callable[[], bool] = lambda: True,
 ) -> Summary:
-    """Extracts what is left, until the end or until `session.stop` is set.
+    """Extracts the missing windows, until the end or until `session.stop` is set.
 
     Args:
       on_start: called with the progress counters when the run starts.

@@ -1,1 +1,1 @@
-"""One call of the compiled program: its layout, its backends, and what is fetched of it."""
+"""One call of the compiled program: its layout, its backends, and the fetched part of its output."""

@@ -1,4 +1,4 @@
-"""From the names and layers of the command line to what is captured, and what that costs a token."""
+"""The capture that the names and layers of the command line ask for, and its bytes per token."""
 
 from collections import defaultdict
 from collections.abc import Sequence

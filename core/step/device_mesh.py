@@ -14,7 +14,7 @@ from qwen2_jax.checkpoints.weights import cut_config
 from qwen2_jax.parameters import parameter_specs
 from qwen2_jax.sharding import ModelMesh
 
-# The rest of a device's memory is for activations and what the compiler needs.
+# The rest of a device's memory is for activations and the compiler's buffers.
 _SHARE_FOR_WEIGHTS = 0.6
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 # The vector unit of a TPU and the attention blocks are 128 wide: other row lengths would be padded on the device.
 ROW_MULTIPLE = 128
 SMALLEST_PACKED_ROW = 512
-# How many of the longest samples share a row where attention costs what the samples cost, however long the row.
+# Number of longest samples that share a row, for devices whose attention skips what lies outside a sample.
 LONG_ROW = 2
 
 
@@ -45,7 +45,7 @@ class StepArrays:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How rows are laid out; part of what is compiled.
+    """The shapes of steps and of their rows; each shape is compiled.
 
     Attributes:
       rows_per_step: rows of a full step over all devices.
@@ -140,8 +140,8 @@ class _OpenRows:
 def lay_out_steps(lengths: Sequence[int], shape: BatchShape) -> list[StepLayout]:
     """Groups the rows of a window into steps of one row length each, longest rows first.
 
-    A full step has `rows_per_step` rows. What is left of a row length is halved down (4, 2, 1 × row_multiple) instead
-    of being padded to a full step: few static shapes, little padding.
+    A full step has `rows_per_step` rows. The last rows of a length form smaller steps (4, 2, 1 × row_multiple)
+    instead of being padded to a full step: few static shapes, little padding.
     """
     rows = lay_out_rows(lengths, shape)
     steps = []

@@ -1,4 +1,4 @@
-"""What the engine has to know of a model before its weights are there."""
+"""The facts about a model that the engine needs before its weights are loaded."""
 
 from collections.abc import Mapping
 from typing import Protocol
