@@ -87,7 +87,7 @@ def operands(heads: Heads, workload: Workload) -> tuple[Array, Array, Array, Arr
 def ways(heads: Heads, *, is_tiny: bool) -> Iterator[tuple[str, Tiles | None, Way]]:
     """What they are called and how the kernel among them is cut; all logits at once come first."""
     settings: dict[str, Any] = {"scale": heads.scale, "softcap": heads.softcap}
-    dense = partial(dense_attention, **settings)
+    dense: Callable[..., Array] = partial(dense_attention, **settings)
     yield "all logits at once", None, lambda q, k, v, segment_ids, first: dense(q, k, v, first, None)
     if heads.softcap is None:
         yield "cuDNN, samples as a mask", None, partial(_cudnn, scale=heads.scale)

@@ -110,8 +110,8 @@ def _decoder(
             stored = table[name]
             assert stored.rows is None, "a fused tensor is not taken apart here"
             assert not stored.transposed
-            ours = torch.from_dlpack(parameters[name])
-            for layer, tensor in enumerate(ours if spec.axes[0] == "layers" else [ours]):
+            ours = torch.from_dlpack(parameters[name]).reshape(spec.matrix.shape)
+            for layer, tensor in enumerate(ours if spec.stacked else [ours]):
                 found.pop(stored.name.format(layer=layer).removeprefix(base)).copy_(tensor)
     assert not found, f"{sorted(found)} have no counterpart"
     return decoder

@@ -14,7 +14,7 @@ def model_flops(config: DecoderConfig, capture: Capture, samples: int, length: i
     inside of a sample. The embedding is looked up, not multiplied.
     """
     specs = parameter_specs(cut_config(config, max(1, capture.layers_run(config.n_layers))), with_head=capture.logits)
-    used = sum(prod(spec.shape) for name, spec in specs.items() if name.startswith("layers.") and len(spec.shape) > 2)
+    used = sum(prod(spec.shape) for spec in specs.values() if spec.stacked and len(spec.matrix.shape) == 3)
     used += config.vocab_size * config.d_model if capture.logits else 0
     seen = sum(
         window * (window + 1) // 2 + (length - window) * window for window in windows_run(config, capture, length)

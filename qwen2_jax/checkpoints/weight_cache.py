@@ -27,7 +27,7 @@ from qwen2_jax.checkpoints.placement import Placement, place
 from qwen2_jax.parameters import ParamSpec
 from qwen2_jax.sharding import ModelMesh
 
-_FORMAT = 1  # of what the parameters are and how they are chunked
+_FORMAT = 2  # of what the parameters are and how they are chunked
 _CHUNK_BYTES = 1 << 20
 _MARKER = "complete.json"
 
@@ -95,10 +95,11 @@ class WeightCache:
                 raise DamagedCacheError(f"{self.url}/{name} is missing or not as it was written")
         return complete
 
-    def write(self, params: Mapping[str, jax.Array]) -> int:
+    def write(self, params: Mapping[str, jax.Array], specs: Mapping[str, ParamSpec]) -> int:
         """Writes all parameters; returns the bytes. A cache that is there counts until the new one is complete."""
         name = uuid.uuid4().hex[:12]
-        _save(f"{self.url}/{name}", params)
+        matrices = {param: np.asarray(array).reshape(specs[param].matrix.shape) for param, array in params.items()}
+        _save(f"{self.url}/{name}", matrices)
         files = {
             path.removeprefix(f"{name}/"): (file.size, file.crc32c())
             for path, file in files_below(self.url).items()
@@ -108,7 +109,7 @@ class WeightCache:
             "format": _FORMAT,
             "dtype": self._dtype,
             "name": name,
-            "parameters": {param: list(array.shape) for param, array in params.items()},
+            "parameters": {param: list(array.shape) for param, array in matrices.items()},
             "files": files,
         }
         replace_file(f"{self.url}/{_MARKER}", json.dumps(marker, indent=1).encode())
@@ -127,12 +128,10 @@ class CompleteCache:
         stores = self._open(specs)
         placements = {}
         for name, spec in specs.items():
-            stacked = spec.axes[0] == "layers"
-            layers = range(spec.shape[0]) if stacked else (None,)
-            chunk_rows = stores[name].shape[-2] if len(spec.axes) - stacked == 2 else None
+            layers = range(spec.shape[0]) if spec.stacked else (None,)
+            chunk_rows = stores[name].shape[-2] if len(spec.matrix.shape) - spec.stacked == 2 else None
             arrays = tuple(CachedArray(stores[name], layer, chunk_rows) for layer in layers)
-            sharding = None if mesh is None else mesh.sharding(spec.axes)
-            placements[name] = Placement(spec.shape, sharding, arrays, stacked)
+            placements[name] = Placement.of(spec, arrays, mesh)
         return place(placements, dtype, is_far=is_remote(self.url))
 
     def _open(self, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
@@ -143,9 +142,9 @@ class CompleteCache:
         opened = {}
         for name, spec in specs.items():
             whole = tuple(self.shapes.get(name, ()))
-            first = 1 if spec.axes[0] == "layers" else 0
-            if len(whole) != len(spec.shape) or whole[first:] != spec.shape[first:] or whole < spec.shape:
-                raise DamagedCacheError(f"{self.url}: {name} has shape {whole} where {spec.shape} is needed")
+            needed, first = spec.matrix.shape, int(spec.stacked)
+            if len(whole) != len(needed) or whole[first:] != needed[first:] or whole < needed:
+                raise DamagedCacheError(f"{self.url}: {name} has shape {whole} where {needed} is needed")
             described = {"driver": "zarr3", "kvstore": {**kvstore, "path": f"{name}/"}}
             opened[name] = tensorstore.open(described, context=context, open=True, read=True)
         try:
@@ -167,10 +166,10 @@ def load_cached(
         return None
 
 
-def _save(url: str, params: Mapping[str, jax.Array]) -> None:
+def _save(url: str, matrices: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
-    arrays = {name: _chunked(np.asarray(array), name.startswith("layers.")) for name, array in params.items()}
+    arrays = {name: _chunked(array, name.startswith("layers.")) for name, array in matrices.items()}
     # All but the rows of a chunk and the columns are axes that Orbax is to cut to 1.
     args = {name: ocp.SaveArgs(shard_axes=tuple(range(array.ndim - 2))) for name, array in arrays.items()}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
