@@ -1,7 +1,12 @@
-"""Works on committed shards, and tells how far a run is and what can be captured. See README.md."""
+"""Works on committed shards, and says how far a run is and what can be captured. See README.md.
+
+In Python: `verify(dir)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`, `list_hooks(model_path)`.
+"""
 
 import argparse
 import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import logging
 
@@ -9,13 +14,19 @@ from core.base.command_line import CommandParser, run_command
 from core.base.dtypes import DTYPES
 from core.step.backends import BACKENDS, choose_backend
 
+if TYPE_CHECKING:
+    from analysis.certificate.fidelity import FidelityReport
+    from analysis.fleet_status.report import FleetStatus
+    from analysis.hook_table import HookTable
+    from analysis.verification.verify import VerificationReport
+
 
 def build_parser() -> CommandParser:
     """One subcommand for each job on shards."""
     parser = CommandParser(description=__doc__)
     parser.set_defaults(verbose=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="check every committed shard; exit code 0 when all is well, else 1")
+    check = commands.add_parser("verify", help="check every committed shard; exit code 0 when nothing is wrong, else 1")
     check.add_argument("dir", help="the output folder, local or gs://, or one worker's folder in it")
     check.add_argument("--allow_unfinished", action="store_true", help="a run that is not at its end yet is no problem")
     check.set_defaults(run=verify_command)
@@ -32,6 +43,65 @@ def build_parser() -> CommandParser:
     return parser
 
 
+def verify(dir: str, *, allow_unfinished: bool = False) -> "VerificationReport":
+    """Checks every committed shard of an output: `report.ok`, `report.problems`, and what was checked.
+
+    allow_unfinished: a run that is not at its end yet is no problem. Raises UsageError where there is no output.
+    """
+    from analysis.verification import verify as verification
+
+    return verification.verify(dir, allow_unfinished=allow_unfinished)
+
+
+def certify(
+    dir: str, model_path: str, *, revision: str | None = None, samples: int = 4, trust_remote_code: bool = False
+) -> "FidelityReport":
+    """Compares `samples` committed samples, evenly chosen, with transformers in float32; writes fidelity.json.
+
+    Raises RunError without torch, UsageError or ModelError for what cannot be compared.
+    """
+    from analysis.certificate.certification import require_reference
+
+    require_reference("certify: the reference")
+
+    from analysis.certificate.certified_outputs import certify_output
+    from torch_models.loading import ModelSource
+
+    return certify_output(dir, ModelSource(model_path, revision, trust_remote_code), samples)
+
+
+def status(dir: str) -> "FleetStatus":
+    """How far a whole fleet is: shards, owners, progress, throughput and time left."""
+    from analysis.fleet_status import status as fleet
+
+    return fleet.status(dir)
+
+
+def retry(dir: str, shards: Sequence[str]) -> dict[str, int]:
+    """Lets workers try dataset shards again that were set aside; the failures forgotten of each."""
+    from analysis.fleet_status import status as fleet
+
+    return fleet.retry(dir, shards)
+
+
+def list_hooks(
+    model_path: str,
+    *,
+    revision: str | None = None,
+    backend: str = "auto",
+    trust_remote_code: bool = False,
+    layers: Sequence[int] | None = None,
+    max_seq_length: int | None = None,
+    dtype: str = "float16",
+) -> "HookTable":
+    """What can be captured of a model, under which names and at what size; its weights are not read."""
+    from analysis.hook_table import hook_table
+
+    found = choose_backend(backend, model_path, revision, trust_remote_code=trust_remote_code)
+    shape = found.model_shape(model_path, revision)
+    return hook_table(model_path, shape, layers=layers, dtype=dtype, max_seq_length=max_seq_length)
+
+
 def _add_status(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     fleet = commands.add_parser("status", help="shards, owners, progress, throughput and time left of a whole fleet")
     fleet.add_argument("dir", help="the output folder, local or gs://")
@@ -43,7 +113,7 @@ def _add_status(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
 
 def status_command(args: argparse.Namespace) -> None:
     """Prints how far a fleet is; with --json one object for each look."""
-    from analysis.fleet_status.status import status, watch
+    from analysis.fleet_status.status import watch
     from core.base.errors import UsageError
     from core.run.config import LONGEST_WAIT_S
 
@@ -58,8 +128,6 @@ def status_command(args: argparse.Namespace) -> None:
 
 def retry_command(args: argparse.Namespace) -> None:
     """Has shards tried again that were set aside."""
-    from analysis.fleet_status.status import retry
-
     cleared = retry(args.dir, args.shard)
     for shard, failures in cleared.items():
         done = f"{failures} failures forgotten: workers claim it again" if failures else "no failures to forget"
@@ -85,15 +153,16 @@ def _add_certify(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
 
 def certify_command(args: argparse.Namespace) -> int:
     """Prints the certificate of a run; returns 0 when its activations are those of the model."""
-    from analysis.certificate.certification import require_reference
+    options = {"revision": args.revision, "samples": args.samples, "trust_remote_code": args.trust_remote_code}
+    return _print_report(certify(args.dir, args.model_path, **options), args)
 
-    require_reference("certify: the reference")
 
-    from analysis.certificate.certified_outputs import certify_output
-    from torch_models.loading import ModelSource
+def verify_command(args: argparse.Namespace) -> int:
+    """Prints what is wrong with the shards of a run; returns 0 when nothing is."""
+    return _print_report(verify(args.dir, allow_unfinished=args.allow_unfinished), args)
 
-    source = ModelSource(args.model_path, args.revision, args.trust_remote_code)
-    report = certify_output(args.dir, source, args.samples)
+
+def _print_report(report: "VerificationReport | FidelityReport", args: argparse.Namespace) -> int:
     for line in report.lines():
         logging.info("%s", line)
     if args.json:
@@ -118,24 +187,9 @@ def _add_list_hooks(commands: argparse._SubParsersAction) -> argparse.ArgumentPa
 
 def list_hooks_command(args: argparse.Namespace) -> None:
     """Prints the sites of a model on stdout, as a table or as one JSON object."""
-    from analysis.hook_table import hook_table
-
-    backend = choose_backend(args.backend, args.model, args.revision, trust_remote_code=args.trust_remote_code)
-    model = backend.model_shape(args.model, args.revision)
-    table = hook_table(args.model, model, layers=args.layers, dtype=args.dtype, max_seq_length=args.max_seq_length)
+    names = ("revision", "backend", "trust_remote_code", "layers", "max_seq_length", "dtype")
+    table = list_hooks(args.model, **{name: getattr(args, name) for name in names})
     print(json.dumps(table.to_json()) if args.json else "\n".join(table.lines()))
-
-
-def verify_command(args: argparse.Namespace) -> int:
-    """Prints what is wrong with the shards of a run; returns 0 when nothing is."""
-    from analysis.verification.verify import verify
-
-    report = verify(args.dir, allow_unfinished=args.allow_unfinished)
-    for line in report.lines():
-        logging.info("%s", line)
-    if args.json:
-        print(json.dumps(report.to_json()))
-    return 0 if report.ok else 1
 
 
 def main() -> None:

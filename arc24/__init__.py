@@ -1,1 +1,1 @@
-"""ARC prompts: grid encoders, prompt versions, and revertible augmentation. Needs numpy and nothing of this project."""
+"""ARC prompts: grid encoders, prompt versions, and revertible augmentation. Needs only numpy."""

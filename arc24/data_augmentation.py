@@ -1,7 +1,7 @@
-"""Revertible augmentation of ARC tasks: flip, rotation, colours, order of the training pairs, train-test swap.
+"""Revertible augmentation of ARC tasks: flip, rotation, colors, order of the training pairs, train-test swap.
 
-Every random choice comes from PCG64's raw 64-bit words, the one stream that numpy promises to keep: the methods of its
-Generator may change between versions, and a sample must have the same prompt on every machine.
+Every random choice uses PCG64's raw 64-bit words, the only stream that numpy guarantees to keep: the methods of its
+Generator may change between versions, but a sample must have the same prompt on every machine.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ IDENTITY_COLOR_MAP = tuple(range(10))
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a task, in this order: swap, train order, then flip, rotation and colours of each grid."""
+    """Changes to a task, applied in this order: swap, train order, then flip, rotation and colors of each grid."""
 
     hflip: bool = False
     n_rot90: int = 0
     """Quarter turns, counter-clockwise, after the flip."""
     color_map: tuple[int, ...] = IDENTITY_COLOR_MAP
-    """Colour c becomes color_map[c]."""
+    """Color c becomes color_map[c]."""
     train_order: tuple[int, ...] | None = None
     """Training pair i of the result is pair train_order[i]; None keeps the order."""
     swapped_train_pair: int | None = None
@@ -31,15 +31,15 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if sorted(self.color_map) != list(range(10)):
-            raise ValueError(f"a colour map permutes 0..9, not {self.color_map}")
+            raise ValueError(f"a color map must permute 0..9, not {self.color_map}")
         if self.train_order is not None and sorted(self.train_order) != list(range(len(self.train_order))):
-            raise ValueError(f"a train order permutes 0..{len(self.train_order) - 1}, not {self.train_order}")
+            raise ValueError(f"a train order must permute 0..{len(self.train_order) - 1}, not {self.train_order}")
 
 
 def augmentation_for(seed: int, task_position: int, prediction: int, n_train: int) -> Augmentation:
-    """The augmentation of one sample: a function of its arguments alone.
+    """The augmentation of one sample, which depends only on the arguments.
 
-    Predictions 0..7 are the eight flips and rotations, from then on they repeat; each has its own colours and order.
+    Predictions 0..7 are the eight flips and rotations, then they repeat; each has its own colors and order.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, task_position, prediction])))
     return Augmentation(
@@ -51,7 +51,7 @@ def augmentation_for(seed: int, task_position: int, prediction: int, n_train: in
 
 
 def get_random_color_map(rng: np.random.Generator, change_background_probability: float = 0.1) -> tuple[int, ...]:
-    """A permutation of the colours 1..9 and, with the given probability, of 0 (the background) too."""
+    """A permutation of the colors 1..9 and, with the given probability, of 0 (the background) too."""
     change_background = rng.bit_generator.random_raw() < change_background_probability * 2.0**64
     if change_background:
         return _random_order(rng, range(10))
@@ -59,7 +59,7 @@ def get_random_color_map(rng: np.random.Generator, change_background_probability
 
 
 def apply_data_augmentation(task: Task, augmentation: Augmentation) -> Task:
-    """A new task; keys other than train and test are kept. Raises ValueError if the two do not fit."""
+    """A new task; keys other than train and test are kept. Raises ValueError if the augmentation does not fit."""
     train, test = list(task["train"]), list(task["test"])
     _swap(train, test, augmentation.swapped_train_pair)
     order = _order(augmentation, len(train))
@@ -82,7 +82,7 @@ def revert_task_augmentation(task: Task, augmentation: Augmentation) -> Task:
 
 
 def revert_data_augmentation(grid: Grid, augmentation: Augmentation) -> Grid:
-    """The grid that the augmentation turned into `grid`, such as a model's answer in the task's own colours."""
+    """The grid that the augmentation turned into `grid`, such as a model's answer in the task's own colors."""
     colors = np.argsort(augmentation.color_map)
     turned = np.rot90(colors[np.asarray(grid)], -augmentation.n_rot90)
     return (np.fliplr(turned) if augmentation.hflip else turned).tolist()

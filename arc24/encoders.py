@@ -1,6 +1,6 @@
 """Grid encoders: an ARC grid as text, and back.
 
-Encoders nest, are written on the command line as the expression that builds them, and are exact inverses of themselves:
+Encoders nest, are given on the command line as the expression that builds them, and decode exactly what they encode:
 `encoder.to_grid(encoder.to_text(grid)) == grid`. Names and texts are those of the public arc24 modules.
 """
 
@@ -31,7 +31,7 @@ class GridEncoder(ABC):
 
     @abstractmethod
     def to_grid(self, text: str) -> Grid:
-        """The grid whose text this is. Raises ValueError if it is no grid's text."""
+        """The grid with this text. Raises ValueError if there is none."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +193,8 @@ _ENCODERS: dict[str, type[GridEncoder]] = {
 def create_grid_encoder(expression: str) -> GridEncoder:
     """The encoder that `expression` builds, e.g. `GridShapeEncoder(RowNumberEncoder(MinimalGridEncoder()))`.
 
-    The expression is parsed, never evaluated: only encoder names, texts and whole numbers may stand in it.
-    Raises ValueError naming the part that cannot be.
+    The expression is parsed, never evaluated: it may contain only encoder names, texts and whole numbers.
+    Raises ValueError naming the part that is not allowed.
     """
     try:
         return _build(ast.parse(expression.strip(), mode="eval").body)

@@ -1,7 +1,7 @@
 """ARC tasks as prompts: the messages of a chat, and their text with the assistant's turn left open.
 
-The assistant's turn is opened with a heading and with what every grid's text starts with, so that the last tokens of
-the prompt are those at which a model begins to answer.
+The assistant's turn begins with a heading and the text that every grid starts with, so that the last tokens of the
+prompt are those right before the model's answer.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ DEFAULT_PROMPT_VERSION = "output-from-examples-v0"
 
 Message = dict[str, str]
 
-# A response that holds no grid is not searched further than this; ARC grids have at most 30 rows.
+# Lines of a response that are searched for a grid; ARC grids have at most 30 rows.
 _MAX_GRID_LINES = 256
 
 
 @dataclass(frozen=True)
 class PromptVersion:
-    """What a prompt tells and shows, and which side of a pair it asks for."""
+    """The system text of a prompt, the sides of a pair it shows, and the side it asks for."""
 
     system: str
     shown: tuple[str, ...]
@@ -29,7 +29,7 @@ class PromptVersion:
 
     @property
     def has_test_case(self) -> bool:
-        """Whether the prompt shows a test input; without, the test's own grid is what is left for the model to find."""
+        """Whether the prompt shows a test input; if not, the model has to give a grid without one."""
         return self.shown == SIDES
 
 
@@ -103,8 +103,8 @@ def create_prompts_from_task(
 ) -> list[str]:
     """One prompt for each test of `task`, in order. The stream's sample is the first.
 
-    `tokenizer` has `chat_template` and, unless that is None, `apply_chat_template`. With a template the prompt holds
-    whatever special tokens the template writes, so it is tokenised without adding any; without a template it is plain
+    `tokenizer` has `chat_template` and, unless that is None, `apply_chat_template`. With a template the prompt contains
+    the special tokens that the template writes, so it is tokenized without adding any; without a template it is plain
     text. Versions that show no test case give the same prompt for every test.
     """
     return [
@@ -114,20 +114,20 @@ def create_prompts_from_task(
 
 
 def grid_opening(grid_encoder: GridEncoder) -> str:
-    """What the text of every grid starts with, without white space at its end, e.g. '```grid shape:'.
+    """The text that every grid starts with, without trailing white space, e.g. '```grid shape:'.
 
-    White space is left to the model: most tokenizers join a space to the word after it, so a prompt that ends in a
-    space ends in a token seen nowhere else.
+    The white space is left to the model: most tokenizers join a space with the following word, so a prompt that ends in
+    a space would end in a token that is not seen elsewhere.
     """
-    # These two grids differ in rows, columns and colours, so nothing of a particular grid is common to both texts.
+    # These two grids differ in rows, columns and colors, so their texts share only what all grids share.
     texts = zip(grid_encoder.to_text([[0]]), grid_encoder.to_text([[1, 1], [1, 1]]), strict=False)
     return "".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], texts)).rstrip()
 
 
 def parse_grid_from_response(text: str, grid_encoder: GridEncoder) -> Grid:
-    """The grid in a model's response, whether the response goes on from the prompt's opening or repeats it.
+    """The grid in a model's response, whether the response continues the prompt's opening or repeats it.
 
-    What stands before the heading or the block, and after the grid, is ignored. Raises ValueError if there is no grid.
+    Text before the heading or the block, and after the grid, is ignored. Raises ValueError if there is no grid.
     """
     opening = grid_opening(grid_encoder)
     starts = [opening + text, text]
@@ -142,7 +142,7 @@ def parse_grid_from_response(text: str, grid_encoder: GridEncoder) -> Grid:
 
 
 def _longest_grid(text: str, grid_encoder: GridEncoder) -> Grid | None:
-    """The grid that the most leading lines of `text` make: encoders without a closing line end where the digits end."""
+    """The grid in the longest valid prefix of lines; encoders without a closing line end where the digits end."""
     lines = [line.rstrip() for line in text.split("\n")[:_MAX_GRID_LINES]]
     grid = None
     for count in range(1, len(lines) + 1):
@@ -175,7 +175,7 @@ def _render(messages: list[Message], tokenizer: Any) -> str:
     try:
         turns = _apply(tokenizer, [system, user])
     except Exception:
-        # Templates such as Gemma's refuse a system turn, with exceptions of their own; other faults raise again.
+        # Templates such as Gemma's refuse a system turn with their own exceptions; other errors are raised again below.
         turns = _apply(tokenizer, [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}])
     return turns + assistant["content"]
 

@@ -1,4 +1,4 @@
-"""What an ARC task is: a plain dict of training pairs and tests, and the check that one is well formed."""
+"""ARC tasks: plain dicts of training pairs and tests, and the check that one is well formed."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ def validate_task(task: Any) -> None:
     Grids are non-empty rectangles of integers 0..9 of any size. A test's output may be absent or None.
     """
     if not isinstance(task, dict):
-        raise ValueError(f"an ARC task is an object, not {type(task).__name__}")
+        raise ValueError(f"an ARC task must be an object, not {type(task).__name__}")
     for part in ("train", "test"):
         if part not in task:
             raise ValueError(f"the task has no {part!r}")
         pairs = task[part]
         if not isinstance(pairs, list):
-            raise ValueError(f"{part!r} is a list of pairs, not {type(pairs).__name__}")
+            raise ValueError(f"{part!r} must be a list of pairs, not {type(pairs).__name__}")
         if not pairs:
             raise ValueError(f"the task has no {part} pairs")
         for index, pair in enumerate(pairs):
@@ -30,7 +30,7 @@ def validate_task(task: Any) -> None:
 
 def _validate_pair(pair: Any, where: str, needs_output: bool) -> None:
     if not isinstance(pair, dict):
-        raise ValueError(f"{where} is an object with 'input' and 'output', not {type(pair).__name__}")
+        raise ValueError(f"{where} must be an object with 'input' and 'output', not {type(pair).__name__}")
     for side in SIDES:
         if pair.get(side) is not None:
             validate_grid(pair[side], f"{where}.{side}")
@@ -50,7 +50,7 @@ def validate_grid(grid: Any, where: str = "grid") -> None:
         # type() and not isinstance(): JSON's true is an int to isinstance.
         if set(map(type, row)) != {int}:
             odd = next(cell for cell in row if type(cell) is not int)
-            raise ValueError(f"{where} row {index} holds {odd!r}: cells are integers 0..9")
+            raise ValueError(f"{where} row {index} contains {odd!r}: cells must be integers 0..9")
         if min(row) < 0 or max(row) > 9:
             odd = next(cell for cell in row if not 0 <= cell <= 9)
-            raise ValueError(f"{where} row {index} holds {odd}: cells are integers 0..9")
+            raise ValueError(f"{where} row {index} contains {odd}: cells must be integers 0..9")

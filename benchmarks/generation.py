@@ -1,7 +1,7 @@
-"""Against the extractor that generates: transformers' `generate` with hooks, one token at a time. See README.md.
+"""Ours against an extractor that generates: transformers' `generate` with hooks, one token at a time. See README.md.
 
-The same model, prompts and layers on both sides. The engine runs the prompts, and also the prompts with what was
-generated behind them, so that both sides have the activations of exactly the same tokens.
+Both sides have the same model, prompts and layers. The engine runs the prompts, and also the prompts followed by what
+was generated, so that both sides have the activations of exactly the same tokens.
 """
 
 import argparse
@@ -29,17 +29,17 @@ from core.base.command_line import CommandParser, positive, run_command
 from core.base.errors import RunError
 from qwen2_jax import load_config
 
-# A decoding step adds up its matrix products in another order than a pass over the whole sequence.
+# A decoding step sums its matrix products in another order than a pass over the whole sequence.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Result:
+class GenerationResult:
     """One case and number of new tokens.
 
     Attributes:
-      prompt_tokens: of all prompts; seen_tokens: with what was generated, which is what the extractor stores.
-      same_prompts: its time over ours for the prompts; same_tokens: over ours for all that it stores.
+      prompt_tokens: of all prompts; seen_tokens: prompts and generated tokens, which is what the extractor stores.
+      same_prompts: its time over ours for the prompts; same_tokens: over ours for all tokens that it stores.
     """
 
     case: str
@@ -54,8 +54,8 @@ class Result:
     timings: dict[str, Timings]
 
 
-def measure(case: str, new_tokens: int, workload: Workload, folder: Path, args: argparse.Namespace) -> Result:
-    """Compares the activations of the same tokens, then times all sides in turns."""
+def measure(case: str, new_tokens: int, workload: Workload, folder: Path, args: argparse.Namespace) -> GenerationResult:
+    """Compares the activations of the same tokens, then times all sides alternately."""
     layers = case_layers(case, load_config(workload.model_path).n_layers)
     folder.mkdir(parents=True)
     extractor = GenerationExtractor(load_causal_lm(workload.model_path), list(layers))
@@ -76,7 +76,7 @@ def measure(case: str, new_tokens: int, workload: Workload, folder: Path, args: 
     }
     timings = alternate(sides, args.repeats)
     n_seen = sum(map(len, seen))
-    return Result(
+    return GenerationResult(
         case=case,
         new_tokens=new_tokens,
         prompt_tokens=workload.n_tokens,
@@ -91,7 +91,7 @@ def measure(case: str, new_tokens: int, workload: Workload, folder: Path, args: 
 
 
 def load_engine(workload: Workload, layers: Sequence[int], stream: Path, args: argparse.Namespace) -> Engine:
-    """Ours over one stream."""
+    """Our engine for one stream."""
     return Engine.load(
         workload.model_path, stream, layers=layers, dtype=args.dtype, batch_size=args.batch_size, shard_mb=1024
     )
@@ -127,14 +127,18 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add_workload_flags(parser, prompts=4)
     add_case_flags(parser, dtypes=("float32", "float16"), repeats=3)
     parser.add_argument(
-        "--new_tokens", type=positive(int), nargs="+", default=[16, 128], help="at most (default 16 and 128)"
+        "--new_tokens",
+        type=positive(int),
+        nargs="+",
+        default=[16, 128],
+        help="generated tokens at most (default 16 and 128)",
     )
-    parser.add_argument("--threads", type=positive(int), help="of torch (default: all cores)")
+    parser.add_argument("--threads", type=positive(int), help="torch threads (default: all cores)")
     return parser
 
 
-def report(results: Sequence[Result]) -> str:
-    """The table for people."""
+def report(results: Sequence[GenerationResult]) -> str:
+    """The printed table."""
     header = [
         "case",
         "new tokens",

@@ -1,7 +1,7 @@
-"""One start of the engine, for benchmarks.start: what `core.run.runner` does, with the clock read between its stages.
+"""One start of the engine, for benchmarks.start: does what `core.run.runner` does and reads the clock between stages.
 
-argv: the fields of a RunConfig as JSON. Prints when each stage was over, in seconds since 1970, as JSON. At its top it
-imports nothing that the stages would have to import.
+argv: the fields of a RunConfig as JSON. Prints when each stage ended, in seconds since 1970, as JSON. The top of the
+file imports nothing that a stage would have to import.
 """
 
 import json
@@ -10,15 +10,16 @@ import time
 
 
 def main() -> None:
-    """Goes from nothing to the end of the stream."""
+    """Runs all stages, to the end of the stream."""
     over = {"interpreter": time.time()}
     import threading
 
     from core.hosts.pod_slice import ALONE
     from core.hosts.session import HostSession
+    from core.run.checks import backend_of, prepare_job
     from core.run.config import RunConfig
-    from core.run.job import backend_of, open_storage, open_stores, prepare_job
     from core.run.runner import enable_compilation_cache
+    from core.run.stores import open_storage, open_stores
     from core.run.stream_run import load, prepare_stream, run_stream
 
     over["imports"] = time.time()

@@ -1,4 +1,4 @@
-"""What 8 bits lose on real activations, for each way to share scales: python -m benchmarks.quantization.
+"""How much 8-bit codes lose on real activations, for each way to share scales: python -m benchmarks.quantization.
 
 Axis letters: L layers, N tokens of all prompts, D d_model.
 """
@@ -66,7 +66,7 @@ def _lengths(x: Float64[np.ndarray, "N D"]) -> Float64[np.ndarray, "N"]:
 
 
 def losses(layer: int, x: Float32[np.ndarray, "N D"], is_first: np.ndarray) -> Iterator[Loss]:
-    """Of every way. is_first: which tokens are the first of their prompt."""
+    """The losses of every way. is_first: which tokens are the first of their prompt."""
     for kind in QUANTIZATIONS:
         for block in BLOCKS:
             codes, scale, restored = map(np.asarray, quantize(jnp.asarray(x), Quantization(kind, block)))
@@ -84,11 +84,11 @@ def _by_channel(layer: int, name: str, x: Float32[np.ndarray, "N D"], whole: np.
 
 
 def activations(engine: Engine) -> tuple[Float32[np.ndarray, "L N D"], np.ndarray]:
-    """Of all tokens of the workload, and which of them are the first of their prompt."""
+    """The residuals of all tokens of the workload, and which tokens are the first of their prompt."""
     values, firsts = [], []
     for window in engine.job.windows():
         for part in engine.job.parts_of(window):
-            for step in part.steps:
+            for step in engine.job.steps_of(part):
                 output = engine.model.step(step_arrays(step, [sample.token_ids for sample in part.own.samples]))
                 start_copy(output, plan_fetch(step, part.own.samples, part.own.lengths))
                 (residual,) = output.fetch().values()

@@ -1,7 +1,7 @@
-"""From the start of the process to the first committed shard, stage by stage: python -m benchmarks.start.
+"""Time from the start of the process to the first committed shard, stage by stage: python -m benchmarks.start.
 
-Each start is a process of its own, on a stream of one prompt: little but the start is timed. Compiled programs and
-converted weights lie on the disk from an earlier start, or do not.
+Each start is a separate process, on a stream of one prompt, so that little but the start is timed. Compiled programs
+and converted weights are either on disk from an earlier start or not.
 """
 
 import argparse
@@ -26,12 +26,12 @@ from core.base.errors import RunError
 
 _ROOT = Path(__file__).parents[1]
 STAGES = ("interpreter", "imports", "job", "first window", "load", "first shard")
-"""The process; its imports; config, digest and layout of the model; tokenizer and prompt; weights; the rest."""
+"""Process start; imports; config, digest and placement of the model; tokenizer and prompt; weights; the rest."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What is kept from earlier starts, and the seconds of each of STAGES, medians over the repetitions."""
+    """Whether programs and weights are kept from earlier starts, and the median seconds of each of STAGES."""
 
     programs: bool
     weights: bool
@@ -62,7 +62,7 @@ def one(model_path: str, stream: Path, folder: Path, programs: Path, weights: Pa
 
 
 def _run(script: str, *args: object) -> str:
-    """What a script of the repository prints; raises RunError with its last words when it fails."""
+    """The stdout of a script of the repository. Raises RunError with its last line of stderr when it fails."""
     done = subprocess.run(
         [sys.executable, _ROOT / script, *map(str, args)],
         env=os.environ | {"PYTHONPATH": str(_ROOT)},
@@ -76,7 +76,7 @@ def _run(script: str, *args: object) -> str:
 
 
 def measure(model_path: str, stream: Path, folder: Path, repeats: int) -> list[Start]:
-    """All four cases. Every round takes each of them once, so that a machine that slows down slows all alike."""
+    """All four cases. Every round runs each of them once, so that a machine that slows down slows all alike."""
     converted, nowhere = folder / "weights", folder / "no_weights"
     _run("scripts/convert_checkpoint.py", model_path, "--weights_cache_dir", converted, "--dtype", "float32")
     kept = folder / "programs"
@@ -99,13 +99,13 @@ def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=1)
-    parser.add_argument("--repeats", type=positive(int), default=3, help="of each case (default 3)")
+    parser.add_argument("--repeats", type=positive(int), default=3, help="repetitions of each case (default 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     return parser
 
 
 def report(starts: Sequence[Start]) -> str:
-    """The table for people."""
+    """The printed table."""
     rows = [
         [
             "kept" if start.programs else "compiled",

@@ -1,6 +1,6 @@
-"""The TPU laboratory over published model shapes: the extraction step compiled for chips that are not there.
+"""The TPU laboratory for published model shapes: compiles the extraction step without a TPU.
 
-Needs libtpu and no TPU, no weights and no hub. See README.md and docs/tpu_laboratory.md.
+Needs libtpu, but no TPU, weights or hub. See README.md and docs/tpu_laboratory.md.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from core.step.layout import ROW_MULTIPLE
 from core.step.model_shape import check_sample_length
 from qwen2_jax import Capture
 
-# Of a step, for each chip.
+# Per step and chip.
 TOKENS = 8192
 CASES = (
     Case("Qwen2.5-0.5B", None, 512, 0.65),
@@ -35,7 +35,7 @@ CASES = (
 
 
 def estimate(case: Case, topology: str) -> StepEstimate:
-    """bfloat16, computed and stored; residuals. Raises as `estimate_step` does."""
+    """The estimate for residuals, computed and stored in bfloat16. Raises as `estimate_step` does."""
     config = shape_of(case.model)
     request = StepRequest(Capture(case.layers_of(config)), "bfloat16", "bfloat16")
     rows = case.rows or TOKENS // case.length
@@ -48,9 +48,9 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add = parser.add_argument
     add("--tpu_topology", default="v5e:8x8", help="such as v5e:8x8, v6e:8x8 or v5p:2x2x4 (default v5e:8x8)")
     add("--model", help="a name in model_shapes.json, a model folder or a hub id, instead of the table of cases")
-    add("--layers", type=int, nargs="+", help="of --model; default all")
-    add("--row_length", type=int, help="of --model; a multiple of 128 (default 2048)")
-    add("--mesh", help="of --model, on one host: auto, 1d, 2d, DATAxMODEL (default auto)")
+    add("--layers", type=int, nargs="+", help="with --model: captured layers (default all)")
+    add("--row_length", type=int, help="with --model: a multiple of 128 (default 2048)")
+    add("--mesh", help="with --model, on one host: auto, 1d, 2d, DATAxMODEL (default auto)")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     add("--verbose", action="store_true", help="every operation of every case; stack traces of errors")
     return parser
@@ -63,7 +63,7 @@ def _verdict(case: Case, found: StepEstimate) -> str:
 
 
 def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
-    """The table for people."""
+    """The printed table."""
     header = ["case", "chips a copy", "memory", "step", "kernels", "MFU", "target", "tokens/s a chip", "$ for 10^9"]
     header += ["of host link", "of network"]
     rows = [
@@ -86,7 +86,7 @@ def report(results: Sequence[tuple[Case, StepEstimate]]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compiles one case after the other and prints what it found."""
+    """Compiles the cases one after another and prints the estimates."""
     cases = [_case(args)] if args.model else CASES
     for name in ("layers", "row_length", "mesh"):
         if not args.model and getattr(args, name) is not None:

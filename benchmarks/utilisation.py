@@ -1,6 +1,6 @@
 """How much of a run is forward passes: end-to-end wall time over the time of the same steps alone.
 
-Both sides run in one process, in turns, with the model loaded and every shape compiled. See README.md.
+Both sides run alternately in one process, with the model loaded and every shape compiled. See README.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ TARGET = 1.10
 
 
 @dataclass(frozen=True)
-class CaseResult:
+class UtilisationResult:
     """One case; `computed_tokens` counts padding, `tokens` does not; `stages` are those of the last run."""
 
     case: str
@@ -44,14 +44,14 @@ class CaseResult:
     timings: dict[str, Timings]
 
 
-def measure(engine: Engine, case: str, folder: Path, repeats: int) -> CaseResult:
-    """Runs both sides in turns. Raises RunError when a run commits other tokens than the steps hold."""
-    steps = engine.planned_steps()
+def measure(engine: Engine, case: str, folder: Path, repeats: int) -> UtilisationResult:
+    """Runs both sides alternately. Raises RunError when a run commits other tokens than the steps contain."""
+    steps = engine.all_steps()
     summaries: list[Summary] = []
 
     def end_to_end() -> None:
         summaries.append(engine.run(folder / str(len(summaries))))
-        # The next repetition should meet the same disk, not one that is filling up.
+        # The next repetition should find the same free disk space.
         shutil.rmtree(folder / str(len(summaries) - 1))
 
     end_to_end()
@@ -60,7 +60,7 @@ def measure(engine: Engine, case: str, folder: Path, repeats: int) -> CaseResult
     in_steps = sum(int((step.segment_ids > 0).sum()) for step in steps)
     if last.tokens != in_steps:
         raise RunError(f"the run committed {last.tokens} tokens, the steps alone computed {in_steps}")
-    return CaseResult(
+    return UtilisationResult(
         case=case,
         n_layers=len(engine.job.capture.layers),
         tokens=last.tokens,
@@ -82,8 +82,8 @@ def shard_mb(workload: Workload, windows: int, n_layers: int, d_model: int, item
     return tokens * n_layers * d_model * itemsize / 2**20
 
 
-def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Namespace) -> CaseResult:
-    """Loads what a case needs and measures it."""
+def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Namespace) -> UtilisationResult:
+    """Loads the engine of a case and measures it."""
     config = load_config(workload.model_path)
     layers = case_layers(case, config.n_layers)
     engine = Engine.load(
@@ -103,13 +103,13 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add_workload_flags(parser, prompts=64)
     add_case_flags(parser, dtypes=("float16", "bfloat16", "float32"), repeats=5)
     parser.add_argument(
-        "--windows", type=positive(int), default=4, help="at least so many windows, and so shards (default 4)"
+        "--windows", type=positive(int), default=4, help="at least this many windows, and so shards (default 4)"
     )
     return parser
 
 
-def report(results: Sequence[CaseResult]) -> str:
-    """The table for people."""
+def report(results: Sequence[UtilisationResult]) -> str:
+    """The printed table."""
     header = [
         "case",
         "steps",

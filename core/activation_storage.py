@@ -1,6 +1,6 @@
 """The output folder: shard files, commit records and the index, written so that no crash can lose or repeat a sample.
 
-    <out>/run.json                    the plan; create-only
+    <out>/run.json                    the identity of the run; create-only
     <out>/tpu_0/stream.json           which samples this folder holds; create-only
     <out>/tpu_0/shard_0001.pkl.gz     a window's activations; create-only (several sites: tpu_0/<site>/shard_0001.…)
     <out>/tpu_0/samples_0001.jsonl.gz its sample table: token ids, lengths, previews, labels; create-only
@@ -12,48 +12,32 @@ Where several hosts share each window, every part of it has files of its own, sh
 the record names those of all parts.
 
 A window is committed when its record exists, and readers believe only what a record names. Every byte follows from
-plan, stream and window, so whoever writes a name a second time writes the same content or steps back.
+identity, stream and window, so a second writer of a name writes the same content or steps back.
 """
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from absl import logging
 
 from core.base.canonical_json import content_hash, sealed_json
 from core.base.errors import RunError
 from core.base.fault_points import fault_point
-from core.commit.identity import RunPlan, StreamPlan
+from core.commit.identity import RunIdentity, StreamIdentity
 from core.commit.output_identity import RUN_FILE, STREAM_FILE, declare, refuse_other
-from core.commit.record import CommitRecord, StoredFile, shard_stem
+from core.commit.record import CommitRecord, StoredFile
 from core.commit.stored_records import INDEX_FILE, committed_records, index_of
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
-from core.shards.sinks import FileDigest, digest_stream
-
-
-@dataclass(frozen=True)
-class SpooledFile:
-    """A finished file on the local disk, waiting to be stored under `name` in the worker's folder.
-
-    `is_equivalent` tells whether another file's stream holds the same samples up to rounding; None when rounding cannot
-    touch the content, so that any other file is a wrong one.
-    """
-
-    name: str
-    site: str | None
-    path: Path
-    digest: FileDigest
-    is_equivalent: Callable[[BinaryIO], bool] | None
+from core.shards.encoding import SpooledFile
+from core.shards.names import shard_stem
+from core.shards.sinks import digest_stream
 
 
 class ActivationStorage:
     """One worker's folder in the output.
 
     Args:
-      plan, stream: what the folder is for.
+      identity, stream: what the folder is for.
       folder: the worker's folder, such as `tpu_0`.
       primary: where a commit counts.
       mirror: a local copy kept beside a remote primary, or None.
@@ -63,8 +47,8 @@ class ActivationStorage:
 
     def __init__(
         self,
-        plan: RunPlan,
-        stream: StreamPlan,
+        identity: RunIdentity,
+        stream: StreamIdentity,
         folder: str,
         *,
         primary: ObjectStore,
@@ -72,11 +56,11 @@ class ActivationStorage:
         mirror: ObjectStore | None = None,
         index_extra: dict[str, Any] | None = None,
     ) -> None:
-        self.plan_hash = content_hash(plan.to_json())
+        self.plan_hash = content_hash(identity.to_json())
         self.stream_hash = content_hash(stream.to_json())
         self.folder = folder
         self.spool = spool
-        self._plan = plan
+        self._identity = identity
         self._stream = stream
         self._primary = primary
         self._mirror = mirror
@@ -114,7 +98,7 @@ class ActivationStorage:
         """What is committed in the folder, in window order; nothing is written before the first `store`.
 
         n_windows: how many another host has found there: the rest is left out.
-        Raises UsageError when the folder holds another plan or stream, RunError when it holds fewer windows.
+        Raises UsageError when the folder holds another run or stream, RunError when it holds fewer windows.
         """
         for store in self._stores():
             for name, wanted in self._identities():
@@ -122,7 +106,7 @@ class ActivationStorage:
         self._records = committed_records(self._primary, self.folder)
         for record in self._records:
             if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
-                raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written for another plan: verify it")
+                raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written by another run: verify it")
         if n_windows is not None and len(self._records) < n_windows:
             raise RunError(
                 f"{self.url} holds {len(self._records)} committed windows here, {n_windows} on host 0: "
@@ -132,7 +116,7 @@ class ActivationStorage:
         return list(self._records)
 
     def _identities(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(RUN_FILE, self._plan.to_json()), (f"{self.folder}/{STREAM_FILE}", self._stream.to_json())]
+        return [(RUN_FILE, self._identity.to_json()), (f"{self.folder}/{STREAM_FILE}", self._stream.to_json())]
 
     def _claim(self) -> None:
         """Writes what the folder is for, once; raises UsageError when another run did so first."""
@@ -217,7 +201,7 @@ class ActivationStorage:
     def commit_nothing(self) -> None:
         """Commits that the stream has no sample for this folder: its share of a short stream is empty."""
         self._claim()
-        self.commit(CommitRecord.of_nothing(self.plan_hash, self.stream_hash, self._plan.dtype))
+        self.commit(CommitRecord.of_nothing(self.plan_hash, self.stream_hash, self._identity.dtype))
 
     def write_index(self) -> None:
         """Rebuilds metadata.json from the records."""

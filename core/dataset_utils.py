@@ -14,7 +14,7 @@ from typing import Any
 from core.base.errors import RunError, UsageError
 from core.object_store.stored_files import filesystem, is_file, read_jsonl_lines, storage_errors, stored_info
 from core.streams.lines import Kind, kind_of, parse_json_line, parse_object
-from core.streams.sharded_dataset import ShardEntry, check_chunk, find_shard, is_dataset
+from core.streams.sharded_dataset import DatasetShard, check_chunk, find_shard, is_dataset
 
 _NUMBERED_STREAM = re.compile(r"(.*stream_)([0-9]+)(\.jsonl(?:\.gz|\.zst)?)")
 
@@ -122,7 +122,7 @@ def survey_records(
     return count, [_parse_line(raw, position, line, kind) for position, line, raw in kept]
 
 
-def _numbered_lines(path: str, shard: ShardEntry | None) -> Iterator[tuple[int, int, bytes]]:
+def _numbered_lines(path: str, shard: DatasetShard | None) -> Iterator[tuple[int, int, bytes]]:
     """Position, line of its file, and bytes of each line."""
     if shard is None:
         for position, raw in enumerate(read_jsonl_lines(path)):

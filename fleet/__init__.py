@@ -1,1 +1,1 @@
-"""Fleets of TPU VMs: what gcloud says exists is compared with what is wanted, and made so. Standard library only."""
+"""Fleets of TPU VMs: compares what exists with what is wanted and changes the difference. Standard library only."""

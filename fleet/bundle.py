@@ -1,4 +1,4 @@
-"""The code as one archive: what a machine that extracts needs of this checkout and nothing else.
+"""The code as one archive: only the files of this checkout that an extraction needs.
 
 `python3 -m fleet.bundle` writes it to stdout, as the context of `docker build`.
 """
@@ -12,7 +12,7 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-# What setup.cfg installs and these; what else lies in a checkout (keys, data, notes) stays where it is.
+# What setup.cfg installs, and these. Other files of a checkout (keys, data, notes) are not packed.
 _FILES = ("LICENSE", "README.md", "constraints.txt", "launchers/Dockerfile", "pyproject.toml", "setup.cfg")
 _FOLDERS = ("scripts",)
 _SUFFIXES = {".py", ".sh"}

@@ -1,4 +1,4 @@
-"""What each subcommand does: list first, decide, then change. Returns exit codes; prints what was asked for."""
+"""The subcommands: list first, decide, then change. They print their results and return exit codes."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from fleet.decisions import (
     Machine,
     Slot,
     Wishes,
+    decide,
     existing_slots,
-    plan,
     require_machines,
     wanted_slots,
 )
@@ -26,7 +26,7 @@ from fleet.gcloud.calls import Gcloud, Patience
 from fleet.gcloud.listing import Inventory, Resource
 from fleet.gcloud.naming import require_name
 from fleet.gcloud.parallel import each
-from fleet.launching import Job, Launched, launch, require_flags
+from fleet.launching import ExtractionCommand, Launched, launch, require_flags
 from fleet.reconciling import Outcome, delete, reconcile
 from fleet.secrets import refuse_secrets
 from fleet.watching import Round, dataset_finished, output_url, watch
@@ -37,14 +37,14 @@ _LOG = '"$HOME/activations/logs/extract.log"'
 
 @dataclass(frozen=True)
 class Context:
-    """The flags, gcloud, and the number of TPUs that the flags speak of."""
+    """The flags, gcloud, and the TPUs that the flags select."""
 
     args: argparse.Namespace
     gcloud: Gcloud
 
     @property
     def fleet(self) -> str:
-        """The fleet's name, which is its label and begins the names of its TPUs."""
+        """The fleet's name: its label, and the prefix of the names of its TPUs."""
         return str(self.args.fleet)
 
     @property
@@ -54,19 +54,19 @@ class Context:
         return Wishes(args.tpu_type, args.runtime, args.spot, args.queued)
 
     def slots(self, found: Inventory) -> tuple[Slot, ...]:
-        """The TPUs of --workers_per_zone; without it those that exist."""
+        """The TPUs of --workers_per_zone, or without that flag those that exist."""
         if self.args.workers_per_zone is None:
             return existing_slots(self.fleet, found)
         return self.wanted()
 
     def wanted(self) -> tuple[Slot, ...]:
-        """The TPUs of --workers_per_zone, by their flags alone."""
+        """The TPUs of --workers_per_zone, from the flags alone."""
         args = self.args
         return wanted_slots(self.fleet, args.zones, args.workers_per_zone, args.first_worker_id)
 
 
 def context_of(args: argparse.Namespace) -> Context:
-    """gcloud as the flags say. Raises UsageError for a fleet whose names get too long, before any call."""
+    """gcloud with the settings of the flags. Raises UsageError if names would get too long, before any call."""
     patience = Patience(args.max_retries, args.retry_delay, args.gcloud_timeout)
     context = Context(args, Gcloud(args.project, patience, dry_run=args.dry_run))
     if getattr(args, "workers_per_zone", None) is not None:
@@ -75,16 +75,16 @@ def context_of(args: argparse.Namespace) -> Context:
 
 
 def create_command(context: Context) -> int:
-    """create and recreate-preempted: the same reconciliation; they differ in what --workers_per_zone defaults to."""
+    """create and recreate-preempted: the same reconciliation with another default of --workers_per_zone."""
     if context.args.watch:
         return _watch(context, job=None)
     return _report(context, _reconciled(context, {}))
 
 
 def _reconciled(context: Context, remembered: dict[str, Machine]) -> tuple[Outcome, ...]:
-    """One reconciliation; `remembered` is used and brought up to date."""
+    """One reconciliation; uses and updates `remembered`."""
     found = context.gcloud.inventory(context.args.zones)
-    decisions = plan(context.fleet, context.slots(found), found, context.wishes, remembered)
+    decisions = decide(context.fleet, context.slots(found), found, context.wishes, remembered)
     require_machines(decisions)
     remembered.update({d.slot.name: d.machine for d in decisions if d.machine is not None})
     return reconcile(context.gcloud, context.fleet, decisions, context.args.service_account)
@@ -94,7 +94,7 @@ def status_command(context: Context) -> int:
     """status: the TPUs wanted, or without --workers_per_zone those that exist, and what create would do about them."""
     while True:
         found = context.gcloud.inventory(context.args.zones)
-        decisions = plan(context.fleet, context.slots(found), found, Wishes())
+        decisions = decide(context.fleet, context.slots(found), found, Wishes())
         _print(context, [_status(decision) for decision in decisions])
         if not context.args.watch:
             return 0
@@ -116,7 +116,7 @@ def _status(decision: Decision) -> dict[str, Any]:
 
 
 def list_command(context: Context) -> int:
-    """list: what exists with the fleet's label, in all zones unless --zones says which."""
+    """list: everything with the fleet's label, in all zones or those of --zones."""
     found = context.gcloud.inventory(context.args.zones or ("-",))
     things = [*found.nodes.values(), *found.queue.values()]
     ours = sorted((thing for thing in things if thing.fleet == context.fleet), key=lambda t: (t.zone, t.name, t.kind))
@@ -126,7 +126,7 @@ def list_command(context: Context) -> int:
 
 
 def delete_command(context: Context) -> int:
-    """delete: the fleet's TPUs and places in the queue, or with --workers_per_zone those of that number alone."""
+    """delete: the fleet's TPUs and queued resources, or with --workers_per_zone only that many in each zone."""
     return _report(context, _deleted(context))
 
 
@@ -141,7 +141,7 @@ def _to_delete(fleet: str, slots: Sequence[Slot], found: Inventory) -> list[tupl
     for slot in slots:
         key = (slot.zone, slot.name)
         things = [thing for thing in (found.queue.get(key), found.nodes.get(key)) if thing is not None]
-        # What is not ours comes first: it is reported, and then neither is touched.
+        # Resources that are not ours come first: they are reported, and then neither is touched.
         things.sort(key=lambda thing: thing.fleet == fleet)
         pairs += [(slot, thing) for thing in things[:1]]
     return pairs
@@ -152,11 +152,11 @@ def launch_command(context: Context) -> int:
     args = context.args
     require_flags(args.command_flags)
     refuse_secrets([*args.command_flags, *(secret for _, secret in args.secret_env)])
-    job = Job(tuple(args.command_flags), tuple(args.secret_env), build_bundle(ROOT))
+    job = ExtractionCommand(tuple(args.command_flags), tuple(args.secret_env), build_bundle(ROOT))
     if args.watch:
         return _watch(context, job)
     found = context.gcloud.inventory(args.zones)
-    decisions = plan(context.fleet, context.slots(found), found, context.wishes)
+    decisions = decide(context.fleet, context.slots(found), found, context.wishes)
     launched = _launch_ready(context, job, decisions, again=True)
     missing = [decision for decision in decisions if decision.action is not Action.KEEP]
     for decision in missing:
@@ -168,15 +168,17 @@ def launch_command(context: Context) -> int:
     return 0 if all(item.ok for item in launched) and not missing else 1
 
 
-def _launch_ready(context: Context, job: Job, decisions: Sequence[Decision], *, again: bool) -> tuple[Launched, ...]:
+def _launch_ready(
+    context: Context, job: ExtractionCommand, decisions: Sequence[Decision], *, again: bool
+) -> tuple[Launched, ...]:
     ready = [decision for decision in decisions if decision.action is Action.KEEP]
     return launch(context.gcloud, job, ready, restart=context.args.restart, again=again)
 
 
-def _watch(context: Context, job: Job | None) -> int:
+def _watch(context: Context, job: ExtractionCommand | None) -> int:
     args = context.args
     if args.workers_per_zone is None:
-        raise UsageError("--watch needs --workers_per_zone: a TPU that is gone tells nobody that it was wanted")
+        raise UsageError("--watch needs --workers_per_zone: it must know how many TPUs to recreate when some are gone")
     url = args.output or (output_url(args.command_flags) if job else None)
     remembered: dict[str, Machine] = {}
 
@@ -184,14 +186,14 @@ def _watch(context: Context, job: Job | None) -> int:
         outcomes = _reconciled(context, remembered)
         if job is None:
             return Round(outcomes, ())
-        # What was created a moment ago is in no listing yet: the next round finds it ready.
+        # TPUs created in this round are not in its listing; the next round finds them ready.
         return Round(outcomes, _launch_ready(context, job, [item.decision for item in outcomes], again=False))
 
     def finished(last: Round) -> bool | None:
         return None if url is None else dataset_finished(url, ROOT, last.has_ended)
 
     if args.dry_run:
-        one_round()  # a second one would find the same
+        one_round()  # a second round would give the same result
         return 0
     verdict = watch(one_round, finished, lambda: time.sleep(args.interval))
     logging.info(verdict.message)
@@ -224,10 +226,10 @@ def _slot_named(context: Context, name: str) -> Slot:
 
 
 def logs_command(context: Context) -> int:
-    """logs: the last lines of every host's log, or with --follow what is added to it."""
+    """logs: the last lines of every host's log, and with --follow new ones."""
     args, gcloud = context.args, context.gcloud
     found = gcloud.inventory(args.zones)
-    ready = [d.slot for d in plan(context.fleet, context.slots(found), found, Wishes()) if d.action is Action.KEEP]
+    ready = [d.slot for d in decide(context.fleet, context.slots(found), found, Wishes()) if d.action is Action.KEEP]
     if not ready:
         raise RunError(f"no TPU of the fleet {context.fleet} in {', '.join(args.zones)} is ready")
     follow = "-F" if args.follow else ""
@@ -253,7 +255,7 @@ def _dump(context: Context, tpus: Sequence[dict[str, Any]]) -> None:
 
 
 def _print(context: Context, rows: Sequence[dict[str, Any]]) -> None:
-    """A table for people, or with --json one object."""
+    """Prints a table, or with --json one object."""
     if context.args.json:
         _dump(context, rows)
         return

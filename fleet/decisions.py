@@ -1,4 +1,4 @@
-"""What to do about each TPU of a fleet: pure functions from what is wanted and what exists to decisions."""
+"""Decides what to do about each TPU of a fleet: pure functions of what is wanted and what exists."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +13,14 @@ from fleet.gcloud.naming import require_name, require_runtime
 
 
 class Action(StrEnum):
-    """What is to be done about one TPU."""
+    """What to do about one TPU."""
 
     CREATE = "create"
     RECREATE = "recreate"
     DELETE = "delete"
     WAIT = "wait"
     KEEP = "keep"
-    LEAVE = "leave"  # only a person can decide
+    LEAVE = "leave"  # the user has to decide
     CONFLICT = "conflict"  # the name is taken by something that is not ours
 
 
@@ -47,7 +47,7 @@ NODE_ACTIONS: Mapping[str, tuple[Action, str]] = {
 _IN_THE_QUEUE = (Action.WAIT, "in the queue")
 _LEAVING_THE_QUEUE = (Action.WAIT, "leaving the queue")
 # https://cloud.google.com/tpu/docs/reference/rest/v2/projects.locations.queuedResources#State
-# ACTIVE is missing: then the state of the node counts.
+# ACTIVE is missing: then the state of the node decides.
 QUEUE_ACTIONS: Mapping[str, tuple[Action, str]] = {
     "FAILED": (Action.RECREATE, "refused by the queue"),
     "SUSPENDED": (Action.RECREATE, "suspended; the queue took its TPU back"),
@@ -73,7 +73,7 @@ class Slot:
 
 @dataclass(frozen=True, order=True)
 class Machine:
-    """What a TPU is created as."""
+    """The configuration that a TPU is created with."""
 
     tpu_type: str
     runtime: str
@@ -100,7 +100,7 @@ class Wishes:
 class Decision:
     """What to do about one slot, and why.
 
-    `machine` is what it is, or is to be created as; None for a conflict, and where nothing says what it is to be.
+    `machine` is its configuration, present or future; None for a conflict, and when the flags leave it open.
     """
 
     slot: Slot
@@ -112,9 +112,9 @@ class Decision:
 
 
 def wanted_slots(fleet: str, zones: Sequence[str], workers_per_zone: int, first_worker_id: int) -> tuple[Slot, ...]:
-    """The TPUs <fleet>-<zone>-<i>, workers numbered through all zones in their order.
+    """The TPUs <fleet>-<zone>-<i>; workers are numbered across the zones, in their order.
 
-    Raises UsageError when a name gets longer than a TPU's may be.
+    Raises UsageError when a name is too long for a TPU.
     """
     pairs = [(zone, index) for zone in zones for index in range(workers_per_zone)]
     return tuple(
@@ -124,7 +124,7 @@ def wanted_slots(fleet: str, zones: Sequence[str], workers_per_zone: int, first_
 
 
 def existing_slots(fleet: str, found: Inventory) -> tuple[Slot, ...]:
-    """The TPUs of the fleet that exist or are queued for, by worker. Raises RunError for one without that label."""
+    """The TPUs of the fleet that exist or are queued, by worker. Raises RunError for one without the worker label."""
     ours = {key: thing for key, thing in {**found.queue, **found.nodes}.items() if thing.fleet == fleet}
     slots = [Slot(require_name(name), zone, _worker_of(thing)) for (zone, name), thing in ours.items()]
     return tuple(sorted(slots, key=lambda slot: (slot.worker_id, slot.name)))
@@ -137,24 +137,24 @@ def _worker_of(thing: Resource) -> int:
     return int(label)
 
 
-def plan(
+def decide(
     fleet: str,
     slots: Iterable[Slot],
     found: Inventory,
     wishes: Wishes,
     remembered: Mapping[str, Machine] = MappingProxyType({}),
 ) -> tuple[Decision, ...]:
-    """A decision for each slot. `remembered` is what absent TPUs were, by name, when that is known.
+    """A decision for each slot. `remembered` holds known configurations of absent TPUs, by name.
 
-    Raises RunError when two would be the same worker.
+    Raises RunError when two TPUs would be the same worker.
     """
     machines = sorted({_machine_of(thing, found) for thing in found.nodes.values() if thing.fleet == fleet})
-    decisions = tuple(_decide(fleet, slot, found, wishes, machines, remembered.get(slot.name)) for slot in slots)
+    decisions = tuple(_decide_one(fleet, slot, found, wishes, machines, remembered.get(slot.name)) for slot in slots)
     _require_distinct_workers(decisions)
     return decisions
 
 
-def _decide(
+def _decide_one(
     fleet: str, slot: Slot, found: Inventory, wishes: Wishes, machines: Sequence[Machine], before: Machine | None
 ) -> Decision:
     node = found.nodes.get((slot.zone, slot.name))
@@ -193,16 +193,16 @@ def required_action(node: Resource | None, queued: Resource | None) -> tuple[Act
 
 
 def require_machines(decisions: Iterable[Decision]) -> None:
-    """Raises UsageError when it is not clear what a new TPU is to be."""
+    """Raises UsageError when the configuration of a new TPU is not clear."""
     for decision in decisions:
         if decision.action is Action.CREATE and decision.machine is None:
-            raise UsageError(f"the fleet has several types: --tpu_type has to say what {decision.slot.name} is to be")
+            raise UsageError(f"the fleet has several types: give the type of {decision.slot.name} with --tpu_type")
 
 
 def machine_for(wishes: Wishes, before: Machine | None, others: Sequence[Machine]) -> Machine | None:
-    """What a new TPU is to be: the flags, else what it was before, else what the others are, else the default.
+    """The configuration of a new TPU: from the flags, else its previous one, else that of the others, else the default.
 
-    None when the others are of several types and no flag says which.
+    None when the others have several types and no flag selects one.
     """
     if before is None and wishes.tpu_type is None and len({machine.tpu_type for machine in others}) > 1:
         return None

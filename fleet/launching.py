@@ -1,4 +1,4 @@
-"""Starts the extraction on TPUs that are ready: code, environment, supervisor. Starting twice starts once."""
+"""Starts the extraction on ready TPUs: code, environment, supervisor. Launching again does not start it twice."""
 
 import hashlib
 import logging
@@ -18,7 +18,7 @@ from fleet.gcloud.accelerators import hosts_of
 from fleet.gcloud.calls import Gcloud
 from fleet.gcloud.parallel import each
 
-# Of the extraction: the fleet numbers workers, and JAX numbers the hosts of a slice.
+# Flags of the extraction that launch sets: the fleet numbers workers, and JAX numbers the hosts of a slice.
 _FLAGS_OF_THE_FLEET = ("--worker_id", "--host_id")
 _MARK = "activations-host"
 _PROBE = f"""\
@@ -37,8 +37,8 @@ bash "$code/scripts/setup_tpu_vm.sh" --dir "$dir"
 "$dir/venv/bin/python" "$code/extract_activations.py" {flags}"""
 
 
-class Extraction(StrEnum):
-    """What the extraction on a TPU does."""
+class ExtractionState(StrEnum):
+    """The state of the extraction on a TPU."""
 
     STARTED = "started"
     RUNNING = "running"
@@ -47,11 +47,11 @@ class Extraction(StrEnum):
     STOPPED = "stopped"
     OTHER = "runs something else"
     UNREACHABLE = "unreachable"
-    PLANNED = "planned"
+    DRY_RUN = "dry run"
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionCommand:
     """What every worker runs: the flags of extract_activations.py, the secrets by variable, and the code."""
 
     flags: tuple[str, ...]
@@ -60,13 +60,13 @@ class Job:
 
     @property
     def id(self) -> str:
-        """The same for the same job, so that it is recognised on a TPU."""
+        """A hash of the job, by which it is recognized on a TPU."""
         return hashlib.sha256(repr((self.flags, self.secrets, self.bundle.digest)).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class HostState:
-    """One host's supervisor: a word of supervise.sh, the job it belongs to, and what it adds."""
+    """One host's supervisor: its state in supervise.sh, the job it belongs to, and a detail."""
 
     host: str
     state: str
@@ -76,23 +76,28 @@ class HostState:
 
 @dataclass(frozen=True)
 class Launched:
-    """What became of one TPU's extraction."""
+    """The result of launching on one TPU."""
 
     decision: Decision
-    extraction: Extraction
+    extraction: ExtractionState
     message: str
 
     @property
     def ok(self) -> bool:
-        """Whether the extraction runs or has ended well."""
-        return self.extraction in (Extraction.STARTED, Extraction.RUNNING, Extraction.FINISHED, Extraction.PLANNED)
+        """Whether the extraction runs or has finished."""
+        return self.extraction in (
+            ExtractionState.STARTED,
+            ExtractionState.RUNNING,
+            ExtractionState.FINISHED,
+            ExtractionState.DRY_RUN,
+        )
 
     def line(self) -> str:
-        """For people."""
+        """The result as a log line."""
         return f"{self.decision.slot.name} (worker {self.decision.slot.worker_id}): {self.extraction}: {self.message}"
 
     def to_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """The result as plain values."""
         slot = self.decision.slot
         state = {"extraction": str(self.extraction), "message": self.message}
         return {"name": slot.name, "zone": slot.zone, "worker_id": slot.worker_id} | state
@@ -102,7 +107,7 @@ def require_flags(flags: Sequence[str]) -> None:
     """Raises UsageError for flags of extract_activations.py that the fleet sets."""
     for flag in flags:
         if flag.partition("=")[0] in _FLAGS_OF_THE_FLEET:
-            raise UsageError(f"{flag.partition('=')[0]} is set by launch, for each worker its own")
+            raise UsageError(f"{flag.partition('=')[0]} is set by launch for each worker: leave it out")
 
 
 def flags_of_worker(flags: Sequence[str], worker_id: int, hosts: int) -> tuple[list[str], dict[str, str]]:
@@ -121,7 +126,7 @@ def flags_of_worker(flags: Sequence[str], worker_id: int, hosts: int) -> tuple[l
     return [*own, *multihost, "--worker_id", str(worker_id)], {}
 
 
-def start_script(job: Job, worker_id: int, hosts: int, *, restart: bool) -> str:
+def start_script(job: ExtractionCommand, worker_id: int, hosts: int, *, restart: bool) -> str:
     """The shell script that sets a host up and starts the job there."""
     flags, environment = flags_of_worker(job.flags, worker_id, hosts)
     options = ["--id", job.id]
@@ -136,7 +141,7 @@ def start_script(job: Job, worker_id: int, hosts: int, *, restart: bool) -> str:
     )
 
 
-def _archive(job: Job) -> str:
+def _archive(job: ExtractionCommand) -> str:
     return f"activations-{job.bundle.digest}.tar.gz"
 
 
@@ -146,32 +151,32 @@ def parse_states(output: str) -> tuple[HostState, ...]:
     return tuple(HostState(*parts[1:]) for parts in lines if parts[:1] == [_MARK] and len(parts) == 5)
 
 
-def state_of(states: Sequence[HostState], job_id: str, hosts: int) -> tuple[Extraction | None, str]:
-    """What the hosts of one TPU do together; None when there is something to start."""
+def state_of(states: Sequence[HostState], job_id: str, hosts: int) -> tuple[ExtractionState | None, str]:
+    """The common state of the hosts of one TPU; None when the job has to be started."""
     if len(states) < hosts:
-        return Extraction.UNREACHABLE, f"{len(states)} of {hosts} hosts answered"
+        return ExtractionState.UNREACHABLE, f"{len(states)} of {hosts} hosts answered"
     active = [host for host in states if host.state in ("running", "waiting")]
     for host in active:
         if host.job != job_id:
-            return Extraction.OTHER, f"{host.host} runs job {host.job}: --restart ends it"
+            return ExtractionState.OTHER, f"{host.host} runs job {host.job}: --restart ends it"
     ours = [host for host in states if host.job == job_id]
-    for word, extraction in (("failed", Extraction.FAILED), ("stopped", Extraction.STOPPED)):
+    for word, extraction in (("failed", ExtractionState.FAILED), ("stopped", ExtractionState.STOPPED)):
         for host in ours:
             if host.state == word:
                 return extraction, f"{host.host}: {host.detail}"
     if len(ours) == hosts and all(host.state == "finished" for host in ours):
-        return Extraction.FINISHED, ours[0].detail
+        return ExtractionState.FINISHED, ours[0].detail
     if len(ours) == hosts and all(host.state in ("running", "waiting", "finished") for host in ours):
-        return Extraction.RUNNING, active[0].detail
+        return ExtractionState.RUNNING, active[0].detail
     return None, "not running"
 
 
 def launch(
-    gcloud: Gcloud, job: Job, decisions: Sequence[Decision], *, restart: bool = False, again: bool = True
+    gcloud: Gcloud, job: ExtractionCommand, decisions: Sequence[Decision], *, restart: bool = False, again: bool = True
 ) -> tuple[Launched, ...]:
-    """Starts the job on the TPUs of the decisions, all of them ready.
+    """Starts the job on the TPUs of the decisions, which must be ready.
 
-    restart: ends what runs there first. again: starts a job anew that failed for good or was stopped by someone.
+    restart: first ends another job that runs there. again: restarts a job that gave up or that a user stopped.
     """
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / _archive(job)
@@ -181,26 +186,28 @@ def launch(
             try:
                 launched = _launch_one(gcloud, job, decision, archive, restart, again)
             except RunError as error:
-                launched = Launched(decision, Extraction.UNREACHABLE, str(error))
+                launched = Launched(decision, ExtractionState.UNREACHABLE, str(error))
             logging.info(launched.line())
             return launched
 
         return tuple(each(decisions, one, on_interrupt=gcloud.stop))
 
 
-def _launch_one(gcloud: Gcloud, job: Job, decision: Decision, archive: Path, restart: bool, again: bool) -> Launched:
-    assert decision.machine is not None, "what is ready is a machine"
+def _launch_one(
+    gcloud: Gcloud, job: ExtractionCommand, decision: Decision, archive: Path, restart: bool, again: bool
+) -> Launched:
+    assert decision.machine is not None, "a ready TPU has a machine"
     slot, hosts = decision.slot, hosts_of(decision.machine.tpu_type)
     if not gcloud.dry_run and not restart:
         extraction, message = state_of(parse_states(gcloud.ssh(slot, _PROBE)), job.id, hosts)
-        startable = again and extraction in (Extraction.FAILED, Extraction.STOPPED)
+        startable = again and extraction in (ExtractionState.FAILED, ExtractionState.STOPPED)
         if extraction is not None and not startable:
             return Launched(decision, extraction, message)
     gcloud.copy(str(archive), slot, archive.name)
     output = gcloud.ssh(slot, start_script(job, slot.worker_id, hosts, restart=restart))
     if gcloud.dry_run:
-        return Launched(decision, Extraction.PLANNED, f"job {job.id} on {hosts} host(s)")
+        return Launched(decision, ExtractionState.DRY_RUN, f"job {job.id} on {hosts} host(s)")
     extraction, message = state_of(parse_states(output), job.id, hosts)
-    if extraction is Extraction.RUNNING:
-        return Launched(decision, Extraction.STARTED, f"job {job.id} on {hosts} host(s)")
-    return Launched(decision, extraction or Extraction.FAILED, message)
+    if extraction is ExtractionState.RUNNING:
+        return Launched(decision, ExtractionState.STARTED, f"job {job.id} on {hosts} host(s)")
+    return Launched(decision, extraction or ExtractionState.FAILED, message)

@@ -1,4 +1,4 @@
-"""Makes decisions real, one TPU independent of the others."""
+"""Carries out decisions, each TPU independently of the others."""
 
 import logging
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fleet.gcloud.parallel import each
 
 
 class Result(StrEnum):
-    """What became of one TPU."""
+    """The result for one TPU."""
 
     READY = "ready"
     WAITING = "waiting"
@@ -27,7 +27,7 @@ class Result(StrEnum):
     CONFLICT = "conflict"
     NO_CAPACITY = "no capacity"
     FAILED = "failed"
-    PLANNED = "planned"
+    DRY_RUN = "dry run"
 
 
 _BAD = {Result.LEFT, Result.CONFLICT, Result.NO_CAPACITY, Result.FAILED}
@@ -41,7 +41,7 @@ _NOTHING_TO_DO = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """A decision and what became of it."""
+    """A decision and its result."""
 
     decision: Decision
     result: Result
@@ -49,11 +49,11 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether the TPU is as wanted, or on its way there without a person."""
+        """Whether the TPU is as wanted, or will be without the user doing anything."""
         return self.result not in _BAD
 
     def line(self) -> str:
-        """For people."""
+        """The outcome as a log line."""
         slot = self.decision.slot
         machine = f", {self.decision.machine.label}" if self.decision.machine else ""
         return f"{slot.name} (worker {slot.worker_id}{machine}): {self.result}: {self.message}"
@@ -99,7 +99,7 @@ def _apply(gcloud: Gcloud, fleet: str, decision: Decision, service_account: str 
     slot, action, machine = decision.slot, decision.action, decision.machine
     if action in _NOTHING_TO_DO:
         return Outcome(decision, _NOTHING_TO_DO[action], decision.why)
-    assert machine is not None, "what is created has a machine"
+    assert machine is not None, "a TPU to create has a machine"
     if decision.delete is not None:
         changed = _delete_checked(gcloud, fleet, decision, decision.delete)
         if changed is not None:
@@ -108,21 +108,21 @@ def _apply(gcloud: Gcloud, fleet: str, decision: Decision, service_account: str 
     try:
         gcloud.create(fleet, slot, machine, service_account)
     except GcloudError as error:
-        # Another run was faster, or the answer to our own request was lost: the label tells.
+        # Another run was faster, or the answer to our own request was lost: the label decides.
         if error.failure is not Failure.EXISTS:
             raise
         found = gcloud.describe(Kind.QUEUED if machine.queued else Kind.NODE, slot)
         if found is None or found.fleet != fleet:
             return _conflict(decision, fleet)
     if gcloud.dry_run:
-        return Outcome(decision, Result.PLANNED, f"{action}: {decision.why}")
+        return Outcome(decision, Result.DRY_RUN, f"{action}: {decision.why}")
     if machine.queued:
         return Outcome(decision, Result.QUEUED, f"in the queue; it was {decision.why}")
     return Outcome(decision, Result.RECREATED if decision.delete else Result.CREATED, f"it was {decision.why}")
 
 
 def _delete_checked(gcloud: Gcloud, fleet: str, decision: Decision, kind: Kind) -> Outcome | None:
-    """Deletes what has to go, if it still has to: the listing may be minutes old, and another run may be at work."""
+    """Deletes a TPU if that is still right: the listing may be minutes old, and another run may have changed it."""
     node = gcloud.describe(Kind.NODE, decision.slot)
     queued = gcloud.describe(Kind.QUEUED, decision.slot) if kind is Kind.QUEUED else None
     if any(thing is not None and thing.fleet != fleet for thing in (node, queued)):
@@ -137,7 +137,7 @@ def _delete_checked(gcloud: Gcloud, fleet: str, decision: Decision, kind: Kind) 
 
 
 def delete(gcloud: Gcloud, fleet: str, things: Sequence[tuple[Slot, Resource]]) -> tuple[Outcome, ...]:
-    """Deletes each resource after a last look at its label."""
+    """Deletes each resource after checking its label again."""
 
     def one(pair: tuple[Slot, Resource]) -> Outcome:
         slot, thing = pair
@@ -163,7 +163,7 @@ def _delete_one(gcloud: Gcloud, fleet: str, decision: Decision, thing: Resource)
     if found.state == "DELETING":
         return Outcome(decision, Result.WAITING, "is being deleted")
     gcloud.delete(thing.kind, decision.slot)
-    return Outcome(decision, Result.PLANNED if gcloud.dry_run else Result.DELETED, f"it was {thing.state}")
+    return Outcome(decision, Result.DRY_RUN if gcloud.dry_run else Result.DELETED, f"it was {thing.state}")
 
 
 def _conflict(decision: Decision, fleet: str) -> Outcome:

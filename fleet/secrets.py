@@ -1,4 +1,4 @@
-"""Keeps secrets out of command lines: what is on one is in the process list of every VM, and in its log."""
+"""Keeps secrets out of command lines, which appear in the process list and the log of every VM."""
 
 import re
 from collections.abc import Iterable
@@ -23,6 +23,6 @@ def refuse_secrets(arguments: Iterable[str]) -> None:
         for what, form in _FORMS.items():
             if form.search(argument):
                 raise UsageError(
-                    f"argument {position} looks like {what}; every process on the TPU VM could read it: keep it in "
+                    f"argument {position} looks like {what}, which every process on the TPU VM could read: keep it in "
                     "Secret Manager and name it with --secret_env VARIABLE=NAME_OF_THE_SECRET"
                 )

@@ -10,34 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from core.base.errors import RunError, UsageError
-from fleet.launching import Extraction, Launched
+from fleet.launching import ExtractionState, Launched
 from fleet.reconciling import Outcome
 
-_ENDED = {Extraction.FINISHED, Extraction.FAILED, Extraction.STOPPED}
+_ENDED = {ExtractionState.FINISHED, ExtractionState.FAILED, ExtractionState.STOPPED}
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round found and did: the TPUs, and the extraction on those that are ready."""
+    """The results of one round: for the TPUs, and for the extraction on ready ones."""
 
     outcomes: tuple[Outcome, ...]
     launched: tuple[Launched, ...]
 
     @property
     def has_ended(self) -> bool:
-        """Whether every wanted TPU is there and no extraction goes on or will."""
+        """Whether every wanted TPU exists and every extraction has ended for good."""
         ended = bool(self.launched) and all(launched.extraction in _ENDED for launched in self.launched)
         return ended and len(self.launched) == len(self.outcomes)
 
     @property
     def has_finished(self) -> bool:
-        """Whether every extraction ended well."""
-        return self.has_ended and all(launched.extraction is Extraction.FINISHED for launched in self.launched)
+        """Whether every extraction has finished."""
+        return self.has_ended and all(launched.extraction is ExtractionState.FINISHED for launched in self.launched)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a watch ended: whether the dataset is finished, in words, and the last round."""
+    """How a watch ended: whether the dataset is finished, a message, and the last round."""
 
     ok: bool
     message: str
@@ -49,8 +49,8 @@ def watch(
 ) -> Verdict:
     """Runs rounds until the dataset is finished, or until there is nothing left to wait for.
 
-    `finished` returns None when it cannot tell; then the dataset is finished when every worker is. A round that fails
-    is reported and tried again. Raises UsageError from a round: what is wrong with the flags stays wrong.
+    `finished` returns None when it cannot tell; then the dataset is finished once every worker is. A failed round is
+    logged and repeated, except for a UsageError, since wrong flags stay wrong.
     """
     while True:
         verdict = None
@@ -71,14 +71,16 @@ def _verdict(last: Round, done: bool | None) -> Verdict | None:
     if done or (done is None and last.has_finished):
         return Verdict(True, "the dataset is finished", last)
     if last.has_finished:
-        return Verdict(False, "every worker has ended, but the dataset is not finished: verify tells why", last)
+        return Verdict(False, "every worker has ended, but the dataset is not finished: run verify to see why", last)
     if last.has_ended:
-        return Verdict(False, "no worker goes on: manage_tpus.sh logs tells why, launch starts them again", last)
+        return Verdict(
+            False, "every worker has ended, not all with success: see manage_tpus.sh logs, then launch again", last
+        )
     return None
 
 
 def output_url(flags: Sequence[str]) -> str | None:
-    """Where the extraction with these flags writes, when that can be seen from here: a gs:// URL, else None."""
+    """The output of the extraction with these flags if it is a gs:// URL, else None."""
     bucket, folder = _value(flags, "--gcs_bucket"), _value(flags, "--output_dir")
     if bucket and ("--upload_to_gcs" in flags or "--use_sharded_dataset" in flags):
         prefix = (_value(flags, "--gcs_prefix") or "activations").strip("/")
@@ -100,8 +102,8 @@ def _value(flags: Sequence[str], name: str) -> str | None:
 def dataset_finished(url: str, root: Path, workers_ended: bool) -> bool | None:
     """Whether the output at `url` holds the whole dataset; None when this machine cannot tell.
 
-    Asks `analyze_activations.py status URL --json` for its field `finished`. Where that does not answer, and no worker
-    goes on, `verify URL` tells: it reads every shard.
+    Reads the field `finished` of `analyze_activations.py status URL --json`. If that gives no answer and all workers
+    have ended, `verify URL` decides; it reads every shard.
     """
     status = _analysis(root, "status", url)
     if status is not None and isinstance(status.get("finished"), bool):
@@ -113,7 +115,7 @@ def dataset_finished(url: str, root: Path, workers_ended: bool) -> bool | None:
 
 
 def _analysis(root: Path, command: str, url: str) -> dict[str, Any] | None:
-    """The JSON object that a command of analyze_activations.py prints; None when it prints none."""
+    """The JSON object printed by a command of analyze_activations.py, or None."""
     call = [sys.executable, str(root / "analyze_activations.py"), command, url, "--json"]
     done = subprocess.run(call, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     try:

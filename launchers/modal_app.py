@@ -3,9 +3,10 @@
     modal run -m launchers.modal_app --workers 4 --use_sharded_dataset \\
         --sharded_dataset_dir gs://your-bucket/sharded_dataset --upload_to_gcs --gcs_bucket your-bucket
 
-All flags but --workers go to extract_activations.py. The output has to be a bucket: on a volume of Modal the last
-writer of a file wins, where workers rely on the first. The Modal secret `activations` holds the environment:
-GOOGLE_CREDENTIALS, the JSON key of a service account that may write to the bucket, and HF_TOKEN if the model wants it.
+All flags except --workers go to extract_activations.py. The output must be a bucket: on a volume of Modal the last
+writer of a file wins, but workers rely on the first writer winning. The Modal secret `activations` holds environment
+variables: GOOGLE_CREDENTIALS, the JSON key of a service account that may write to the bucket, and HF_TOKEN if the model
+needs it.
 """
 
 import argparse
@@ -43,12 +44,12 @@ models = modal.Volume.from_name("activations-models", create_if_missing=True)
     volumes={"/root/.cache/huggingface": models},
 )
 def extract(worker_id: int, flags: list[str]) -> int:
-    """One worker. A crash is an exception, after which Modal starts it again; wrong flags are not."""
+    """One worker. A crash raises, so that Modal starts the worker again; wrong flags do not raise."""
     environment = os.environ | {"WORKER_ID": str(worker_id)}
     key = environment.pop("GOOGLE_CREDENTIALS", None)
     if key is None:
         raise RuntimeError("the Modal secret `activations` has no GOOGLE_CREDENTIALS")
-    # In memory, under a descriptor that the command inherits: no file of the container holds the key.
+    # In memory, under a descriptor that the command inherits, so that the key is not in any file.
     descriptor = os.memfd_create("credentials", 0)
     os.write(descriptor, key.encode())
     environment["GOOGLE_APPLICATION_CREDENTIALS"] = f"/proc/self/fd/{descriptor}"
@@ -68,6 +69,6 @@ def main(*words: str) -> None:
     args, flags = parser.parse_known_args(words)
     flags = [flag for flag in flags if flag != "--"]
     if not {"--gcs_bucket", "--output_dir"} & {flag.partition("=")[0] for flag in flags}:
-        parser.error("say where the activations go: --upload_to_gcs --gcs_bucket your-bucket")
+        parser.error("an output is missing: give --upload_to_gcs --gcs_bucket your-bucket")
     codes = list(extract.starmap((worker, flags) for worker in range(args.workers)))
     sys.exit(max(codes))

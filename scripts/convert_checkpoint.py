@@ -1,4 +1,4 @@
-"""Converts a model's weights once, so that later runs start faster: docs/loading.md."""
+"""Converts a model's weights once, so that later runs start faster; see docs/loading.md."""
 
 import argparse
 import dataclasses
@@ -22,7 +22,7 @@ def build_parser() -> CommandParser:
     add = parser.add_argument
     add("model", help="HF folder, .gguf file, hub id or gs:// folder")
     add("--revision", help="hub revision: a branch, tag or commit")
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the --compute_dtype of the runs to come")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="the --compute_dtype of later runs")
     add("--weights_cache_dir", default=RunConfig.weights_cache_dir, help="local or gs:// (default %(default)s)")
     add("--json", action="store_true", help="print one JSON object on stdout at the end")
     add("--verbose", action="store_true", help="debug messages, and stack traces of errors")
@@ -30,12 +30,12 @@ def build_parser() -> CommandParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes the cache and says where it is."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # weights are cast and stored; an accelerator has no part in it
+    """Writes the cache and logs where it is."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # weights are only cast and stored, which needs no accelerator
     from qwen2_jax.checkpoints.loading import convert_weights
 
     if not args.verbose:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells of every step
+        logging.set_verbosity(logging.WARNING)  # Orbax logs every step
     started = time.monotonic()
     converted = convert_weights(args.model, args.weights_cache_dir, dtype=args.dtype, revision=args.revision)
     seconds = round(time.monotonic() - started, 3)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     if converted.bytes:
         logging.info("%s: %.3f GB written in %.1f s", converted.url, converted.bytes / 1e9, seconds)
     else:
-        logging.info("%s: is there already", converted.url)
+        logging.info("%s: exists already", converted.url)
     if args.json:
         print(json.dumps(dataclasses.asdict(converted) | {"seconds": seconds}))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Real activations of a real model in two minutes: SmolLM2-135M over ARC tasks, on the CPU, without a network.
+# Extracts activations of SmolLM2-135M over ARC tasks in two minutes, on the CPU, without a network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

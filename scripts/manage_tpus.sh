@@ -3,10 +3,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# The fleet code needs Python alone: it also runs where the project is not installed, and -S starts it sooner.
+# The fleet code needs only Python: it also runs where the project is not installed, and -S makes it start faster.
 for python in "${PYTHON:-}" "$root/.venv/bin/python" python3.12 python3.11 python3; do
     if [[ -n $python ]] && "$python" -S -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-        # -P: modules in the folder where the user stands must not be taken for ours.
+        # -P: modules in the current folder must not be taken for ours.
         exec "$python" -S -P -c 'import sys
 sys.path.insert(0, sys.argv[1])
 from fleet.command_line import main

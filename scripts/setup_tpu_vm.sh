@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the Python environment of a TPU VM from the checkout that this script lies in. Again is quick: what is
-# installed already is left alone.
+# Makes the Python environment of a TPU VM from the checkout that contains this script. If everything is installed
+# already, it does nothing.
 #
 #   setup_tpu_vm.sh [--dir DIR] [--extra tpu]
 #
@@ -17,14 +17,14 @@ die() {
 
 while (($#)); do
     case $1 in
-    --dir) dir=${2:?--dir wants a folder} && shift 2 ;;
-    --extra) extra=${2:?--extra wants the name of one} && shift 2 ;;
+    --dir) dir=${2:?--dir needs a folder} && shift 2 ;;
+    --extra) extra=${2:?--extra needs tpu or cuda} && shift 2 ;;
     *) die 2 "$1: setup_tpu_vm.sh takes --dir and --extra" ;;
     esac
 done
 [[ $extra =~ ^(tpu|cuda)$ ]] || die 2 "--extra $extra: tpu or cuda"
 
-# Ubuntu 22.04, which TPU VMs run, has 3.10, and a release candidate as its 3.11.
+# TPU VMs run Ubuntu 22.04, which has Python 3.10, and only a release candidate of 3.11.
 usable_python() {
     "$1" -c 'import ensurepip, sys, venv
 sys.exit(not ((3, 11) <= sys.version_info < (3, 13) and sys.version_info.releaselevel == "final"))' 2>/dev/null
@@ -44,14 +44,14 @@ find_python() {
     python3 -m uv python find 3.12
 }
 
-# What is installed is a function of these two files and of where the code lies.
+# What is installed depends only on these two files and the path of the code.
 fingerprint() {
     { cat "$code/setup.cfg" "$code/constraints.txt" && echo "$code $extra"; } | sha256sum | cut -d' ' -f1
 }
 
 install() {
     local python
-    # One that was interrupted while it was made has no pip.
+    # An environment whose creation was interrupted has no pip.
     if ! "$dir/venv/bin/python" -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         "$python" -m venv --clear "$dir/venv"

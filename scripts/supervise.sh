@@ -6,10 +6,10 @@
 #   supervise.sh stop   --dir DIR
 #   supervise.sh status --dir DIR    one line: activations-host HOST STATE JOB DETAIL
 #
-# The command runs in DIR/work; what `start` starts writes to DIR/logs/extract.log. Exit code 0 ends it as finished, 2
-# (wrong flags) as failed. After any other it is started again, later each time, until --max_failures in a row came
-# before the command had run for --steady_s. `start` waits --settle_s for
-# it to fail. --secret_env reads a secret from Secret Manager into the environment.
+# The command runs in DIR/work; with `start` its output goes to DIR/logs/extract.log. Exit code 0 ends it as finished, 2
+# (wrong flags) as failed. After any other exit code it is started again, with a growing delay, until it has failed
+# --max_failures times in a row, each time within --steady_s. `start` waits up to --settle_s for an early failure.
+# --secret_env reads a secret from Secret Manager into the environment.
 set -euo pipefail
 
 die() {
@@ -28,38 +28,38 @@ declare -A seconds=([first_delay_s]=5 [max_delay_s]=60 [steady_s]=600 [settle_s]
 max_failures=10
 while (($#)); do
     case $1 in
-    --dir) dir=${2:?--dir wants a folder} && shift 2 ;;
-    --id) job=${2:?--id wants a word} && shift 2 ;;
+    --dir) dir=${2:?--dir needs a folder} && shift 2 ;;
+    --id) job=${2:?--id needs a word} && shift 2 ;;
     --first_delay_s | --max_delay_s | --steady_s | --settle_s)
-        [[ ${2:-} =~ ^[0-9]{1,6}$ ]] || die 2 "$1 wants whole seconds"
+        [[ ${2:-} =~ ^[0-9]{1,6}$ ]] || die 2 "$1 needs whole seconds"
         seconds[${1#--}]=$2
         shift 2
         ;;
     --max_failures)
-        [[ ${2:-} =~ ^[0-9]{1,6}$ ]] || die 2 "$1 wants a number"
+        [[ ${2:-} =~ ^[0-9]{1,6}$ ]] || die 2 "$1 needs a number"
         max_failures=$2
         shift 2
         ;;
     --env=[A-Z]*=*) variables+=("${1#--env=}") && shift ;;
     --secret_env=[A-Z]*=?*) secrets+=("${1#--secret_env=}") && shift ;;
     --) shift && break ;;
-    *) die 2 "${1%%=*}: not a flag of supervise.sh, see its first lines" ;;
+    *) die 2 "${1%%=*}: not a flag of supervise.sh; see the top of the file" ;;
     esac
 done
 command=("$@")
-[[ $job =~ ^[-A-Za-z0-9]+$ ]] || die 2 "--id $job: letters and digits"
+[[ $job =~ ^[-A-Za-z0-9]+$ ]] || die 2 "--id $job: use letters, digits and '-'"
 
 home=$dir/supervisor
 log=$dir/logs/extract.log
-child=   # the command while it runs
-nap=     # the sleep between two of its runs
-reaper=  # ends a command that does not listen
-ending=  # a signal came
+child=   # PID of the command while it runs
+nap=     # PID of the sleep between two runs
+reaper=  # PID of a process that ends a command which does not catch SIGTERM
+ending=  # set once a signal was received
 failures=0
 
 say() { echo "$(date -u +%FT%TZ) supervisor: $*"; }
 
-# Replaced in one step, so that whoever reads it sees one state and not parts of two.
+# Replaced atomically, so that a reader never sees a partial state.
 set_state() {
     echo "$1 $job ${*:2}" >"$home/state.new"
     mv "$home/state.new" "$home/state"
@@ -84,16 +84,16 @@ status() {
 keep_log_small() {
     if [[ -f $log ]] && (($(stat --format=%s "$log") > 64 * 1024 * 1024)); then
         cp "$log" "$log.1"
-        : >"$log" # emptied, not replaced: the supervisor itself writes to it
+        : >"$log" # truncated, not replaced, because the supervisor has it open
     fi
 }
 
-# Values of secrets live in the environment of the command and nowhere else.
+# Secrets are kept in the environment of the command and nowhere else.
 read_secrets() {
     local pair value
     for pair in ${secrets[@]+"${secrets[@]}"}; do
         if ! value=$(gcloud secrets versions access latest --secret="${pair#*=}" 2>/dev/null); then
-            say "the secret ${pair#*=} cannot be read: may the service account of this VM?"
+            say "the secret ${pair#*=} cannot be read: give this VM's service account roles/secretmanager.secretAccessor"
             return 1
         fi
         export "${pair%%=*}=$value"
@@ -107,8 +107,8 @@ catches_term() {
     (((0x${caught:-0} >> 14) & 1))
 }
 
-# The extraction takes its first SIGTERM as a request to commit what it has, and dies of the second. When the VM goes
-# down it got one already, and listens no more; one that does not listen yet is ended later.
+# The extraction commits what it has on the first SIGTERM and dies on the second. When the VM shuts down, the extraction
+# got the first one already and no longer catches it; an extraction that does not catch it yet is ended later.
 on_signal() {
     ending=yes
     [[ -z $nap ]] || kill "$nap" 2>/dev/null || true
@@ -121,7 +121,7 @@ on_signal() {
     fi
 }
 
-# `wait` returns early when a signal comes; the command still has its time to commit.
+# `wait` returns early on a signal; the command still gets its time to commit.
 await() {
     local code=0
     while :; do
@@ -152,7 +152,7 @@ pause() {
     nap=
 }
 
-# Whether nothing is to be started after exit code $1; then `result` is the supervisor's own.
+# Whether to stop after exit code $1; then `result` is the exit code of the supervisor.
 is_over() {
     result=0
     if [[ $1 == 0 ]]; then
@@ -197,10 +197,10 @@ require_command() {
     mkdir -p "$home" "$dir/logs" "$dir/work"
 }
 
-# Whether the command has read its flags: from then on the extraction listens to SIGTERM.
+# Whether the command has read its flags: from then on the extraction catches SIGTERM.
 listens() { [[ -s $home/child ]] && catches_term "$(<"$home/child")"; }
 
-# Waits, for --settle_s at most, until the command listens, or has ended.
+# Waits, for at most --settle_s, until the command catches SIGTERM or has ended.
 settle() {
     local state deadline=$((SECONDS + seconds[settle_s]))
     while ((SECONDS <= deadline)) && ! listens; do
@@ -224,7 +224,7 @@ start() {
 run() {
     require_command
     exec 9>"$home/lock"
-    flock --nonblock 9 || die 1 "something runs in $dir already: $(status)"
+    flock --nonblock 9 || die 1 "another job runs in $dir: $(status)"
     rm -f "$home/stop"
     echo $$ >"$home/pid"
     cd "$dir/work"
@@ -248,5 +248,5 @@ stop() {
 
 case $verb in
 start | run | stop | status) "$verb" ;;
-*) die 2 "start, run, stop or status: see the first lines of supervise.sh" ;;
+*) die 2 "start, run, stop or status: see the top of supervise.sh" ;;
 esac

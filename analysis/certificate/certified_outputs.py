@@ -33,7 +33,7 @@ from qwen2_jax.taps import SITES, Capture
 if TYPE_CHECKING:
     from torch_models.loading import ModelSource
 
-_PLAN: Kinds = {"model": (dict,), "dtype": (str,), "compute_dtype": (str,)}
+_IDENTITY: Kinds = {"model": (dict,), "dtype": (str,), "compute_dtype": (str,)}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ def certify_output(url: str, source: ModelSource, n_samples: int) -> FidelityRep
     folders = [folder for folder in worker_folders(names) if only in (None, folder)]
     if not folders:
         raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
-    plan = _plan(root)
-    if plan.get("reduction") is not None:
+    identity = _identity(root)
+    if identity.get("reduction") is not None:
         raise UsageError(
             f"{url}: its activations are reduced, and transformers gives whole ones: extract some with --certify N, "
             "which compares them before they are reduced"
@@ -72,13 +72,13 @@ def certify_output(url: str, source: ModelSource, n_samples: int) -> FidelityRep
     subject = Subject(
         capture=_capture(layers),
         layers=layers,
-        compute_dtype=plan["compute_dtype"],
-        stored_dtype=plan["dtype"],
-        digest=plan["model"].get("digest"),
+        compute_dtype=identity["compute_dtype"],
+        stored_dtype=identity["dtype"],
+        digest=identity["model"].get("digest"),
         about={
             "computed_by": "committed shards",
-            "backend": plan.get("backend", "jax"),
-            "model": plan["model"],
+            "backend": identity.get("backend", "jax"),
+            "model": identity["model"],
             "plan_hash": places[0].record.plan_hash,
         },
     )
@@ -89,12 +89,12 @@ def certify_output(url: str, source: ModelSource, n_samples: int) -> FidelityRep
     return report
 
 
-def _plan(root: ObjectStore) -> dict[str, Any]:
-    plan = read_object(root, RUN_FILE)
-    wrong = mistyped(plan, _PLAN)
+def _identity(root: ObjectStore) -> dict[str, Any]:
+    identity = read_object(root, RUN_FILE)
+    wrong = mistyped(identity, _IDENTITY)
     if wrong is not None:
         raise RunError(f"{root.url}/{RUN_FILE}: {wrong!r} is missing or of the wrong type")
-    return plan
+    return identity
 
 
 def _choose(root: ObjectStore, folders: Sequence[str], n_samples: int) -> list[_Place]:

@@ -20,7 +20,8 @@ from analysis.certificate.certification import (
 from analysis.certificate.fidelity import CertifiedSample, FinalValues
 from core.base.canonical_json import canonical_json, content_hash
 from core.base.errors import RunError
-from core.run.job import Job, Stores
+from core.run.job import Job
+from core.run.stores import Stores
 from core.samples.windows import TokenizedSample, Window
 from core.step.backend import Step, StepRequest
 from core.step.layout import plan_steps, sample_spans, step_arrays
@@ -81,12 +82,12 @@ def _subject(job: Job) -> Subject:
         layers=job.layers,
         compute_dtype=job.compute_dtype,
         stored_dtype=job.step_request.stored_dtype,
-        digest=job.plan.model["digest"],
+        digest=job.identity.model["digest"],
         about={
             "computed_by": f"the step of the run, {'packed' if job.batch_shape.pack else 'one sample a row'}",
             "backend": job.backend.name,
-            "model": job.plan.model,
-            "plan_hash": content_hash(job.plan.to_json()),
+            "model": job.identity.model,
+            "plan_hash": content_hash(job.identity.to_json()),
         },
         # JAX has reserved the memory of its devices.
         device=best_device() if job.backend.name == "torch" else "cpu",

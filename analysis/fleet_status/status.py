@@ -14,7 +14,7 @@ from typing import Any
 from absl import logging
 
 from analysis.fleet_status.report import Commit, FleetStatus, ShardStatus, fleet_status
-from analysis.verification.stored_identity import StoredShard, read_dataset_shards, read_stream
+from analysis.verification.stored_identity import StoredDatasetShard, read_dataset_shards, read_stream
 from analysis.verification.stream_shares import share_faults
 from core.base.errors import RunError, UsageError
 from core.claims.records import (
@@ -27,10 +27,11 @@ from core.claims.records import (
     read_beat,
     read_lease,
 )
-from core.commit.identity import StreamPlan
+from core.commit.identity import StreamIdentity
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
-from core.commit.record import RECORD_NAME, CommitRecord, shard_stem
+from core.commit.record import RECORD_NAME, CommitRecord
 from core.object_store import Listing, ObjectStore, open_store
+from core.shards.names import shard_stem
 from core.streams.sharded_dataset import SHARD_NAME
 
 _READ_THREADS = 16
@@ -112,8 +113,8 @@ class FleetWatch:
     """Looks at an output again and again; remembers what cannot change."""
 
     store: ObjectStore
-    _dataset: dict[str, StoredShard] | None = None
-    _streams: dict[str, StreamPlan] = field(default_factory=dict)
+    _dataset: dict[str, StoredDatasetShard] | None = None
+    _streams: dict[str, StreamIdentity] = field(default_factory=dict)
     _records: dict[tuple[str, float], CommitRecord | str] = field(default_factory=dict)
     _leases: dict[tuple[str, int], LeaseRecord] = field(default_factory=dict)
     _beats: dict[str, tuple[float, dict[str, int]]] = field(default_factory=dict)
@@ -174,9 +175,9 @@ class FleetWatch:
             records.append(record)
         return records, None
 
-    def _plan(self, folder: str) -> StreamPlan:
+    def _plan(self, folder: str) -> StreamIdentity:
         if folder not in self._streams:
-            self._streams[folder] = read_stream(self.store, folder).plan
+            self._streams[folder] = read_stream(self.store, folder).stream
         return self._streams[folder]
 
     def _stream(self, folder: str, names: list[str], sight: _Sight) -> ShardStatus:

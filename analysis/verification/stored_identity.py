@@ -7,7 +7,7 @@ from typing import Any
 from core.base.canonical_json import canonical_json, content_hash
 from core.base.errors import RunError
 from core.base.json_types import NONE, Kinds, mistyped
-from core.commit.identity import StreamPlan
+from core.commit.identity import StreamIdentity
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.object_store import ObjectStore
 from core.shards.formats import FORMATS
@@ -23,7 +23,7 @@ _STREAM: Kinds = {
 
 
 @dataclass(frozen=True)
-class StoredPlan:
+class StoredRunIdentity:
     """What is needed of run.json: the format of the shards, and the hash that the records must carry."""
 
     format: str
@@ -34,7 +34,7 @@ class StoredPlan:
 class StoredStream:
     """What stream.json says, and the hash that the records must carry."""
 
-    plan: StreamPlan
+    stream: StreamIdentity
     hash: str
 
 
@@ -62,36 +62,36 @@ def _read_written(store: ObjectStore, name: str) -> dict[str, Any]:
     return value
 
 
-def read_run(store: ObjectStore) -> StoredPlan:
+def read_run(store: ObjectStore) -> StoredRunIdentity:
     """run.json; raises RunError when it is unreadable or names no format."""
     value = _read_written(store, RUN_FILE)
     name = value.get("format")
     if not isinstance(name, str) or name not in FORMATS:
         raise RunError(f"{store.url}/{RUN_FILE}: its format is {name!r}, expected one of {', '.join(FORMATS)}")
-    return StoredPlan(name, content_hash(value))
+    return StoredRunIdentity(name, content_hash(value))
 
 
 def read_stream(store: ObjectStore, folder: str) -> StoredStream:
     """A folder's stream.json; raises RunError when it is unreadable or says nothing that could be."""
     name = f"{folder}/{STREAM_FILE}"
     value = _read_written(store, name)
-    return StoredStream(_stream_plan(value, f"{store.url}/{name}"), content_hash(value))
+    return StoredStream(_stream_identity(value, f"{store.url}/{name}"), content_hash(value))
 
 
 @dataclass(frozen=True)
-class StoredShard:
+class StoredDatasetShard:
     """A shard of the dataset: its stream, and how many of its lines are to be done."""
 
-    plan: StreamPlan
+    stream: StreamIdentity
     num_tasks: int
 
     @property
     def first_task(self) -> int:
         """The position of its first line in the dataset."""
-        return self.plan.first_position
+        return self.stream.first_position
 
 
-def read_dataset_shards(store: ObjectStore) -> dict[str, StoredShard]:
+def read_dataset_shards(store: ObjectStore) -> dict[str, StoredDatasetShard]:
     """The shards of dataset.json; raises RunError when it is unreadable or says nothing that could be."""
     where = f"{store.url}/{DATASET_FILE}"
     value = _read_written(store, DATASET_FILE)
@@ -106,17 +106,19 @@ def read_dataset_shards(store: ObjectStore) -> dict[str, StoredShard]:
     if strange:
         raise RunError(f"{where}: {strange[0]!r} is not the name of a shard")
     return {
-        shard: StoredShard(_stream_plan(stream, f"{where}: {shard}"), value["num_tasks"][shard])
+        shard: StoredDatasetShard(_stream_identity(stream, f"{where}: {shard}"), value["num_tasks"][shard])
         for shard, stream in value["shards"].items()
     }
 
 
-def _stream_plan(value: Any, where: str) -> StreamPlan:
+def _stream_identity(value: Any, where: str) -> StreamIdentity:
     value = {"first_position": 0} | value if isinstance(value, dict) else value
     wrong = mistyped(value, _STREAM)
     if wrong is not None:
         raise RunError(f"{where}: {wrong!r} is missing or of the wrong type")
-    plan = StreamPlan(**{name: value[name] for name in _STREAM})
-    if not 0 <= plan.machine_id < plan.total_machines:
-        raise RunError(f"{where}: machine_id {plan.machine_id} of total_machines {plan.total_machines} cannot be")
-    return plan
+    identity = StreamIdentity(**{name: value[name] for name in _STREAM})
+    if not 0 <= identity.machine_id < identity.total_machines:
+        raise RunError(
+            f"{where}: machine_id {identity.machine_id} of total_machines {identity.total_machines} cannot be"
+        )
+    return identity

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from core.base.canonical_json import canonical_json
-from core.commit.identity import StreamPlan
+from core.commit.identity import StreamIdentity
 
 _SHOWN_MACHINES = 8
 
@@ -19,24 +19,24 @@ class ShareFaults:
     unfinished: tuple[str, ...]
 
 
-def share_faults(streams: Mapping[str, StreamPlan]) -> ShareFaults:
+def share_faults(streams: Mapping[str, StreamIdentity]) -> ShareFaults:
     """What is wrong between folders; `streams` gives by folder which lines it holds.
 
     Folders share a stream when its identity and the position of its first line are the same.
     """
-    groups: dict[bytes, dict[str, StreamPlan]] = defaultdict(dict)
-    for folder, plan in sorted(streams.items()):
-        groups[canonical_json([plan.identity, plan.first_position])][folder] = plan
+    groups: dict[bytes, dict[str, StreamIdentity]] = defaultdict(dict)
+    for folder, stream in sorted(streams.items()):
+        groups[canonical_json([stream.identity, stream.first_position])][folder] = stream
     return ShareFaults(
         tuple(fault for group in groups.values() for fault in _conflicts(group)),
         tuple(fault for group in groups.values() for fault in _missing_shares(group)),
     )
 
 
-def _conflicts(group: Mapping[str, StreamPlan]) -> Iterator[str]:
+def _conflicts(group: Mapping[str, StreamIdentity]) -> Iterator[str]:
     name = _stream_name(group)
-    totals = {plan.total_machines for plan in group.values()}
-    limits = {plan.max_tasks for plan in group.values()}
+    totals = {stream.total_machines for stream in group.values()}
+    limits = {stream.max_tasks for stream in group.values()}
     if len(totals) > 1:
         yield (
             f"{name} is cut into different shares ({_listed(group)}): samples are stored twice or are in no folder; "
@@ -45,8 +45,8 @@ def _conflicts(group: Mapping[str, StreamPlan]) -> Iterator[str]:
     if len(limits) > 1:
         yield f"{name} is cut by different --max_tasks ({_listed(group)}): keep the folders of one --max_tasks"
     holders: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for folder, plan in group.items():
-        holders[plan.machine_id, plan.total_machines].append(folder)
+    for folder, stream in group.items():
+        holders[stream.machine_id, stream.total_machines].append(folder)
     for (machine, total), folders in holders.items():
         if len(folders) > 1:
             yield (
@@ -55,12 +55,12 @@ def _conflicts(group: Mapping[str, StreamPlan]) -> Iterator[str]:
             )
 
 
-def _missing_shares(group: Mapping[str, StreamPlan]) -> Iterator[str]:
-    totals = {plan.total_machines for plan in group.values()}
+def _missing_shares(group: Mapping[str, StreamIdentity]) -> Iterator[str]:
+    totals = {stream.total_machines for stream in group.values()}
     if len(totals) > 1:
         return
     total = totals.pop()
-    present = {plan.machine_id for plan in group.values()}
+    present = {stream.machine_id for stream in group.values()}
     if len(present) < total:
         missing = islice((machine for machine in range(total) if machine not in present), _SHOWN_MACHINES)
         more = f" and {total - len(present) - _SHOWN_MACHINES} more" * (total - len(present) > _SHOWN_MACHINES)
@@ -70,13 +70,13 @@ def _missing_shares(group: Mapping[str, StreamPlan]) -> Iterator[str]:
         )
 
 
-def _listed(group: Mapping[str, StreamPlan]) -> str:
+def _listed(group: Mapping[str, StreamIdentity]) -> str:
     return ", ".join(
-        f"{folder}: machine {plan.machine_id} of {plan.total_machines}, "
-        + ("all tasks" if plan.max_tasks is None else f"{plan.max_tasks} tasks")
-        for folder, plan in group.items()
+        f"{folder}: machine {stream.machine_id} of {stream.total_machines}, "
+        + ("all tasks" if stream.max_tasks is None else f"{stream.max_tasks} tasks")
+        for folder, stream in group.items()
     )
 
 
-def _stream_name(group: Mapping[str, StreamPlan]) -> str:
+def _stream_name(group: Mapping[str, StreamIdentity]) -> str:
     return str(next(iter(group.values())).identity.get("name", "a stream"))

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from analysis.verification.stored_identity import (
-    StoredPlan,
+    StoredRunIdentity,
     StoredStream,
     read_dataset_shards,
     read_object,
@@ -22,7 +22,7 @@ from analysis.verification.window_checks import CheckedWindow, check_window
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError, UsageError
 from core.claims.records import CLAIMS_FOLDER, damaged_claims
-from core.commit.identity import StreamPlan
+from core.commit.identity import StreamIdentity
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.commit.record import RECORD_NAME, CommitRecord
 from core.commit.stored_records import INDEX_FILE, index_of, read_records
@@ -94,25 +94,25 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
     if not folders:
         raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
     try:
-        run_plan = read_run(root)
+        run_identity = read_run(root)
     except RunError as error:
         return VerificationReport(root.url, (), problems=(str(error),))
     reports = {folder: FolderReport(folder) for folder in folders}
-    plans = {}
+    streams = {}
     for folder, report in reports.items():
         try:
             stream = read_stream(root, folder)
-            plans[folder] = stream.plan
-            _verify_folder(root, report, run_plan, stream, names, allow_unfinished)
+            streams[folder] = stream.stream
+            _verify_folder(root, report, run_identity, stream, names, allow_unfinished)
         except RunError as error:
             report.problems.append(str(error))
     if only is not None:
         return VerificationReport(root.url, tuple(reports.values()))
-    faults = share_faults(plans)
+    faults = share_faults(streams)
     problems = [*faults.problems, *([] if allow_unfinished else faults.unfinished)]
     # Without it nobody knows which shards are missing.
     if DATASET_FILE in names or any(map(SHARD_NAME.fullmatch, folders)):
-        problems += _verify_dataset(root, reports, plans, allow_unfinished)
+        problems += _verify_dataset(root, reports, streams, allow_unfinished)
     notes = [*(faults.unfinished if allow_unfinished else ()), *_claim_notes(root, names)]
     return VerificationReport(root.url, tuple(reports.values()), tuple(problems), tuple(notes))
 
@@ -141,7 +141,7 @@ def worker_folders(names: Sequence[str]) -> list[str]:
 
 
 def _verify_dataset(
-    root: ObjectStore, reports: dict[str, FolderReport], plans: Mapping[str, StreamPlan], allow_unfinished: bool
+    root: ObjectStore, reports: dict[str, FolderReport], streams: Mapping[str, StreamIdentity], allow_unfinished: bool
 ) -> list[str]:
     """Compares the folders with the shards of dataset.json: adds to their reports, and a report for each without one.
 
@@ -156,7 +156,7 @@ def _verify_dataset(
             report = reports[shard] = FolderReport(shard)
             note = "no worker has begun this shard of the dataset"
             (report.warnings if allow_unfinished else report.problems).append(note)
-        elif shard in plans and plans[shard] != stored.plan:
+        elif shard in streams and streams[shard] != stored.stream:
             reports[shard].problems.append(f"{STREAM_FILE} and {DATASET_FILE} disagree about the stream")
         elif reports[shard].complete and reports[shard].lines_done != stored.num_tasks:
             reports[shard].problems.append(
@@ -176,17 +176,17 @@ def _claim_notes(root: ObjectStore, names: Sequence[str]) -> list[str]:
 def _verify_folder(
     root: ObjectStore,
     report: FolderReport,
-    run_plan: StoredPlan,
+    run_identity: StoredRunIdentity,
     stream: StoredStream,
     names: Sequence[str],
     allow_unfinished: bool,
 ) -> None:
     """Fills the report; raises RunError when the records of the folder cannot be read."""
     records = _records(root, report.folder)
-    report.problems += _strangers(RUN_FILE, "plan", [r.window for r in records if r.plan_hash != run_plan.hash])
+    report.problems += _strangers(RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash])
     report.problems += _strangers(STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash])
-    checked = _check_windows(root, report, records, run_plan.format)
-    report.problems += _coverage_problems(records, checked, stream.plan)
+    checked = _check_windows(root, report, records, run_identity.format)
+    report.problems += _coverage_problems(records, checked, stream.stream)
     report.complete = bool(records) and records[-1].next_place is None
     if not report.complete:
         where = f"sample {records[-1].next_place.sample_idx}" if records and records[-1].next_place else "the beginning"
@@ -226,7 +226,7 @@ def _check_windows(
 
 
 def _coverage_problems(
-    records: Sequence[CommitRecord], checked: Sequence[CheckedWindow], stream: StreamPlan
+    records: Sequence[CommitRecord], checked: Sequence[CheckedWindow], stream: StreamIdentity
 ) -> Iterator[str]:
     """Compares the samples of all windows with what the stream must give: each one once, none left out."""
     if not records:

@@ -14,11 +14,12 @@ from jaxtyping import Int32, UInt8
 from core.base.dtypes import ARRAY_DTYPES
 from core.base.errors import RunError
 from core.base.json_types import Kinds, require_all, require_types
-from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredSite, shard_stem
+from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredSite
 from core.object_store import LocalStore, ObjectStore
 from core.reduce.reductions import INDICES, SCALE, VALUES
 from core.samples.selection import count_reasons, reasons_of
 from core.shards.formats import StoredShard, read_shard
+from core.shards.names import shard_stem
 from core.shards.sinks import DigestWriter, FileDigest, digest_stream
 
 # What comes from a bucket is kept in memory up to this size, and in a temporary file beyond it.

@@ -1,4 +1,4 @@
-"""The engine of extract_activations.py with the model loaded once: what is timed is a run, from stream to commit."""
+"""The engine of extract_activations.py with the model loaded once, to time runs from stream to commit."""
 
 import threading
 from collections.abc import Sequence
@@ -8,10 +8,12 @@ from pathlib import Path
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
 from core.reduce.reduced_step import StepOutput
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import Job, open_storage, prepare_job
+from core.run.job import Job
 from core.run.progress import Summary
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stores import open_storage
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.step.layout import StepArrays, plan_steps, step_arrays
 
 
@@ -20,7 +22,7 @@ class Engine:
     """A loaded model and its job. Nothing is compiled until the first run, and nothing is read from a cache on disk."""
 
     job: Job
-    model: LoadedModel
+    model: LoadedStep
 
     @classmethod
     def load(
@@ -60,7 +62,7 @@ class Engine:
         prepared = prepare_stream(job, open_storage(job))
         return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
 
-    def planned_steps(self) -> list[StepArrays]:
+    def all_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""
         return [
             step_arrays(step, [sample.token_ids for sample in window.samples])
@@ -69,7 +71,7 @@ class Engine:
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:
-        """The forward passes alone, nothing kept. As in a run, one is started before the last is waited for."""
+        """Only the forward passes, outputs discarded. As in a run, each starts before the last one ends."""
         last: StepOutput | None = None
         for arrays in steps:
             started = self.model.step(arrays)

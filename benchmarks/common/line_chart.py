@@ -1,4 +1,4 @@
-"""Line charts as SVG, side by side, with nothing but the standard library."""
+"""Line charts as SVG, side by side, with only the standard library."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ class Chart:
 
 
 def charts_svg(charts: Sequence[Chart]) -> str:
-    """One picture, the charts from left to right on a light ground."""
+    """One picture, the charts from left to right on a white background."""
     width = _WIDTH * len(charts)
     body = "\n".join(
         f'<g transform="translate({index * _WIDTH} 0)">\n{chart.svg()}\n</g>' for index, chart in enumerate(charts)

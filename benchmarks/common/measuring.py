@@ -1,4 +1,4 @@
-"""What all benchmarks share: alternating repetitions, medians, and the machine they ran on."""
+"""Shared by all benchmarks: alternating repetitions, medians, and the machine they ran on."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ _PACKAGES = ("jax", "numpy", "torch", "transformers", "isal")
 class Timings:
     """Repetitions of one side: wall seconds, and CPU seconds of this process over all its threads.
 
-    CPU seconds barely notice what else runs on the machine, so they tell a noisy wall time from a slow side.
+    Other programs hardly affect CPU seconds, so they tell a noisy wall time from a slow side.
     """
 
     wall: list[float] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Timings:
 def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timings]:
     """The timings of each side over `repeats` rounds.
 
-    Every round runs each side once and begins with another one, so that a machine that slows down or is shared slows
+    Every round runs each side once and begins with the next side, so that a machine that slows down or is shared slows
     all sides alike.
     """
     timings = {name: Timings() for name in sides}
@@ -58,11 +58,11 @@ def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str,
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times the time of one side the other takes.
+    """The time of one side divided by that of another.
 
     Attributes:
-      median: of the median wall times; lowest, highest: of single rounds.
-      cpu: of the median CPU times.
+      median: ratio of the median wall times; lowest, highest: of single rounds.
+      cpu: ratio of the median CPU times.
     """
 
     median: float
@@ -86,7 +86,7 @@ class Ratio:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, and versions: what a number means nothing without."""
+    """Processor, cores that this process may use, and versions: without them a number means nothing."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -108,7 +108,7 @@ def _version(package: str) -> str | None:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns for a terminal, which are also a Markdown table."""
+    """Aligned columns for a terminal; also a valid Markdown table."""
     cells = [list(header), *([str(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [

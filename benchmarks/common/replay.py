@@ -1,6 +1,6 @@
-"""Forward passes that cost nothing: what the device computed once is handed out again.
+"""Forward passes that take no time: outputs that the device computed once are replayed.
 
-So a run shows how fast everything behind the device is.
+So a run shows how fast everything after the device is.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class ReplayedOutput:
     magnitudes: dict[str, np.ndarray]
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Returns at once."""
 
     def peaks(self) -> dict[str, np.ndarray]:
         """As computed."""
@@ -47,19 +47,19 @@ class ReplayedOutput:
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """A `core.step.backend.Step` that has seen every batch before."""
+    """A `core.step.backend.Step` that returns stored outputs."""
 
     outputs: dict[bytes, ReplayedOutput]
 
     def __call__(self, arrays: StepArrays) -> ReplayedOutput:
-        """What the device gave for these tokens."""
+        """The device's output for these tokens."""
         return self.outputs[arrays.tokens.tobytes()]
 
 
 def computed_once(engine: Engine) -> ReplayedStep:
-    """Runs every planned step of the engine's job."""
+    """Runs every step of the engine's job."""
     outputs = {}
-    for arrays in engine.planned_steps():
+    for arrays in engine.all_steps():
         if arrays.tokens.tobytes() in outputs:
             continue
         output = engine.model.step(arrays)
@@ -75,23 +75,24 @@ def replayed(engine: Engine) -> Engine:
 
 
 def window_activations(job: Job, step: ReplayedStep) -> list[WindowActivations]:
-    """What the encoder gets for each window of the job."""
+    """The encoder's input for each window of the job."""
     return [_activations(job, step, part) for window in job.windows() for part in job.parts_of(window)]
 
 
 def _activations(job: Job, step: ReplayedStep, part: PartOfWindow) -> WindowActivations:
-    buffer = WindowBuffer.allocate(job, part)
-    for one in part.steps:
+    layouts = job.steps_of(part)
+    buffer = WindowBuffer.allocate(job, part, len(layouts))
+    for one in layouts:
         output = step(step_arrays(one, [sample.token_ids for sample in part.own.samples]))
         buffer.scatter(plan_fetch(one, part.own.samples, part.own.lengths), output.fetch())
     return buffer.finished()
 
 
 def cast(activations: WindowActivations, dtype: np.dtype) -> WindowActivations:
-    """The same in another stored dtype, rounded as the device rounds."""
+    """The same activations in another stored dtype, rounded as the device rounds."""
     return replace(activations, by_site={site: array.astype(dtype) for site, array in activations.by_site.items()})
 
 
 def total_bytes(activations: Sequence[WindowActivations]) -> int:
-    """Of all arrays."""
+    """Bytes of all arrays."""
     return sum(array.nbytes for window in activations for array in window.by_site.values())

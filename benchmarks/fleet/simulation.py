@@ -1,8 +1,8 @@
-"""A fleet of preemptible workers that claim shards, event by event: how much of its time becomes activations.
+"""Simulates a fleet of preemptible workers that claim dataset shards: the share of its time that becomes activations.
 
-The workers follow core/claims/leases.py: free shards first, then leases that fell silent for the TTL, a look every
-heartbeat, or less often in a large dataset, while others hold all that is left. A look lists all claims. What is
-assumed of everything else is in docs/scaling.md.
+The workers follow core/claims/leases.py: they take free dataset shards first, then leases without a heartbeat for the
+TTL. While others hold all that is left, they look every heartbeat, or less often in a large dataset. A look lists all
+claims. docs/scaling.md lists the other assumptions.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from core.base.command_line import CommandParser, not_negative, positive, run_co
 from core.base.errors import UsageError
 from core.claims.leases import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S, look_interval_s
 
-# Requests are counted in buckets of so many seconds, and the fullest one is the peak.
+# Requests are counted in intervals of this length; the fullest one is the peak.
 _BUCKET_S = 10.0
-# Enough for the curve of shards to be smooth.
+# Enough for a smooth curve over the number of dataset shards.
 _CHARTED_WORKERS = 100
 # A window's shard, its table and its commit record.
 WRITES_PER_WINDOW = 3
-# Objects that one request lists, as the storage has it.
+# Objects that one request of the storage lists.
 NAMES_PER_REQUEST = 1000
 
 
@@ -40,8 +40,8 @@ class Fleet:
 
     Attributes:
       window_s: to compute, encode and commit one window.
-      start_s: from a machine to its first claim: boot, load, compile.
-      away_s: from a preemption to the machine that replaces it.
+      start_s: from a new machine to its first claim: boot, load, compile.
+      away_s: from a preemption to the replacement machine.
       preemptions_per_hour: of each worker, at random.
       noticed: share of preemptions that leave time to release the lease.
       claim_s: one claim, listing included.
@@ -74,15 +74,15 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a fleet.
+class SimulationResult:
+    """The result of a simulated run.
 
     Attributes:
       makespan_s: from the start to the last commit.
-      spent_s: by what workers did, summed over workers until then: computed (committed windows), lost (windows cut
-        off), started, claimed, waited, away.
+      spent_s: worker seconds until then by activity: computed (committed windows), lost (interrupted windows), started,
+        claimed, waited, away.
       takeovers: leases taken over; windows: commits.
-      peak_reads, peak_writes: requests a second of claims and commits.
+      peak_reads, peak_writes: requests per second of claims and commits.
     """
 
     makespan_s: float
@@ -94,13 +94,13 @@ class Outcome:
     peak_writes: float
 
     def share(self, what: str) -> float:
-        """Of all worker time."""
+        """Share of all worker time."""
         return self.spent_s[what] / sum(self.spent_s.values())
 
 
 @dataclass
 class _Worker:
-    """`life` counts its machines: an event of an earlier one is void. `since` is when what it does began."""
+    """`life` counts its machines: events of earlier ones are ignored. `since` is when its current activity began."""
 
     life: int = 0
     doing: str = "started"
@@ -129,7 +129,7 @@ class Simulation:
         self._reads: Counter[int] = Counter()
         self._writes: Counter[int] = Counter()
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> SimulationResult:
         """Runs until every window is committed."""
         for index in range(self.fleet.workers):
             self._begin(index, "started")
@@ -141,7 +141,7 @@ class Simulation:
                 getattr(self, f"_{kind}")(index)
         for index in range(self.fleet.workers):
             self._begin(index, "ended")
-        return Outcome(
+        return SimulationResult(
             makespan_s=self.now,
             spent_s={what: self._spent[what] for what in ("computed", "lost", "started", "claimed", "waited", "away")},
             windows=self._counts["windows"],
@@ -156,9 +156,9 @@ class Simulation:
         heapq.heappush(self._events, (self.now + seconds, next(self._serial), kind, index, life))
 
     def _begin(self, index: int, doing: str, ended: str | None = None) -> None:
-        """The worker turns to something else; what it did counts as `ended`, or as what it was called."""
+        """The worker changes its activity; the time of the previous one counts as `ended`, or under its own name."""
         worker = self._workers[index]
-        # A window under way counts as computed where it is committed, and is lost everywhere else.
+        # A window in progress counts as computed when it is committed, else as lost.
         self._spent[ended or ("lost" if worker.doing == "computed" else worker.doing)] += self.now - worker.since
         worker.doing, worker.since = doing, self.now
 
@@ -172,7 +172,7 @@ class Simulation:
         self._after(self.fleet.claim_s, "look", index)
 
     def _look(self, index: int) -> None:
-        """Claims a free shard, else one that fell silent, else waits a heartbeat."""
+        """Claims a free dataset shard, else one whose lease expired, else waits."""
         self._request(self._reads, max(1, math.ceil(self._claim_files / NAMES_PER_REQUEST)))
         expired = self._expired(index)
         if self._free:
@@ -188,13 +188,13 @@ class Simulation:
             self._after(look_interval_s(self.fleet.heartbeat_s, self.fleet.shards), "look", index)
 
     def _expired(self, index: int) -> int | None:
-        """The look shows every lease; one of those that it has shown silent for the TTL."""
+        """A lease that this worker has seen without a heartbeat for the TTL; each look shows every lease."""
         seen = self._workers[index].seen
         silent_s = {shard: self.now - seen.setdefault(shard, self.now) for shard in sorted(self._silent)}
         return next((shard for shard, seconds in silent_s.items() if seconds >= self.fleet.ttl_s), None)
 
     def _work(self, index: int, shard: int) -> None:
-        # The lease, and its sign of life, which is replaced.
+        # The lease, and its heartbeat, which is replaced.
         self._request(self._writes, 1)
         self._claim_files += 2
         self._held.add(shard)
@@ -231,7 +231,7 @@ class Simulation:
                 self._release()
                 self._free.append(worker.shard)
             else:
-                # A new lease: whoever saw the old one silent has to watch this one anew.
+                # A new lease: workers that watched the old one must start over.
                 for other in self._workers:
                     other.seen.pop(worker.shard, None)
                 self._silent.add(worker.shard)
@@ -246,13 +246,13 @@ class Simulation:
         self._after(self.fleet.start_s, "ready", index)
 
 
-def simulate(fleet: Fleet) -> Outcome:
-    """What becomes of a fleet."""
+def simulate(fleet: Fleet) -> SimulationResult:
+    """Simulates a fleet to its end."""
     return Simulation(fleet).outcome()
 
 
-def report(rows: Sequence[tuple[Fleet, Outcome]]) -> str:
-    """The table for people."""
+def report(rows: Sequence[tuple[Fleet, SimulationResult]]) -> str:
+    """The printed table."""
     header = [
         "workers",
         "preempted/h",
@@ -283,7 +283,7 @@ def report(rows: Sequence[tuple[Fleet, Outcome]]) -> str:
 
 
 def charts(fleet: Fleet, args: argparse.Namespace) -> list[Chart]:
-    """The share of worker time that is committed: by workers, and by shards for each worker."""
+    """The share of worker time that is committed: by workers, and by dataset shards per worker."""
     by_workers, by_shards = {}, {}
     size = min(max(args.workers), _CHARTED_WORKERS)
     for rate in args.preemptions_per_hour:
@@ -304,7 +304,7 @@ def charts(fleet: Fleet, args: argparse.Namespace) -> list[Chart]:
         ]
     return [
         Chart("Worker time that becomes activations", "workers", by_workers, log_x=True),
-        Chart(f"The same, {size} workers", "shards for each worker", by_shards, log_x=True),
+        Chart(f"The same, {size} workers", "dataset shards per worker", by_shards, log_x=True),
     ]
 
 
@@ -321,30 +321,30 @@ def build_parser() -> argparse_flags.ArgumentParser:
         type=positive(int),
         nargs="+",
         default=[1, 10, 100, 1000],
-        help="sizes of fleets (default 1 10 100 1000)",
+        help="fleet sizes (default 1 10 100 1000)",
     )
     add(
         "--preemptions_per_hour",
         type=not_negative(float),
         nargs="+",
         default=[0, 0.1, 1],
-        help="of a worker (default 0 0.1 1)",
+        help="per worker (default 0 0.1 1)",
     )
-    add("--shards_per_worker", type=positive(int), default=8, help="of the dataset (default 8)")
-    add("--windows_per_shard", type=positive(int), default=12, help="(default 12)")
+    add("--shards_per_worker", type=positive(int), default=8, help="dataset shards per worker (default 8)")
+    add("--windows_per_shard", type=positive(int), default=12, help="windows per dataset shard (default 12)")
     for name in ("window_s", "start_s", "away_s", "noticed", "claim_s", "heartbeat_s", "ttl_s"):
         default = 60.0 if name == "window_s" else getattr(Fleet, name)
         kind = positive(float) if name in ("window_s", "heartbeat_s", "ttl_s") else not_negative(float)
         add(f"--{name}", type=kind, default=default, help=f"see docs/scaling.md (default {default:g})")
-    add("--seed", type=int, default=0, help="of everything random (default 0)")
-    add("--svg", type=Path, help="draw what the table says to this file")
+    add("--seed", type=int, default=0, help="random seed (default 0)")
+    add("--svg", type=Path, help="draw the table to this file")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     add("--verbose", action="store_true", help="show stack traces")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Simulates every size at every rate and prints them."""
+    """Simulates every fleet size at every rate and prints the results."""
     names = ("window_s", "start_s", "away_s", "noticed", "claim_s", "heartbeat_s", "ttl_s", "seed")
     chosen = {name: getattr(args, name) for name in names}
     fleet = Fleet(workers=1, shards=args.shards_per_worker, windows=args.windows_per_shard, **chosen)

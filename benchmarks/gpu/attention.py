@@ -1,6 +1,6 @@
-"""Attention alone on a GPU: the kernel in many block sizes, all logits at once, and cuDNN, on the heads of each model.
+"""Attention alone on a GPU: the kernel with many block sizes, all logits at once, cuDNN; for the heads of each model.
 
-What `qwen2_jax.attention.gpu_tiles.candidates` should name is read off this. See README.md.
+Use it to choose the sizes in `qwen2_jax.attention.gpu_tiles.candidates`. See README.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from jaxtyping import Array
 from benchmarks.common.measuring import alternate, machine, table
 from benchmarks.common.shapes import shape_of
 from benchmarks.gpu.devices import add_gpu_flags, require_gpu
-from benchmarks.gpu.step import Workload
+from benchmarks.gpu.step import UniformBatch
 from core.base.command_line import CommandParser, positive, run_command
 from core.base.errors import UsageError
 from qwen2_jax import DecoderConfig
@@ -41,7 +41,7 @@ LISTED = 8
 
 @dataclass(frozen=True)
 class Heads:
-    """What attention meets in a model."""
+    """The heads of a model's attention."""
 
     kv_heads: int
     groups: int
@@ -51,7 +51,7 @@ class Heads:
 
     @classmethod
     def of(cls, config: DecoderConfig, *, is_tiny: bool) -> "Heads":
-        """Of a config."""
+        """The heads of a config."""
         kv_heads, groups = (1, 1) if is_tiny else (config.n_kv_heads, config.n_heads // config.n_kv_heads)
         return cls(kv_heads, groups, config.head_dim, config.query_scale, config.attn_softcap)
 
@@ -61,10 +61,10 @@ class Found:
     """One way, on one model's heads.
 
     Attributes:
-      tiles: of the kernel.
-      seconds: the median of one call.
-      tflops: of what causal attention needs inside of samples.
-      distance: relative, from all logits at once.
+      tiles: block sizes of the kernel.
+      seconds: of one call, median.
+      tflops: TFLOP/s, counting what causal attention inside samples needs.
+      distance: relative distance from all logits at once.
     """
 
     way: str
@@ -74,7 +74,7 @@ class Found:
     distance: float
 
 
-def operands(heads: Heads, workload: Workload) -> tuple[Array, Array, Array, Array, Array]:
+def operands(heads: Heads, workload: UniformBatch) -> tuple[Array, Array, Array, Array, Array]:
     """q, k, v, segment ids and the first visible index."""
     shape = workload.rows, workload.length, heads.kv_heads
     keys = jax.random.split(jax.random.key(0), 3)
@@ -85,7 +85,7 @@ def operands(heads: Heads, workload: Workload) -> tuple[Array, Array, Array, Arr
 
 
 def ways(heads: Heads, *, is_tiny: bool) -> Iterator[tuple[str, Tiles | None, Way]]:
-    """What they are called and how the kernel among them is cut; all logits at once come first."""
+    """Names, block sizes of the kernel and functions; all logits at once comes first."""
     settings: dict[str, Any] = {"scale": heads.scale, "softcap": heads.softcap}
     dense: Callable[..., Array] = partial(dense_attention, **settings)
     yield "all logits at once", None, lambda q, k, v, segment_ids, first: dense(q, k, v, first, None)
@@ -107,7 +107,7 @@ def _cudnn(q: Array, k: Array, v: Array, segment_ids: Array, first: Array, *, sc
 
 
 def measure(model: str, args: argparse.Namespace) -> list[Found]:
-    """The ways that run here, fastest first; says which do not, and why."""
+    """The ways that run here, fastest first; prints which do not, and why."""
     heads, workload = Heads.of(shape_of(model), is_tiny=args.rehearse), workload_of(args)
     given = operands(heads, workload)
     calls: dict[str, Callable[[], object]] = {}
@@ -132,14 +132,14 @@ def measure(model: str, args: argparse.Namespace) -> list[Found]:
     ]
 
 
-def workload_of(args: argparse.Namespace) -> Workload:
-    """What the flags say. Raises UsageError where rows are not cut evenly."""
+def workload_of(args: argparse.Namespace) -> UniformBatch:
+    """The batch of the flags. Raises UsageError when the row length does not divide evenly."""
     length, samples = args.row_length, args.samples_per_row
     if length % 128 or length > args.tokens:
         raise UsageError(f"--row_length {length}: must be a multiple of 128, at most --tokens {args.tokens}")
     if length % samples:
         raise UsageError(f"--samples_per_row {samples}: must divide --row_length {length}")
-    return Workload(1, 128, samples) if args.rehearse else Workload(args.tokens // length, length, samples)
+    return UniformBatch(1, 128, samples) if args.rehearse else UniformBatch(args.tokens // length, length, samples)
 
 
 def _repeat(call: Callable[..., Array], given: Sequence[Array]) -> None:
@@ -148,8 +148,8 @@ def _repeat(call: Callable[..., Array], given: Sequence[Array]) -> None:
     out.block_until_ready()
 
 
-def _flops(heads: Heads, workload: Workload) -> float:
-    """Of both products, of the keys that causal attention inside of samples needs."""
+def _flops(heads: Heads, workload: UniformBatch) -> float:
+    """FLOPs of both products, for the keys that causal attention inside samples needs."""
     seen = workload.sample_length * (workload.sample_length + 1) / 2
     return 4.0 * workload.rows * workload.samples * seen * heads.kv_heads * heads.groups * heads.head_dim
 
@@ -163,7 +163,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
 
 
 def report(model: str, found: Sequence[Found]) -> str:
-    """The fastest tiles, those that a run tries, and what is no kernel of ours."""
+    """The fastest tiles, those that a run tries, and the ways without our kernel."""
     tried = (None, *candidates(shape_of(model).head_dim))
     listed = [row for place, row in enumerate(found) if place < LISTED or row.tiles in tried]
     rows = [[row.way, f"{1e3 * row.seconds:.3f} ms", f"{row.tflops:.0f}", f"{row.distance:.1e}"] for row in listed]
@@ -171,7 +171,7 @@ def report(model: str, found: Sequence[Found]) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures one model's heads after the other, and prints them."""
+    """Measures the heads of each model and prints the results."""
     kind = require_gpu(is_rehearsal=args.rehearse)
     results = {model: measure(model, args) for model in args.models}
     if args.json:

@@ -1,6 +1,6 @@
-"""The extraction step on a GPU: how much of its peak, what copying costs, and transformers beside it.
+"""The extraction step on a GPU: its MFU, the cost of copying to the host, and transformers for comparison.
 
-Random weights made on the device: no checkpoint, no hub. See README.md for what is timed.
+Weights are random and made on the device, so no checkpoint and no hub are needed. See README.md for what is timed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from absl.flags import argparse_flags
 from benchmarks.common.measuring import Ratio, Timings, alternate, machine, table
 from benchmarks.common.shapes import Case, published_shapes
 from benchmarks.gpu.devices import add_gpu_flags, peak_tflops, require_gpu
-from benchmarks.gpu.step import DTYPE, OurSide, Workload
+from benchmarks.gpu.step import DTYPE, OurSide, UniformBatch
 from core.base.command_line import CommandParser, positive, run_command
 from core.base.errors import RunError, UsageError
 from core.jax_utils import COMPUTE_DTYPES
@@ -40,7 +40,7 @@ CASES = (
     Case("gemma-2-2b", (12,), 2048),
 )
 MODELS = tuple(dict.fromkeys(case.model for case in CASES))
-# What a rehearsal makes of a published shape, of a case and of a GPU's peak.
+# What a rehearsal uses instead of a published shape, a case and a GPU's peak.
 TINY = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -52,33 +52,34 @@ TINY = {
 }
 TINY_LENGTHS, TINY_LAYER, TINY_TOKENS, TINY_TFLOPS = {512: 128, 2048: 256}, (1,), 512, 1.0
 FLASH = "flash_attention_2"
-# Relative distance of bfloat16 from bfloat16, at the worst layer. A layer more or less is several times as far.
+# Limit on the relative distance between two bfloat16 sides, at the worst layer. An extra or missing layer gives several
+# times as much.
 TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
-class Peer:
-    """A setting of transformers. attention: None is the fastest of its own that the family has."""
+class TransformersSetting:
+    """A setting of transformers. attention: None is the fastest that transformers itself has for the family."""
 
     attention: str | None
     compiled: bool
 
     def attention_of(self, config: DecoderConfig) -> str:
-        """As transformers names it. Its scaled_dot_product_attention knows no soft-cap, its flex_attention does."""
+        """Its name in transformers, whose scaled_dot_product_attention has no soft-cap; flex_attention has one."""
         return self.attention or ("sdpa" if config.attn_softcap is None else "eager")
 
     @property
     def needs_flash(self) -> bool:
-        """Whether it needs one more package."""
+        """Whether it needs the package flash_attn."""
         return self.attention == FLASH
 
 
 PEERS = {
-    "own": Peer(None, False),
-    "own_compiled": Peer(None, True),
-    "flex_compiled": Peer("flex_attention", True),
-    "flash": Peer(FLASH, False),
-    "flash_compiled": Peer(FLASH, True),
+    "own": TransformersSetting(None, False),
+    "own_compiled": TransformersSetting(None, True),
+    "flex_compiled": TransformersSetting("flex_attention", True),
+    "flash": TransformersSetting(FLASH, False),
+    "flash_compiled": TransformersSetting(FLASH, True),
 }
 
 
@@ -87,10 +88,10 @@ class SideResult:
     """A side's step, in medians over the rounds.
 
     Attributes:
-      side: "ours", or one of PEERS with the attention it takes of transformers.
-      copied_step_seconds: with what is captured brought to the host beside the next step.
-      copy_share: of the time with copies, what they add.
-      ratio, ratio_copied: how many times ours it takes, in the same rounds.
+      side: "ours", or one of PEERS with its attention in transformers.
+      copied_step_seconds: with the output copied to the host during the next step.
+      copy_share: share of the time with copies that they add.
+      ratio, ratio_copied: its time over ours, in the same rounds.
       disagreement: relative distance of its activations from ours, both in bfloat16, at the worst layer.
     """
 
@@ -107,17 +108,17 @@ class SideResult:
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """One case. ours and peers are rounds of the same timings.
+class GpuResult:
+    """One case. ours and peers are from the same rounds.
 
     Attributes:
-      attention: the blocks that the kernel was found to run in; None: all logits at once.
+      attention: block sizes that the kernel runs with; None: all logits at once.
       model_flops: of a step.
-      copied_bytes: of a step; host_bytes_per_second: of a copy beside which nothing runs.
+      copied_bytes: of a step; host_bytes_per_second: of a copy while nothing else runs.
     """
 
     case: str
-    workload: Workload
+    workload: UniformBatch
     target: float | None
     attention: Tiles | None
     model_flops: float
@@ -130,10 +131,10 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the flags say of every case.
+    """The flags that apply to every case.
 
     Attributes:
-      tokens: of a step; steps: of a repetition; samples: of a row.
+      tokens: per step; steps: per repetition; samples: per row.
       peers: those that can run here.
     """
 
@@ -148,48 +149,48 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """As torch names it."""
+        """The device's name in torch."""
         return "cpu" if self.is_rehearsal else "cuda"
 
     def fields(self, case: Case) -> dict[str, Any]:
-        """Of the case's config.json."""
+        """The fields of the case's config.json."""
         return published_shapes()[case.model] | (TINY if self.is_rehearsal else {})
 
     def layers(self, case: Case, config: DecoderConfig) -> tuple[int, ...]:
-        """Which are captured."""
+        """The captured layers."""
         return TINY_LAYER if self.is_rehearsal and case.layers else case.layers_of(config)
 
-    def workload(self, case: Case) -> Workload:
-        """As many rows as hold a step's tokens."""
+    def workload(self, case: Case) -> UniformBatch:
+        """As many rows as a step's tokens fill."""
         length = row_length(case, is_rehearsal=self.is_rehearsal)
-        return Workload(max(1, self.tokens // length), length, self.samples)
+        return UniformBatch(max(1, self.tokens // length), length, self.samples)
 
 
 def row_length(case: Case, *, is_rehearsal: bool) -> int:
-    """Tokens of its rows."""
+    """Tokens per row."""
     return TINY_LENGTHS[case.length] if is_rehearsal else case.length
 
 
-class Side(Protocol):
+class TimedSide(Protocol):
     """What is timed."""
 
     def forward(self, steps: int) -> None:
-        """So many steps, to the end of the last."""
+        """Runs `steps` steps, to the end of the last."""
         ...
 
     def extract(self, steps: int) -> None:
-        """The same, and what they give is on the host."""
+        """The same, and copies their outputs to the host."""
         ...
 
     def activations(self) -> np.ndarray:
-        """Of one step."""
+        """The output of one step."""
         ...
 
 
-def measure(case: Case, settings: Settings) -> CaseResult:
-    """All sides in turns, with everything compiled and the weights in place.
+def measure(case: Case, settings: Settings) -> GpuResult:
+    """Times all sides alternately, with everything compiled and the weights in place.
 
-    Raises RunError when the activations differ by more than TOLERANCE: then no time would mean anything.
+    Raises RunError when the activations differ by more than TOLERANCE: then the times would mean nothing.
     """
     fields, workload = settings.fields(case), settings.workload(case)
     config = decoder_config(fields)
@@ -202,7 +203,7 @@ def measure(case: Case, settings: Settings) -> CaseResult:
     copies = [ours.copy() for _ in range(settings.repeats)]
     flops = model_flops(config, Capture(layers), workload.rows * workload.samples, workload.sample_length)
     results = [_result(name, timings, distances[name], flops, workload, settings) for name in sides]
-    return CaseResult(
+    return GpuResult(
         case=case.name,
         workload=workload,
         target=case.target,
@@ -217,9 +218,9 @@ def measure(case: Case, settings: Settings) -> CaseResult:
 
 
 def _warm_sides(
-    fields: Mapping[str, Any], ours: OurSide, workload: Workload, layers: tuple[int, ...], settings: Settings
-) -> Iterator[tuple[str, Side]]:
-    """Each compiled, with the host's memory pinned. A peer that fails is left out with a line."""
+    fields: Mapping[str, Any], ours: OurSide, workload: UniformBatch, layers: tuple[int, ...], settings: Settings
+) -> Iterator[tuple[str, TimedSide]]:
+    """Each side compiled, with host memory pinned. A peer that fails is left out with a message."""
     ours.extract(2)
     yield "ours", ours
     if not settings.peers:
@@ -236,14 +237,14 @@ def _warm_sides(
                 fields, ours.config, ours.parameters, tokens, layers, **options, device=settings.device
             )
             side.extract(2)
-        except Exception as error:  # whatever torch and its compilers raise: ours is measured all the same
+        except Exception as error:  # whatever torch and its compilers raise: ours is measured anyway
             reason = " ".join(str(error).split())[:200]
             print(f"{name} ({attention}) is left out: {type(error).__name__}: {reason}", file=sys.stderr)
             continue
         yield f"{name} ({attention})", side
 
 
-def _rounds(sides: Mapping[str, Side], settings: Settings) -> dict[str, Timings]:
+def _rounds(sides: Mapping[str, TimedSide], settings: Settings) -> dict[str, Timings]:
     calls: dict[str, Callable[[], object]] = {}
     for name, side in sides.items():
         calls[name] = partial(side.forward, settings.steps)
@@ -256,7 +257,7 @@ def _copied(name: str) -> str:
 
 
 def _result(
-    name: str, timings: Mapping[str, Timings], distance: float, flops: float, workload: Workload, settings: Settings
+    name: str, timings: Mapping[str, Timings], distance: float, flops: float, workload: UniformBatch, settings: Settings
 ) -> SideResult:
     alone, copied = (statistics.median(timings[key].wall) / settings.steps for key in (name, _copied(name)))
     return SideResult(
@@ -273,15 +274,15 @@ def _result(
     )
 
 
-def _tiles(config: DecoderConfig, workload: Workload) -> Tiles | None:
-    """What the step's attention takes for a batch of this shape."""
+def _tiles(config: DecoderConfig, workload: UniformBatch) -> Tiles | None:
+    """The block sizes of the step's attention for a batch of this shape."""
     heads = config.n_kv_heads, config.n_heads // config.n_kv_heads
     q = jax.ShapeDtypeStruct((workload.rows, workload.length, *heads, config.head_dim), COMPUTE_DTYPES[DTYPE])
     return kernel_tiles(q, config.attn_softcap)
 
 
 def _checked_distance(name: str, theirs: np.ndarray, ours: np.ndarray) -> float:
-    """Of all tokens of the worst layer, relative to ours. theirs: (L, samples, T, D) where ours is (L, B, T, D)."""
+    """Distance at the worst layer over all tokens, relative to ours. theirs: (L, samples, T, D); ours: (L, B, T, D)."""
     ours = ours.reshape(len(ours), -1)
     off = np.linalg.norm(theirs.astype(np.float32).reshape(ours.shape) - ours, axis=1) / np.linalg.norm(ours, axis=1)
     worst = float(off.max())
@@ -291,7 +292,7 @@ def _checked_distance(name: str, theirs: np.ndarray, ours: np.ndarray) -> float:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """What the flags come to on this machine. Raises RunError where there is no GPU, UsageError for one not known."""
+    """The settings for this machine. Raises RunError when there is no GPU, UsageError for an unknown one."""
     kind = require_gpu(is_rehearsal=args.rehearse)
     shortest = min(row_length(case, is_rehearsal=args.rehearse) for case in CASES)
     if shortest % args.samples_per_row:
@@ -310,7 +311,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def runnable_peers(names: Sequence[str], *, is_rehearsal: bool) -> tuple[str, ...]:
-    """Those of the peers that can run here; says which cannot, and why."""
+    """The peers that can run here; prints which cannot, and why."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if not missing and not is_rehearsal:
         import torch
@@ -330,7 +331,7 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add_gpu_flags(parser, MODELS)
     add = parser.add_argument
-    add("--steps", type=positive(int), default=20, help="of a repetition (default 20)")
+    add("--steps", type=positive(int), default=20, help="steps per repetition (default 20)")
     add("--peers", nargs="*", choices=tuple(PEERS), default=tuple(PEERS), help="settings of transformers (default all)")
     add(
         "--peak_tflops",
@@ -340,9 +341,9 @@ def build_parser() -> argparse_flags.ArgumentParser:
     return parser
 
 
-def report(results: Sequence[CaseResult]) -> str:
-    """The tables for people: ours, then the peers."""
-    header = ["case", "attention", "step", "MFU", "target", "tokens/s", "with copies", "of it copying", "to host alone"]
+def report(results: Sequence[GpuResult]) -> str:
+    """The printed tables: ours, then the peers."""
+    header = ["case", "attention", "step", "MFU", "target", "tokens/s", "with copies", "copy share", "to host alone"]
     rows = [
         [
             result.case,
@@ -357,7 +358,7 @@ def report(results: Sequence[CaseResult]) -> str:
         ]
         for result in results
     ]
-    header_peers = ["case", "transformers", "MFU", "takes, times ours (rounds)", "with copies", "disagreement"]
+    header_peers = ["case", "transformers", "MFU", "time over ours (rounds)", "with copies", "disagreement"]
     rows_peers = [
         [result.case, peer.side, f"{peer.mfu:.3f}", peer.ratio, peer.ratio_copied, f"{peer.disagreement:.1e}"]
         for result in results
@@ -366,7 +367,7 @@ def report(results: Sequence[CaseResult]) -> str:
     return "\n\n".join(table(*parts) for parts in ((header, rows), (header_peers, rows_peers)) if parts[1])
 
 
-def _verdict(result: CaseResult) -> str:
+def _verdict(result: GpuResult) -> str:
     if result.target is None:
         return "none"
     return f">= {result.target:.2f}: {'yes' if result.ours.mfu >= result.target else 'no'}"
@@ -374,7 +375,7 @@ def _verdict(result: CaseResult) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Measures the cases and prints them."""
-    # Where torch computes too, JAX must not take the memory of the whole device at its start.
+    # JAX must not reserve the memory of the whole device at its start, because torch needs some.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     settings = settings_of(args)
     results = [measure(case, settings) for case in CASES if case.model in args.models]
@@ -385,7 +386,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{settings.device_kind}, {settings.peak_tflops:.0f} TFLOP/s in bfloat16")
     print(report(results))
     if settings.is_rehearsal:
-        print("a rehearsal: tiny models, and a peak and targets that mean nothing", file=sys.stderr)
+        print("a rehearsal: tiny models; the peak and the targets mean nothing", file=sys.stderr)
 
 
 def main() -> None:

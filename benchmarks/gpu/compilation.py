@@ -1,6 +1,6 @@
-"""The extraction step compiled for GPUs that are not there: that it compiles, and the memory it takes.
+"""Compiles the extraction step for a GPU without having one, and reports the memory it takes.
 
-Needs the GPU's compiler and no GPU, no weights and no hub: see `make test-gpu` and README.md.
+Needs the GPU's compiler, but no GPU, weights or hub: see `make test-gpu` and README.md.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from qwen2_jax.sharding import ModelMesh
 
 _PLUGINS = "jax_cuda12_plugin", "jax_cuda13_plugin"
 _DTYPE = "bfloat16"
-# XLA's description of a device, as far as compiling asks for it.
+# XLA's description of a device, with the fields that compilation needs.
 _DEVICE = """
 gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} }}
@@ -45,7 +45,7 @@ device_description_str: "NVIDIA {name}"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Compute capability, shared memory that a block may ask for, in bytes, and processors (CUDA programming guide)."""
+    """Compute capability, bytes of shared memory that a block may request, and processors (CUDA programming guide)."""
 
     major: int
     minor: int
@@ -63,10 +63,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a step: what it is given, what it gives, and what it needs meanwhile.
+    """Bytes of a step: arguments, outputs and temporaries.
 
     Attributes:
-      logits: what the logits of one layer would take, all at once.
+      logits: bytes of all attention logits of one layer at once.
     """
 
     case: str
@@ -82,14 +82,14 @@ def has_compiler() -> bool:
 
 
 def gpu_device(name: str) -> jax.Device:
-    """One GPU of GPUS, as the compiler knows it. Needs the compiler."""
+    """The compiler's device for one of GPUS. Needs the compiler."""
     config = _DEVICE.format(name=name, **asdict(GPUS[name]))
     description = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=config)
     return description.devices[0]
 
 
 def step_memory(case: Case, name: str, tokens: int) -> Memory:
-    """Of a step of so many tokens on one GPU; residuals, computed and stored in bfloat16."""
+    """The memory of a step of `tokens` tokens on one GPU; residuals, computed and stored in bfloat16."""
     config = shape_of(case.model)
     capture, mesh = Capture(case.layers_of(config)), ModelMesh.of(config, [gpu_device(name)], 1)
     cut = cut_config(config, capture.layers_run(config.n_layers))
@@ -108,23 +108,23 @@ def build_parser() -> argparse_flags.ArgumentParser:
     """The flags of the command."""
     parser = CommandParser(description=__doc__)
     add = parser.add_argument
-    add("--gpu", choices=tuple(GPUS), default="H200", help="to compile for (default H200)")
-    add("--tokens", type=positive(int), default=16384, help="of a step, a multiple of 2048 (default 16384)")
+    add("--gpu", choices=tuple(GPUS), default="H200", help="GPU to compile for (default H200)")
+    add("--tokens", type=positive(int), default=16384, help="tokens per step, a multiple of 2048 (default 16384)")
     add("--json", action="store_true", help="print one JSON object on stdout instead of the table")
     add("--verbose", action="store_true", help="stack traces of errors")
     return parser
 
 
 def report(results: Sequence[Memory]) -> str:
-    """The table for people."""
-    header = ["case", "weights", "outputs", "beside them", "logits of one layer"]
+    """The printed table."""
+    header = ["case", "weights", "outputs", "temporary", "logits of one layer"]
     sizes = [(found.arguments, found.outputs, found.temporary, found.logits) for found in results]
     rows = [[found.case, *(f"{size / 1e9:.2f} GB" for size in row)] for found, row in zip(results, sizes, strict=True)]
     return table(header, rows)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compiles one case after the other and prints what it takes."""
+    """Compiles the cases one after another and prints their memory."""
     if args.tokens < 1 or args.tokens % max(case.length for case in CASES):
         raise UsageError(f"--tokens {args.tokens}: must be a multiple of 2048")
     if not has_compiler():

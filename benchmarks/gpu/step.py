@@ -1,4 +1,4 @@
-"""Our side of the GPU's benchmark: the engine's step on one device, with random weights that are made there.
+"""Our side of the GPU benchmark: the engine's step on one device, with random weights made on that device.
 
 Axis letters: L captured layers, B rows, T tokens of a row, D d_model.
 """
@@ -25,11 +25,11 @@ SITE = "residual"
 
 
 @dataclass(frozen=True)
-class Workload:
-    """Rows that samples of one length fill.
+class UniformBatch:
+    """Rows filled by samples of equal length.
 
     Attributes:
-      samples: of each row.
+      samples: per row.
     """
 
     rows: int
@@ -38,12 +38,12 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.rows * self.length
 
     @property
     def sample_length(self) -> int:
-        """Of every sample."""
+        """Tokens of every sample."""
         return self.length // self.samples
 
     def arrays(self, vocab_size: int) -> StepArrays:
@@ -56,7 +56,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class OurSide:
-    """A step and what it works on. parameters: as `qwen2_jax.parameters` names them, of the layers that run."""
+    """A step and its inputs. parameters: by their names in `qwen2_jax.parameters`, of the layers that run."""
 
     config: DecoderConfig
     parameters: dict[str, Array]
@@ -64,7 +64,7 @@ class OurSide:
     step: ExtractionStep
 
     @classmethod
-    def of(cls, config: DecoderConfig, layers: tuple[int, ...], workload: Workload) -> "OurSide":
+    def of(cls, config: DecoderConfig, layers: tuple[int, ...], workload: UniformBatch) -> "OurSide":
         """The residuals of these layers, computed and stored in bfloat16 on this process's first device."""
         request = StepRequest(Capture(layers), DTYPE, DTYPE)
         mesh = ModelMesh.of(config, jax.local_devices()[:1], 1)
@@ -74,7 +74,7 @@ class OurSide:
         return cls(cut, parameters, workload.arrays(config.vocab_size), step)
 
     def forward(self, steps: int) -> None:
-        """So many steps, nothing copied; the next is started before one is waited for, as in a run."""
+        """Runs `steps` steps without copies; as in a run, each starts before the previous one is waited for."""
         before: JaxStepOutput | None = None
         for _ in range(steps):
             output = self.step(self.arrays)
@@ -85,7 +85,7 @@ class OurSide:
         before.wait()
 
     def extract(self, steps: int) -> None:
-        """The same, and what each gives is brought to the host beside the next."""
+        """The same, and copies the output of each step to the host during the next."""
         before: JaxStepOutput | None = None
         for _ in range(steps):
             output = self.step(self.arrays)
@@ -97,7 +97,7 @@ class OurSide:
         before.fetch()
 
     def copy(self) -> tuple[int, float]:
-        """The bytes of a step that is done, and the seconds in which they reach the host."""
+        """The output bytes of a finished step, and the seconds it takes to copy them to the host."""
         output = self.step(self.arrays)
         output.wait()
         started = time.perf_counter()
@@ -106,14 +106,14 @@ class OurSide:
         return n_bytes, time.perf_counter() - started
 
     def activations(self) -> Shaped[np.ndarray, "L B T D"]:
-        """What a step gives."""
+        """The output of a step."""
         output = self.step(self.arrays)
         output.start_copy(None)
         return output.fetch()[SITE]
 
 
 def _random_parameters(config: DecoderConfig, mesh: ModelMesh) -> dict[str, Float[Array, "..."]]:
-    """Norms of ones, the rest small. Made by the device: nothing crosses the link to the host."""
+    """Norms are ones, the rest small random values. Made on the device: nothing is copied from the host."""
     specs = parameter_specs(config, with_final_norm=False, with_head=False)
     dtype = COMPUTE_DTYPES[DTYPE]
 
@@ -127,6 +127,6 @@ def _random_parameters(config: DecoderConfig, mesh: ModelMesh) -> dict[str, Floa
         }
 
     places = {name: mesh.sharding(spec.axes) for name, spec in specs.items()}
-    # Of the generators of JAX, the one that GPUs are fast at.
+    # The generator of JAX that is fast on GPUs.
     made: dict[str, Array] = jax.jit(make, out_shardings=places)(jax.random.key(0, impl="rbg"))
     return made

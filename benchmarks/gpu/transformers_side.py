@@ -1,4 +1,4 @@
-"""transformers' side of the GPU's benchmark: the same weights and samples, in bfloat16, on the same device.
+"""transformers' side of the GPU benchmark: the same weights and samples, in bfloat16, on the same device.
 
 Axis letters: L captured layers, B samples, T tokens of a sample, D d_model.
 """
@@ -18,10 +18,10 @@ from qwen2_jax.parameters import parameter_specs
 
 
 class TransformersSide:
-    """The decoder cut behind the last captured layer, without head, final norm or padding.
+    """The decoder cut after the last captured layer, without head, final norm or padding.
 
-    A user of transformers would have to cut it by hand; it is the fastest that transformers can be.
-    attention: one of its implementations. compiled: by `torch.compile`, for this one shape.
+    A user of transformers would have to cut it by hand; it is the fastest setup of transformers.
+    attention: the name of an implementation. compiled: by `torch.compile`, for this one shape.
     """
 
     def __init__(
@@ -44,17 +44,17 @@ class TransformersSide:
         self._hosts: list[list[torch.Tensor]] = [[], []]
 
     def forward(self, steps: int) -> None:
-        """So many steps, nothing copied."""
+        """Runs `steps` steps without copies."""
         for _ in range(steps):
             self._step()
         self._synchronize()
 
     def extract(self, steps: int) -> None:
-        """The same, and what each gives is copied to one of two pinned buffers beside the next."""
+        """The same, and copies the output of each step to one of two pinned buffers during the next."""
         for number in range(steps):
             found = self._step()
             if self._copies is None:
-                continue  # on the host it is where it has to be
+                continue  # the output is on the host already
             hosts = self._hosts[number % 2]
             if not hosts:
                 hosts += [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in found]
@@ -83,9 +83,9 @@ class TransformersSide:
 
 
 def forget_other_cases() -> None:
-    """torch stops compiling, and goes on without, once it has compiled one model's code for several others."""
+    """Resets torch's compiler, which stops compiling a model's code after it has compiled it for several models."""
     torch.compiler.reset()
-    gc.collect()  # compiled code and the model refer to one another, and keep their memory until then
+    gc.collect()  # compiled code and the model refer to each other and keep their memory until then
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -93,10 +93,10 @@ def forget_other_cases() -> None:
 def _decoder(
     fields: Mapping[str, Any], config: DecoderConfig, parameters: Mapping[str, Array], attention: str, device: str
 ) -> Any:
-    """As deep as `config`, with our weights.
+    """A decoder as deep as `config`, with our weights.
 
-    The final norm becomes the identity: transformers puts it into its last hidden state, and the last layer would not
-    be the residual stream.
+    The final norm becomes the identity: transformers applies it to its last hidden state, which would then not be the
+    residual stream.
     """
     settings = {key: value for key, value in fields.items() if key != "model_type"}
     theirs = AutoConfig.for_model(fields["model_type"], **settings | {"num_hidden_layers": config.n_layers})
@@ -108,7 +108,7 @@ def _decoder(
     with torch.no_grad():
         for name, spec in parameter_specs(config, with_final_norm=False, with_head=False).items():
             stored = table[name]
-            assert stored.rows is None, "a fused tensor is not taken apart here"
+            assert stored.rows is None, "fused tensors are not supported here"
             assert not stored.transposed
             ours = torch.from_dlpack(parameters[name]).reshape(spec.matrix.shape)
             for layer, tensor in enumerate(ours if spec.stacked else [ours]):

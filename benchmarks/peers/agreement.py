@@ -1,4 +1,4 @@
-"""Whether two sides wrote the same activations: no time counts before that is known."""
+"""Checks that two sides wrote the same activations, before their times are compared."""
 
 import gzip
 import pickle
@@ -15,7 +15,7 @@ Shard = dict[int, list[dict[str, Any]]]
 
 
 def read_shards(folder: Path, *, recursive: bool = True) -> Iterator[Shard]:
-    """The shards of one side, which this process has just written."""
+    """The shards of one side. They are unpickled, so they must come from this process."""
     for path in sorted(folder.glob(("**/" if recursive else "") + "shard_*.pkl.gz")):
         with gzip.open(path) as file:
             yield pickle.load(file)
@@ -43,6 +43,6 @@ def worst_disagreement(ours: Iterable[Shard], theirs: Iterable[Shard], layers: S
 
 
 def relative_distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Over the whole sample, in float64."""
+    """The relative L2 distance over the whole sample, in float64."""
     exact = theirs.astype(np.float64)
     return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact))

@@ -1,6 +1,6 @@
-"""Side by side with what a user could take instead: same prompts, weights and stored arrays, tokens a second.
+"""Ours and the libraries a user could take instead: same prompts, weights and stored arrays, tokens per second.
 
-Every peer is in a file of its own, `peer_*.py`; one whose package is not installed is left out with a line. See
+Every peer is in its own file, `peer_*.py`. A peer whose package is not installed is left out with a message. See
 README.md for what is timed.
 """
 
@@ -27,13 +27,13 @@ from benchmarks.common.measuring import Ratio, Timings, alternate, machine, tabl
 from benchmarks.common.workload import Workload, add_workload_flags, build_workload, workload_of
 from benchmarks.peers.agreement import read_shards, worst_disagreement
 from benchmarks.peers.hf_model import export_folder
-from benchmarks.peers.peer_sides import Request, Side
+from benchmarks.peers.peer_sides import PeerSide, Request
 from core.base.command_line import CommandParser, positive, run_command
 from core.base.errors import RunError, UsageError
 from core.jax_utils import COMPUTE_DTYPES
 from qwen2_jax import load_config
 
-# On the relative distance of two sides of which one computes in bfloat16.
+# Limit on the relative distance of two sides if one computes in bfloat16.
 BFLOAT16_TOLERANCE = 5e-2
 
 
@@ -42,11 +42,11 @@ class Peer:
     """One row of the table.
 
     Attributes:
-      module: in this package, with a function `side`; package: what has to be installed.
-      tolerance: on the relative distance of its activations from ours in float32.
+      module: in this package, with a function `side`; package: must be installed.
+      tolerance: limit on the relative distance of its activations from ours in float32.
       settings: further arguments of `side`.
-      one_layer: whether it can store no more than one.
-      cut: whether the user has taken the model apart.
+      one_layer: whether it can store only one layer.
+      cut: whether the user removed layers from the model by hand.
     """
 
     what: str
@@ -59,7 +59,7 @@ class Peer:
 
     @property
     def is_float32(self) -> bool:
-        """Whether it computes as precisely as ours does."""
+        """Whether it computes in float32."""
         return self.settings.get("dtype", torch.float32) is torch.float32
 
 
@@ -85,13 +85,15 @@ PEERS = {
     "hf_bf16": _transformers("transformers, sorted, bfloat16", torch.bfloat16),
     "hf_bf16_compiled": _transformers("transformers, sorted, bfloat16, torch.compile", torch.bfloat16, compiled=True),
     "transformer_lens": Peer(
-        "TransformerLens, sorted, stops behind the layer", "peer_transformer_lens", "transformer_lens"
+        "TransformerLens, sorted, stops after the layer", "peer_transformer_lens", "transformer_lens"
     ),
-    "nnsight": _nnsight("nnsight, sorted, stops behind the layer", torch.float32),
-    "nnsight_bf16": _nnsight("the same in bfloat16", torch.bfloat16),
+    "nnsight": _nnsight("nnsight, sorted, stops after the layer", torch.float32),
+    "nnsight_bf16": _nnsight("nnsight, sorted, stops after the layer, bfloat16", torch.bfloat16),
     "sae_lens": Peer("SAELens' caching runner", "peer_sae_lens", "sae_lens", one_layer=True),
     "hf_cut": _transformers("transformers, sorted, later layers removed by hand", torch.float32, cut=True),
-    "hf_bf16_cut": _transformers("the same by hand in bfloat16", torch.bfloat16, cut=True),
+    "hf_bf16_cut": _transformers(
+        "transformers, sorted, later layers removed by hand, bfloat16", torch.bfloat16, cut=True
+    ),
 }
 MODEL_FOLDER = "model"
 # Ours over the fastest peer: in float32, and at any dtype.
@@ -100,7 +102,7 @@ TARGETS = {"middle": (6.0, 3.0), "all": (4.0, 4.0)}
 
 @dataclass(frozen=True)
 class PeerRow:
-    """One peer against ours in the same rounds; ratios and distances by what ours computes in."""
+    """One peer against ours in the same rounds; ratios and distances by our compute dtype."""
 
     peer: str
     computed_tokens: int
@@ -111,10 +113,10 @@ class PeerRow:
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """One case; `tokens_per_second` of ours by what it computes in.
+class PeersResult:
+    """One case; `tokens_per_second` are ours, by compute dtype.
 
-    `compilation_seconds` is what our first run, in the first of these dtypes, took more than the median one.
+    `compilation_seconds` is the time of our first run, in the first of these dtypes, minus the median time.
     """
 
     case: str
@@ -128,7 +130,7 @@ class CaseResult:
 
 
 def installed(peers: Sequence[str]) -> list[str]:
-    """Those that can run; says which cannot. Raises UsageError when none can."""
+    """The peers that can run; prints those that cannot. Raises UsageError when none can."""
     found = [name for name in peers if importlib.util.find_spec(PEERS[name].package) is not None]
     for name in peers:
         if name not in found:
@@ -138,13 +140,13 @@ def installed(peers: Sequence[str]) -> list[str]:
     return found
 
 
-def load_side(name: str, request: Request) -> Side:
+def load_side(name: str, request: Request) -> PeerSide:
     """A loaded peer."""
-    return importlib.import_module(f"benchmarks.{PEERS[name].module}").side(request, **PEERS[name].settings)
+    return importlib.import_module(f"benchmarks.peers.{PEERS[name].module}").side(request, **PEERS[name].settings)
 
 
-def sides_of(case: str, names: Sequence[str], request: Request) -> dict[str, Side]:
-    """The peers that a case can have: one that stores one layer has no part in all, nor can all layers be cut."""
+def sides_of(case: str, names: Sequence[str], request: Request) -> dict[str, PeerSide]:
+    """The loaded peers of a case. With every layer, peers that store only one, and cut models, are left out."""
     is_all = case == "all"
     return {
         name: load_side(name, request) for name in names if not (is_all and (PEERS[name].one_layer or PEERS[name].cut))
@@ -153,7 +155,7 @@ def sides_of(case: str, names: Sequence[str], request: Request) -> dict[str, Sid
 
 @dataclass(frozen=True)
 class Ours:
-    """Our engine computing in one dtype. `cold` is its first run, which compiles; `stored` is what that wrote."""
+    """Our engine computing in one dtype. `cold` is its first run, which compiles; `stored` is its output."""
 
     engine: Engine
     stored: Path
@@ -178,8 +180,10 @@ class Ours:
         return ours
 
 
-def check_agreement(ours: dict[str, Path], name: str, side: Side, folder: Path, request: Request) -> dict[str, float]:
-    """Runs a peer once and compares it with what ours wrote by what it computed in; returns the worst distances."""
+def check_agreement(
+    ours: dict[str, Path], name: str, side: PeerSide, folder: Path, request: Request
+) -> dict[str, float]:
+    """Runs a peer once and compares it with our output in each compute dtype; returns the worst distances."""
     started = time.monotonic()
     side.run(folder / name)
     print(f"{name}: a first run of {time.monotonic() - started:.1f} s", file=sys.stderr)
@@ -197,10 +201,10 @@ def check_agreement(ours: dict[str, Path], name: str, side: Side, folder: Path, 
 
 def measure_case(
     case: str, names: Sequence[str], workload: Workload, folder: Path, args: argparse.Namespace
-) -> CaseResult:
-    """Runs all sides once untimed, compares what they wrote, then times them in turns.
+) -> PeersResult:
+    """Runs all sides once untimed, compares their outputs, then times them alternately.
 
-    Raises RunError when the activations differ by more than the tolerance: then no time would mean anything.
+    Raises RunError when the activations differ by more than the tolerance: then the times would mean nothing.
     """
     request = request_of(case, workload, folder.parent / MODEL_FOLDER, args)
     ours = {dtype: Ours.first_run(dtype, request, workload, folder, args.shard_mb) for dtype in args.compute_dtypes}
@@ -214,11 +218,11 @@ def measure_case(
     timings = alternate({name: run_and_clear(run, folder / "timed") for name, run in runs.items()}, args.repeats)
     first = next(iter(ours.values()))
     warm = timings[_ours(args.compute_dtypes[0])].seconds
-    return CaseResult(
+    return PeersResult(
         case=case,
         layers=request.layers,
         tokens=workload.n_tokens,
-        computed_tokens=sum(step.tokens.size for step in first.engine.planned_steps()),
+        computed_tokens=sum(step.tokens.size for step in first.engine.all_steps()),
         compilation_seconds=round(max(first.cold.seconds - warm, 0), 3),
         tokens_per_second={dtype: round(workload.n_tokens / timings[_ours(dtype)].seconds, 1) for dtype in ours},
         peers=[peer_row(name, side, workload, timings, ours, distances[name]) for name, side in sides.items()],
@@ -231,7 +235,7 @@ def _ours(dtype: str) -> str:
 
 
 def request_of(case: str, workload: Workload, model_folder: Path, args: argparse.Namespace) -> Request:
-    """What a case asks of every side."""
+    """What every side computes in a case."""
     config = load_config(workload.model_path)
     return Request(
         model_path=workload.model_path,
@@ -247,7 +251,7 @@ def request_of(case: str, workload: Workload, model_folder: Path, args: argparse
 
 def peer_row(
     name: str,
-    side: Side,
+    side: PeerSide,
     workload: Workload,
     timings: dict[str, Timings],
     ours: dict[str, Ours],
@@ -266,7 +270,7 @@ def peer_row(
 
 
 def few_of(workload: Workload, folder: Path, args: argparse.Namespace) -> Workload:
-    """The prompts of which every layer is stored."""
+    """The prompts of the case that stores every layer."""
     if args.all_prompts is None:
         return workload
     return build_workload(
@@ -292,13 +296,13 @@ def build_parser() -> argparse_flags.ArgumentParser:
     add = parser.add_argument
     what = "; ".join(f"{name}: {peer.what}" for name, peer in PEERS.items())
     add("--peers", nargs="+", choices=tuple(PEERS), default=tuple(PEERS), help=f"{what} (default all)")
-    add("--all_prompts", type=positive(int), help="for every layer (default: as many as --prompts)")
+    add("--all_prompts", type=positive(int), help="prompts of the case with every layer (default: --prompts)")
     add(
         "--compute_dtypes",
         nargs="+",
         choices=tuple(COMPUTE_DTYPES),
         default=tuple(COMPUTE_DTYPES),
-        help="of ours (default both)",
+        help="our compute dtypes (default both)",
     )
     add(
         "--shard_mb",
@@ -306,12 +310,12 @@ def build_parser() -> argparse_flags.ArgumentParser:
         default=1024.0,
         help="uncompressed size of a shard, both sides (default 1024)",
     )
-    add("--threads", type=positive(int), help="of torch (default: all cores)")
+    add("--threads", type=positive(int), help="torch threads (default: all cores)")
     return parser
 
 
-def report(results: Sequence[CaseResult]) -> str:
-    """The table for people."""
+def report(results: Sequence[PeersResult]) -> str:
+    """The printed table."""
     header = [
         "case",
         "peer",
@@ -342,8 +346,8 @@ def report(results: Sequence[CaseResult]) -> str:
     return table(header, rows)
 
 
-def verdicts(result: CaseResult) -> Iterator[str]:
-    """Ours over the fastest peer in float32 and at any dtype, beside the targets; models cut by hand stand apart."""
+def verdicts(result: PeersResult) -> Iterator[str]:
+    """Ours over the fastest peer in float32 and at any dtype, and the targets; models cut by hand do not count."""
     whole = [row for row in result.peers if not PEERS[row.peer].cut]
     precise = [row for row in whole if PEERS[row.peer].is_float32]
     for dtype in result.tokens_per_second:

@@ -1,4 +1,4 @@
-"""The model as transformers itself reads it, for every side that stands on transformers."""
+"""The model as transformers itself reads it, for every side that uses transformers."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def load_causal_lm(model_path: str, dtype: torch.dtype = torch.float32) -> PreTr
     path = Path(model_path)
     if path.suffix != ".gguf":
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
-    # from_pretrained(gguf_file=…) asks for one more package; its parts do the same without.
+    # from_pretrained(gguf_file=…) needs one more package; the functions it calls do not.
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(path.parent, gguf_file=path.name), dtype=torch.float32
     )
@@ -29,9 +29,9 @@ def load_causal_lm(model_path: str, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def export_folder(model_path: str, folder: Path) -> Path:
-    """The model as a Hugging Face folder, for libraries that read nothing else.
+    """The model as a Hugging Face folder, for libraries that can read only that.
 
-    They ask for a tokenizer too. It has one word: the prompts come as token ids.
+    They also require a tokenizer. This one has a single word, because the prompts are token ids.
     """
     model = load_causal_lm(model_path)
     model.save_pretrained(folder)

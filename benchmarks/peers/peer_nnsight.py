@@ -1,4 +1,4 @@
-"""nnsight: a trace that saves the outputs of the layers that are asked for, and stops behind the last one."""
+"""nnsight: a trace that saves the outputs of the captured layers and stops after the last one."""
 
 import nnsight
 import torch

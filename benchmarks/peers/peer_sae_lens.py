@@ -1,7 +1,7 @@
 """SAELens' `CacheActivationsRunner`: one hook, contexts of one length, a Hugging Face dataset on disk.
 
-It knows no ragged prompts: they are padded to the longest one, on the right, where no own token sees them. What it
-stores has the padding; what is compared has not.
+It does not support ragged prompts: they are padded to the longest one, on the right, where no real token sees the
+padding. It stores the padding too; `shards` removes it for the comparison.
 """
 
 import math
@@ -19,23 +19,23 @@ from benchmarks.peers.peer_sides import Request, longest, stored_item
 
 @dataclass(frozen=True)
 class SaeLensSide:
-    """The runner over a tokenised dataset, which it goes through once in each run."""
+    """The runner with a tokenized dataset, which it processes once per run."""
 
     request: Request
     runner: CacheActivationsRunner
 
     @property
     def computed_tokens(self) -> int:
-        """With padding to the longest prompt of all."""
+        """Tokens, padded to the longest prompt of all."""
         return len(self.request.samples) * longest(self.request.samples)
 
     def run(self, folder: Path) -> None:
-        """Its own files."""
+        """Writes its own file format."""
         self.runner.cfg.new_cached_activations_path = str(folder)
         self.runner.run()
 
     def shards(self, folder: Path) -> Iterator[Shard]:
-        """Without padding."""
+        """The stored activations without padding."""
         (layer,) = self.request.layers
         stored = datasets.load_from_disk(str(folder)).with_format("numpy")[self.runner.cfg.hook_name]
         items = [
@@ -46,7 +46,7 @@ class SaeLensSide:
 
 
 def side(request: Request) -> SaeLensSide:
-    """Loads the model, which stops behind the hook; a buffer is a batch, so that none is filled twice."""
+    """Loads the model, which stops after the hook. A buffer holds one batch, so that no buffer is filled twice."""
     (layer,) = request.layers
     context, batch = longest(request.samples), math.gcd(request.batch_size, len(request.samples))
     tokens = np.zeros((len(request.samples), context), np.int64)

@@ -1,4 +1,4 @@
-"""What the peers share: batches, activations cut to their own tokens, shards of the default format."""
+"""Shared by the peers: batches, activations without padding, shards of the default format."""
 
 import gzip
 import pickle
@@ -13,7 +13,7 @@ import torch
 from benchmarks.peers.agreement import Shard, read_shards
 from core.samples.windows import TokenizedSample
 
-# Token ids and attention mask, both (B, T), to (B, T, D) for each layer that is asked for.
+# Token ids and attention mask, both (B, T), to (B, T, D) for each captured layer.
 Forward = Callable[[torch.Tensor, torch.Tensor], dict[int, torch.Tensor]]
 
 
@@ -23,7 +23,7 @@ class Request:
 
     Attributes:
       model_folder: the model as a Hugging Face folder.
-      dtype: stored; shard_bytes: of arrays, after which a shard ends.
+      dtype: stored dtype; shard_bytes: bytes of arrays after which a shard ends.
     """
 
     model_path: str
@@ -36,20 +36,20 @@ class Request:
     shard_bytes: int
 
 
-class Side(Protocol):
+class PeerSide(Protocol):
     """A loaded peer."""
 
     @property
     def computed_tokens(self) -> int:
-        """With padding."""
+        """Tokens computed, padding included."""
         ...
 
     def run(self, folder: Path) -> None:
-        """Computes and stores all activations below `folder`, which does not exist."""
+        """Computes and stores all activations in `folder`, which does not exist yet."""
         ...
 
     def shards(self, folder: Path) -> Iterator[Shard]:
-        """What was stored."""
+        """The stored shards."""
         ...
 
 
@@ -63,7 +63,7 @@ class BatchedSide:
 
     @property
     def computed_tokens(self) -> int:
-        """With padding to the longest of each batch."""
+        """Tokens, padded to the longest of each batch."""
         return sum(len(batch) * longest(batch) for batch in batches(self.samples, self.request.batch_size))
 
     def run(self, folder: Path) -> None:
@@ -81,7 +81,7 @@ class BatchedSide:
                 shard, n_bytes = {layer: [] for layer in self.request.layers}, 0
 
     def shards(self, folder: Path) -> Iterator[Shard]:
-        """What was stored."""
+        """The stored shards."""
         return read_shards(folder)
 
     def _extend(self, shard: Shard, batch: Sequence[TokenizedSample]) -> int:
@@ -91,7 +91,7 @@ class BatchedSide:
         n_bytes = 0
         for layer in self.request.layers:
             for row, sample in enumerate(batch):
-                # Copied, or the pickle would be fine but every padded batch would stay in memory.
+                # A copy, because a view would keep every padded batch in memory.
                 kept = hidden[layer][row, : len(sample.token_ids)].float().numpy()
                 shard[layer].append(stored_item(sample, kept.astype(self.request.dtype)))
                 n_bytes += shard[layer][-1]["activation"].nbytes
@@ -109,7 +109,7 @@ def stored_item(sample: TokenizedSample, activation: np.ndarray) -> dict[str, An
 
 
 def by_length(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
-    """Sorted, so that a batch has little padding."""
+    """The samples sorted by length, so that a batch has little padding."""
     return sorted(samples, key=lambda sample: len(sample.token_ids))
 
 

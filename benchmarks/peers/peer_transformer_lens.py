@@ -1,6 +1,6 @@
-"""TransformerLens: `run_with_cache` of its bridge with the hooks that are asked for, stopped behind the last one.
+"""TransformerLens: `run_with_cache` of its bridge with only the captured hooks, stopped after the last one.
 
-The bridge, for `HookedTransformer` knows the models of its own list alone, and SmolLM2 is none of them.
+It uses the bridge because `HookedTransformer` supports only the models of its own list, which lacks SmolLM2.
 """
 
 import torch

@@ -7,7 +7,7 @@ from benchmarks.peers.peer_sides import BatchedSide, Forward, Request, by_length
 
 
 def side(request: Request, *, dtype: torch.dtype, is_sorted: bool, compiled: bool, cut: bool) -> BatchedSide:
-    """One setting; `cut` removes the layers behind the last one that is asked for."""
+    """One setting; `cut` removes the layers after the last captured one."""
     samples = by_length(request.samples) if is_sorted else request.samples
     return BatchedSide(load_forward(request, dtype, compiled=compiled, cut=cut), request, samples)
 
@@ -15,14 +15,14 @@ def side(request: Request, *, dtype: torch.dtype, is_sorted: bool, compiled: boo
 def load_forward(request: Request, dtype: torch.dtype, *, compiled: bool, cut: bool) -> Forward:
     """The decoder alone, without logits.
 
-    The final norm becomes the identity: transformers puts it into its last hidden state, and the last layer would not
-    be the residual stream. That takes nothing from the peer but the time of one norm.
+    The final norm becomes the identity: transformers applies it to its last hidden state, which would then not be the
+    residual stream. This saves the peer the time of one norm.
     """
     decoder = load_causal_lm(request.model_path, dtype).model
     decoder.norm = torch.nn.Identity()
     if cut:
         decoder.layers = decoder.layers[: max(request.layers) + 1]
-    # Ragged batches: one program for all shapes.
+    # Batches are ragged: one program for all shapes.
     call = torch.compile(decoder, dynamic=True) if compiled else decoder
 
     def forward(tokens: torch.Tensor, mask: torch.Tensor) -> dict[int, torch.Tensor]:

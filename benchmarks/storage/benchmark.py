@@ -1,6 +1,6 @@
-"""What storing activations costs: every format and compressor on what SmolLM2 computes of ARC prompts. See README.md.
+"""What storing activations costs: every format and compressor on SmolLM2's activations of ARC prompts. See README.md.
 
-The measure is what most people write, `gzip.open(…, compresslevel=6)` and `pickle.dump`, on one core.
+The baseline is the usual code, `gzip.open(…, compresslevel=6)` and `pickle.dump`, on one core.
 """
 
 import argparse
@@ -38,18 +38,18 @@ from qwen2_jax import load_config
 
 BASELINE = "gzip 6 + pickle.dump"
 FOLDER = "tpu_0"
-# By name in the table: a format, and whether gzip is put around it.
+# By name in the table: a format, and whether it is gzipped.
 WAYS = {"pickle.gz": ("pickle", True)} | {name: (name, False) for name in FORMATS}
 _CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
-class Row:
+class StorageRow:
     """One way to store the same activations. Rates are million bytes of arrays for each second of CPU time.
 
     Attributes:
       ratio: bytes of arrays for each byte stored.
-      encode: to a file, as the baseline does; in memory for compressors, which make none.
+      encode: to a file, as the baseline does; compressors alone: in memory.
       store: with digests too, as a run does.
       read: back into arrays.
       encode_speedup, store_speedup: over `encode` of the baseline; None for compressors.
@@ -67,14 +67,14 @@ class Row:
 
 
 @dataclass(frozen=True)
-class CaseResult:
+class StorageResult:
     """One case and dtype. `entropy_ratio`: see `codecs`; `cores`: how `encode` scales, by wall time."""
 
     case: str
     dtype: str
     bytes: int
     entropy_ratio: float
-    rows: list[Row]
+    rows: list[StorageRow]
     cores: dict[str, dict[int, float]]
 
 
@@ -89,7 +89,7 @@ class DiskResult:
 
 
 def encode(content: ShardContent, way: str, threads: ThreadPoolExecutor, path: Path) -> None:
-    """The file alone, as the baseline writes it: no digests."""
+    """Writes only the file, as the baseline does: no digests."""
     name, gzipped = WAYS[way]
     with path.open("wb") as sink:
         if gzipped:
@@ -110,7 +110,7 @@ def store(activations: WindowActivations, way: str, folder: Path, threads: Threa
 
 
 def store_baseline(content: ShardContent, path: Path) -> Path:
-    """What the benchmark compares with."""
+    """Writes the file of the baseline."""
     samples = range(len(content.samples))
     shard = {layer: [stored_sample(content, slot, s) for s in samples] for slot, layer in enumerate(content.layers)}
     with gzip.open(path, "wb", compresslevel=6) as file:
@@ -140,14 +140,14 @@ def cpu_rate(n_bytes: int, side: Callable[[], object], repeats: int) -> float:
 
 def measure_ways(
     case: str, activations: WindowActivations, folder: Path, ways: Sequence[str], repeats: int
-) -> list[Row]:
+) -> list[StorageRow]:
     """The baseline, then each way, on one thread."""
     content = content_of(activations)
     n_bytes, dtype = content.activations.nbytes, content.activations.dtype.name
     path = folder / "baseline.pkl.gz"
     base = cpu_rate(n_bytes, partial(store_baseline, content, path), repeats)
     read = cpu_rate(n_bytes, partial(read_baseline, path), repeats)
-    rows = [Row(case, dtype, BASELINE, ratio_of(n_bytes, path), base, None, read, 1.0, None)]
+    rows = [StorageRow(case, dtype, BASELINE, ratio_of(n_bytes, path), base, None, read, 1.0, None)]
     path.unlink()
     with ThreadPoolExecutor(1) as thread:
         return rows + [measure_way(case, way, activations, folder, thread, base, repeats) for way in ways]
@@ -161,7 +161,7 @@ def measure_way(
     thread: ThreadPoolExecutor,
     baseline: float,
     repeats: int,
-) -> Row:
+) -> StorageRow:
     """One way; `baseline` is the rate of `store_baseline`."""
     content = content_of(activations)
     n_bytes, dtype = content.activations.nbytes, content.activations.dtype.name
@@ -174,12 +174,12 @@ def measure_way(
         store(activations, way, folder, thread).unlink()
 
     stored = cpu_rate(n_bytes, store_and_clear, repeats)
-    return Row(
+    return StorageRow(
         case, dtype, way, ratio, encoded, stored, read, round(encoded / baseline, 1), round(stored / baseline, 1)
     )
 
 
-def measure_codec(case: str, array: np.ndarray, name: str, repeats: int) -> Row:
+def measure_codec(case: str, array: np.ndarray, name: str, repeats: int) -> StorageRow:
     """A compressor alone, on one thread."""
     codec, blocks = CODECS[name], list(blocks_of(array))
     packed = [codec.compress(block) for block in blocks]
@@ -187,13 +187,13 @@ def measure_codec(case: str, array: np.ndarray, name: str, repeats: int) -> Row:
     pairs = list(zip(packed, blocks, strict=True))
     read = cpu_rate(array.nbytes, lambda: [codec.decompress(*pair) for pair in pairs], repeats)
     ratio = round(array.nbytes / sum(map(len, packed)), 3)
-    return Row(case, array.dtype.name, name, ratio, encoded, None, read, None, None)
+    return StorageRow(case, array.dtype.name, name, ratio, encoded, None, read, None, None)
 
 
 def measure_cores(
     content: ShardContent, ways: Sequence[str], folder: Path, repeats: int
 ) -> dict[str, dict[int, float]]:
-    """Million bytes a second of wall time by number of threads, up to the cores there are."""
+    """Million bytes a second of wall time by number of threads, up to the number of cores."""
     cores = range(1, machine()["cores"] + 1)
     pools = {n: ThreadPoolExecutor(n) for n in cores}
     sides: dict[str, Callable[[], object]] = {
@@ -214,11 +214,11 @@ def content_of(activations: WindowActivations) -> ShardContent:
 
 
 def ratio_of(n_bytes: int, path: Path) -> float:
-    """Of a stored file."""
+    """The compression ratio of a stored file."""
     return round(n_bytes / path.stat().st_size, 3)
 
 
-def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Namespace) -> list[CaseResult]:
+def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Namespace) -> list[StorageResult]:
     """One case in every dtype: computed once in float32, rounded as the device does."""
     layers = case_layers(case, load_config(workload.model_path).n_layers)
     engine = Engine.load(
@@ -236,12 +236,12 @@ def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Nam
             content, [way for way in args.ways if way in ("pickle.gz", "planes")], folder, args.repeats
         )
         entropy = round(entropy_ratio(content.activations), 3)
-        results.append(CaseResult(case, dtype, content.activations.nbytes, entropy, rows, scaling))
+        results.append(StorageResult(case, dtype, content.activations.nbytes, entropy, rows, scaling))
     return results
 
 
 def measure_disk(workload: Workload, folder: Path, repeats: int) -> DiskResult:
-    """Every layer in bfloat16. Both sides write to `folder`, so name one on the disk that is meant."""
+    """Every layer in bfloat16. Both sides write to `folder`, so choose one on the disk to measure."""
     disk = LocalStore(folder)
     engine = storage_engine(workload, shard_mb=1 << 20)
     (activations,) = window_activations(engine.job, computed_once(engine))
@@ -265,7 +265,7 @@ def measure_disk(workload: Workload, folder: Path, repeats: int) -> DiskResult:
 
 
 def write_raw(data: bytes, path: Path) -> None:
-    """The same bytes, on the disk when it returns, and gone again."""
+    """Writes the same bytes, syncs them to disk and removes the file."""
     with path.open("wb") as file:
         for start in range(0, len(data), _CHUNK_BYTES):
             file.write(memoryview(data)[start : start + _CHUNK_BYTES])
@@ -278,7 +278,7 @@ def measure_uploads(workload: Workload, folder: Path, args: argparse.Namespace) 
     """Every layer in bfloat16, over each link."""
     if not args.link_mb_s:
         return []
-    # A run of few windows is mostly its beginning and its end.
+    # A run of few windows mostly measures its start and end.
     stream = folder / "copies.jsonl"
     stream.write_text(workload.token_stream.read_text() * args.upload_copies)
     engine = replayed(storage_engine(replace(workload, token_stream=stream), shard_mb=args.upload_shard_mb))
@@ -305,8 +305,8 @@ def build_parser() -> argparse_flags.ArgumentParser:
     parser = CommandParser(description=__doc__)
     add_workload_flags(parser, prompts=32)
     add = parser.add_argument
-    add("--all_prompts", type=positive(int), default=6, help="for what stores every layer (default 6)")
-    add("--cases", nargs="*", choices=CASES, default=CASES, help="one middle layer, every layer (default both)")
+    add("--all_prompts", type=positive(int), default=6, help="prompts of the case that stores every layer (default 6)")
+    add("--cases", nargs="*", choices=CASES, default=CASES, help="one middle layer or every layer (default both)")
     add("--dtypes", nargs="+", choices=tuple(DTYPES), default=tuple(DTYPES), help="stored dtypes (default all)")
     add("--ways", nargs="+", choices=tuple(WAYS), default=tuple(WAYS), help="formats (default all)")
     add("--codecs", nargs="*", choices=tuple(CODECS), default=tuple(CODECS), help="compressors (default all)")
@@ -315,17 +315,19 @@ def build_parser() -> argparse_flags.ArgumentParser:
         nargs="*",
         type=not_negative(float),
         default=[0, 100],
-        help="uploads: speeds of the link, 0 for loopback's",
+        help="uploads: speeds of the link, 0 for loopback (default 0 100)",
     )
     add("--upload_shard_mb", type=positive(float), default=16, help="uploads: size of a shard (default 16)")
-    add("--upload_copies", type=positive(int), default=3, help="uploads: how often the prompts come (default 3)")
-    add("--work_dir", type=Path, help="where files are written (default: a temporary folder)")
+    add(
+        "--upload_copies", type=positive(int), default=3, help="uploads: how often the prompts are repeated (default 3)"
+    )
+    add("--work_dir", type=Path, help="where to write files (default: a temporary folder)")
     add_output_flags(parser, repeats=3)
     return parser
 
 
-def report(results: Sequence[CaseResult]) -> str:
-    """The table for people."""
+def report(results: Sequence[StorageResult]) -> str:
+    """The printed table."""
     header = ["case", "dtype", "way", "ratio", "of entropy", "encode MB/s", "x", "store MB/s", "x", "read MB/s"]
     rows = [
         [
@@ -357,7 +359,7 @@ def report_io(disk: DiskResult, uploads: Sequence[UploadResult]) -> str:
         link = f"{upload.link_mb_s:.0f} MB/s" if upload.link_mb_s else "loopback"
         rows.append([f"bucket, link {link}", upload.raw_mb_s, upload.run_mb_s, upload.ratio])
     notes = [
-        f"{upload.link_mb_s:.0f} MB/s: cores busy {busy(upload.raw_busy)}, beside the run {busy(upload.run_busy)}; "
+        f"{upload.link_mb_s:.0f} MB/s: busy cores {busy(upload.raw_busy)}, in the run {busy(upload.run_busy)}; "
         f"CPU time alone would allow {upload.cpu_allows:.2f}"
         for upload in uploads
     ]
@@ -365,7 +367,7 @@ def report_io(disk: DiskResult, uploads: Sequence[UploadResult]) -> str:
 
 
 def busy(cores: Busy) -> str:
-    """For people."""
+    """As text."""
     return f"{cores.ours:.2f} + {cores.server:.2f} of the server"
 
 
@@ -390,7 +392,7 @@ def run(args: argparse.Namespace) -> None:
     print(report_io(disk, uploads))
     for result in results:
         scaling = "; ".join(f"{way} {rates}" for way, rates in result.cores.items())
-        note = f"{result.case} {result.dtype}: {result.bytes} bytes, entropy's ratio {result.entropy_ratio}"
+        note = f"{result.case} {result.dtype}: {result.bytes} bytes, ratio by entropy {result.entropy_ratio}"
         print(f"{note}; MB/s by threads: {scaling}", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
-"""The tests' fake of Google Cloud Storage in a process of its own, so that its work is not ours.
+"""The tests' fake of Google Cloud Storage in a separate process, so that its CPU time is not counted as ours.
 
-It keeps objects in memory and answers as the JSON API does. A link of a given speed may stand before it.
+It keeps objects in memory and answers as the JSON API does, optionally through a link of limited speed.
 """
 
 import json
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BUCKET = "bench"
-_TESTS = Path(__file__).resolve().parent.parent / "tests"
+_TESTS = Path(__file__).resolve().parents[2] / "tests"
 _SERVER = f"""
 import json, sys
 from fake_gcs import FakeGcs, gcs_environment
@@ -42,7 +42,7 @@ class Bucket:
 
 @contextmanager
 def bucket_server(megabytes_per_second: float = 0) -> Iterator[Bucket]:
-    """An empty bucket; this process's environment leads there meanwhile. 0: as fast as loopback is."""
+    """An empty bucket; inside the context this process's environment points to it. 0: the speed of loopback."""
     command = [sys.executable, "-c", _SERVER, str(megabytes_per_second * 1e6)]
     before = dict(os.environ)
     with subprocess.Popen(command, cwd=_TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:

@@ -16,7 +16,7 @@ BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Codec:
-    """`compress` takes a block (tokens, width); `decompress` gives its bytes, in whatever order."""
+    """`compress` takes a block (tokens, width); `decompress` returns its bytes, in any order."""
 
     compress: Callable[[np.ndarray], bytes]
     decompress: Callable[[bytes, np.ndarray], object]
@@ -58,9 +58,9 @@ def blocks_of(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def entropy_ratio(array: np.ndarray) -> float:
-    """What a perfect coder of single bytes would reach: item size over the summed entropy of the byte planes.
+    """The ratio of a perfect coder of single bytes: item size over the summed entropy of the byte planes.
 
-    Counted over each layer on its own. A coder that adapts within a layer may do better.
+    Computed for each layer separately. A coder that adapts within a layer may do better.
     """
     bits = [_entropy(plane) for layer in array for plane in to_planes(layer)]
     return 8 * array.itemsize * len(array) / sum(bits)

@@ -1,4 +1,4 @@
-"""How much of the rate of an upload alone a run keeps up that encodes, digests and commits meanwhile."""
+"""The upload rate of a run, which also encodes, digests and commits, compared with an upload alone."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,16 +12,16 @@ from benchmarks.storage.bucket import bucket_server
 from core.base.errors import RunError
 from core.object_store import Created, ObjectInfo, ObjectStore, file_info, open_store
 
-# As many as a run has under way.
+# As many as a run has in flight.
 _UPLOADS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
 class Busy:
-    """Who worked while a side ran, as cores: CPU time over wall time.
+    """Busy cores while a side ran: CPU time over wall time.
 
     Attributes:
-      ours: the process that is measured; server: the bucket on the same machine, which a real one would not burden.
+      ours: of the measured process; server: of the fake bucket, which a real bucket would not use.
     """
 
     ours: float
@@ -33,10 +33,10 @@ class UploadResult:
     """The upload alone against a run.
 
     Attributes:
-      link_mb_s: 0: as fast as loopback is.
+      link_mb_s: 0: the speed of loopback.
       ratio: the time of the upload alone over that of the run.
-      cpu_allows: what `ratio` would be if CPU time were all: that of the upload alone over that of the run, of this
-        process and the server, which share the cores of the machine. A run encodes and digests besides.
+      cpu_allows: what `ratio` would be if only CPU time counted: CPU time of the upload alone over that of the run, of
+        this process and the server, which share the cores of the machine. A run also encodes and digests.
     """
 
     link_mb_s: float
@@ -59,27 +59,27 @@ class _Side:
     server_cpu: list[float] = field(default_factory=list)
 
     def run(self, link_mb_s: float) -> None:
-        """Adds a repetition, into a bucket of its own: what a server keeps in memory would slow the later ones."""
+        """Adds a repetition, into a new bucket: objects that the server keeps in memory would slow later ones."""
         with bucket_server(link_mb_s) as bucket:
             before = bucket.cpu_seconds()
             self.timings.run(lambda: self.work(bucket.url))
             self.server_cpu.append(bucket.cpu_seconds() - before)
 
     def cpu_seconds(self) -> float:
-        """Of both processes, by the medians."""
+        """CPU seconds of both processes, by the medians."""
         return statistics.median(self.timings.cpu) + statistics.median(self.server_cpu)
 
     def busy(self) -> Busy:
-        """By the medians."""
+        """Busy cores, by the medians."""
         wall = statistics.median(self.timings.wall)
         ours, server = statistics.median(self.timings.cpu) / wall, statistics.median(self.server_cpu) / wall
         return Busy(round(ours, 2), round(server, 2))
 
 
 def measure_upload(engine: Engine, stored: Sequence[Path], link_mb_s: float, repeats: int) -> UploadResult:
-    """In turns: uploads what `engine` once stored as it is, and runs the engine into the bucket.
+    """Alternately uploads files that `engine` stored before, and runs the engine with the bucket as output.
 
-    The engine's device should take no time (`benchmarks.common.replay`), or it is what is measured.
+    The engine's device should take no time (`benchmarks.common.replay`), or this would measure the device.
     """
     files = {path: file_info(path) for path in stored}
     million = sum(info.size for info in files.values()) / 1e6
@@ -110,6 +110,6 @@ def upload(files: dict[Path, ObjectInfo], store: ObjectStore) -> None:
 
 
 def check_created(outcomes: Sequence[Created]) -> None:
-    """Raises RunError when a name was taken: then less was uploaded than is counted."""
+    """Raises RunError when a name existed already: then less was uploaded than is counted."""
     if any(outcome is not Created.CREATED for outcome in outcomes):
         raise RunError("the bucket of the benchmark held a file already")

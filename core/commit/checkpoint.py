@@ -10,7 +10,7 @@ from core.object_store import LocalStore
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class WorkerCheckpoint:
     """The state of one worker; `status` is "running", "stopped" or "complete"."""
 
     worker_id: int
@@ -27,7 +27,7 @@ def checkpoint_path(directory: str, worker_id: int) -> Path:
     return Path(directory) / f"checkpoint_worker_{worker_id}.json"
 
 
-def save_checkpoint(directory: str, checkpoint: Checkpoint) -> None:
+def save_checkpoint(directory: str, checkpoint: WorkerCheckpoint) -> None:
     """Replaces the worker's checkpoint in one step; raises RunError when the folder cannot be written."""
     path = checkpoint_path(directory, checkpoint.worker_id)
     data = redact(json.dumps(asdict(checkpoint), indent=1) + "\n").encode()

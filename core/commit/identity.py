@@ -1,4 +1,4 @@
-"""What decides the bytes of a run: the plan shared by all workers, and the stream one worker reads.
+"""What decides the bytes of a run: the identity shared by all workers, and the stream one worker reads.
 
 Both are written into the output folder once, create-only. A run that would write something else into the same folder
 is refused with the names of the fields that differ.
@@ -12,7 +12,7 @@ from core.base.canonical_json import canonical_json
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunIdentity:
     """Everything but the stream that a stored byte depends on (on one kind of hardware and batch size).
 
     Attributes:
@@ -46,7 +46,7 @@ class RunPlan:
     parts: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as it is stored and hashed; the backend where it is not JAX, reduction and parts where there are."""
+        """As it is stored and hashed: the backend where it is not JAX, reduction and parts where there are some."""
         fields = asdict(self)
         if self.backend == "jax":
             del fields["backend"]
@@ -58,7 +58,7 @@ class RunPlan:
 
 
 @dataclass(frozen=True)
-class StreamPlan:
+class StreamIdentity:
     """Which samples one output folder holds: the stream's identity and the part of it that is taken.
 
     Attributes:
@@ -76,7 +76,7 @@ class StreamPlan:
     first_position: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The stream plan as it is stored and hashed."""
+        """The identity as it is stored and hashed."""
         return json.loads(canonical_json(asdict(self)))
 
 

@@ -1,7 +1,7 @@
 """The commit record of a window: which files it has, what they hold, and how they are named."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -256,23 +256,3 @@ def _check_arrays(site: dict[str, Any], name: str) -> None:
         require_types(described, {"width": (int,), "dtype": (str,)}, f"sites.{name}.arrays.{array}.")
         if described["dtype"] not in ARRAY_DTYPES:
             raise ValueError(f"'sites.{name}.arrays.{array}.dtype' is {described['dtype']!r}, which cannot be")
-
-
-def shard_stem(window: int) -> str:
-    """`shard_0001` for window 1."""
-    return f"shard_{window:04d}"
-
-
-def table_name(window: int, part: int | None = None) -> str:
-    """The name of the sample table of a window, or of a part of it."""
-    return f"samples_{window:04d}{_of_part(part)}.jsonl.gz"
-
-
-def site_file_name(window: int, site: str, sites: Sequence[str], suffix: str, part: int | None = None) -> str:
-    """Where one site's file of a window lies in the worker's folder: in a folder of its own when there are several."""
-    name = f"{shard_stem(window)}{_of_part(part)}{suffix}"
-    return name if len(sites) == 1 else f"{site}/{name}"
-
-
-def _of_part(part: int | None) -> str:
-    return "" if part is None else f"_part_{part}"

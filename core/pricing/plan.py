@@ -1,100 +1,35 @@
-"""What a run will cost, before it is paid for: a quick survey for every start, and the exact plan for `--plan`."""
+"""What a run will cost, before it is paid for: `--plan`."""
 
-import errno
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
-from core.base.errors import RunError
 from core.commit.record import CommitRecord
-from core.dataset_utils import survey_records
 from core.reduce.reduced_step import ReducedStep, start_copy
 from core.run.config import RunConfig
-from core.run.extraction import WINDOWS_IN_MEMORY
+from core.run.extraction import is_complete, resume_place
 from core.run.job import Job
-from core.run.progress import format_bytes, format_reasons
+from core.run.progress import HostEnd, format_bytes, format_reasons
+from core.run.runner import on_every_host, prepare_jobs
+from core.run.stores import open_storage, open_stores
+from core.run.stream_run import load
+from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, usual_share
 from core.samples.selection import count_reasons
-from core.samples.window_parts import PartOfWindow
-from core.samples.windows import TokenizedSample, Window
+from core.samples.windows import Window
 from core.shards.formats import FORMATS
 from core.shards.sinks import deflate_block
 from core.step import backend
 from core.step.fetching import plan_fetch
 from core.step.layout import Step, step_arrays
 
-_SURVEYED_RECORDS = 32
-# Stored over raw bytes of gzipped activations, measured on real models: what a survey assumes before any is computed.
-_GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93, "int8": 0.9, "float8_e4m3fn": 0.85}
 # What `--plan` compresses to learn the same of the run at hand.
 _MEASURED_BYTES = 16 << 20
-# A token in the sample table: its id and its share of preview and labels, compressed.
-_TABLE_BYTES_PER_TOKEN = 4
-
-
-@dataclass(frozen=True)
-class Survey:
-    """An estimate of a stream from a few records spread evenly over it: what the model sees, and what is stored.
-
-    rows: of the stored arrays, each a token or a pool of a sample.
-    """
-
-    samples: int
-    tokens: int
-    rows: int
-
-
-def survey_stream(job: Job) -> Survey:
-    """Counts the records and tokenises a few of them; a small stream is counted whole."""
-    config = job.config
-    share = (config.machine_id, config.total_machines, job.stream.max_tasks)
-    n_records, records = survey_records(job.stream_path, *share, wanted=_SURVEYED_RECORDS)
-    samples = [item for item in map(job.select, job.tokenizer.samples(records)) if isinstance(item, TokenizedSample)]
-    scale = n_records / max(len(records), 1)
-    return Survey(
-        round(len(samples) * scale),
-        round(sum(len(sample.token_ids) for sample in samples) * scale),
-        round(sum(sample.n_rows for sample in samples) * scale),
-    )
-
-
-def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
-    """Bytes on disk when the model sees `tokens` and stored arrays have `rows`.
-
-    ratio: of stored over raw bytes, where it was measured.
-    """
-    config = job.config
-    if ratio is None:
-        ratio = _usual_share(config, job.stored_dtype)
-    return int(rows * sum(job.bytes_per_row.values()) * ratio + tokens * _TABLE_BYTES_PER_TOKEN)
-
-
-def _usual_share(config: RunConfig, dtype: str) -> float:
-    return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[dtype]
-
-
-def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
-    """Local bytes a run needs: everything, or the few windows under way when the local files do not stay."""
-    needed = stored_bytes(job, tokens, rows, ratio)
-    if job.keeps_local_copy:
-        return needed
-    sizes = job.bytes_per_row.values()
-    return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))
-
-
-def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
-    """Raises RunError when the run cannot fit on the disk."""
-    needed = disk_needed(job, survey.tokens, survey.rows) - already_stored
-    if free is not None and needed > free:
-        raise RunError(
-            f"the run needs about {format_bytes(needed)} below {job.config.output_dir}, where {format_bytes(free)} "
-            "are free: capture fewer layers, use another --output_dir, or --upload_to_gcs --delete_local_after_upload"
-        ) from OSError(errno.ENOSPC, "disk full")
 
 
 @dataclass(frozen=True)
@@ -182,6 +117,26 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def price_run(config: RunConfig) -> PlanReport | HostEnd:
+    """What a run with these flags will cost; nothing is written. Raises RunError, UsageError or ModelError."""
+    return on_every_host(config, lambda hosts: _price(prepare_jobs(config, hosts)))
+
+
+def _price(jobs: Sequence[Job]) -> PlanReport:
+    """Of what the output does not hold yet."""
+    stores = open_stores(jobs[0].config, jobs[0].identity.parts)
+    done = [(job, open_storage(job, stores).open()) for job in jobs]
+    left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
+    windows = (job.windows(start=place, first_index=i, bad_before=bad) for job, (place, i, bad) in left)
+    return plan_run(
+        jobs[0],
+        itertools.chain.from_iterable(windows),
+        lambda: load(jobs[0]).step,
+        committed=[record for _, records in done for record in records],
+        free=stores.spool.free_bytes(),
+    )
+
+
 def plan_run(
     job: Job,
     windows: Iterator[Window],
@@ -201,11 +156,11 @@ def plan_run(
     if first is None:
         return PlanReport(samples_done, len(committed), free_disk_bytes=free)
     part = next(job.parts_of(first))
-    timed = part.steps[0]
+    timed = job.steps_of(part)[0]
     seconds, ratio = time_step(job, load(), part.own, timed)
     totals = _Totals(job.hosts.count)
     for window in itertools.chain([first], windows):
-        totals.add(window, job.parts_of(window))
+        totals.add(window, [step for part in job.parts_of(window) for step in job.steps_of(part)])
     rate = job.hosts.count * timed.n_rows * timed.length / seconds
     needed = disk_needed(job, totals.tokens, totals.rows, ratio)
     on_disk = stored_bytes(job, totals.tokens, totals.rows, ratio)
@@ -223,7 +178,7 @@ def plan_run(
         steps=totals.steps,
         shards=totals.windows,
         bytes_on_disk=on_disk,
-        bytes_saved=int(whole * _plain_ratio(job, ratio)) + totals.tokens * _TABLE_BYTES_PER_TOKEN - on_disk,
+        bytes_saved=int(whole * _plain_ratio(job, ratio)) + totals.tokens * TABLE_BYTES_PER_TOKEN - on_disk,
         reduction=None if job.reduction is None else str(job.reduction),
         bytes_copied=totals.rows * sum(job.bytes_per_row.values()),
         bytes_copied_whole=whole,
@@ -237,7 +192,7 @@ def plan_run(
 
 def _plain_ratio(job: Job, ratio: float | None) -> float:
     """Of stored over raw bytes without the reduction; `ratio` is what was measured with it."""
-    return _usual_share(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
+    return usual_share(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
 
 
 @dataclass
@@ -256,8 +211,7 @@ class _Totals:
     computed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, window: Window, parts: Iterable[PartOfWindow]) -> None:
-        steps = [step for part in parts for step in part.steps]
+    def add(self, window: Window, steps: Sequence[Step]) -> None:
         self.windows += 1
         self.samples += len(window.samples)
         self.tokens += window.n_tokens

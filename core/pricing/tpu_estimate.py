@@ -18,8 +18,9 @@ from core.pricing.model_flops import model_flops, windows_run
 from core.pricing.tpu_chips import CHIPS, Chip, links_inside
 from core.pricing.tpu_programs import StepPrograms, compile_step, tpu_devices
 from core.reduce.reductions import Reduction
+from core.run.checks import checked_reduction, checked_selection
 from core.run.config import RunConfig
-from core.run.job import checked_reduction, checked_selection, step_request
+from core.run.job import step_request
 from core.run.progress import format_bytes
 from core.step.backend import StepRequest
 from core.step.capture import resolve_capture

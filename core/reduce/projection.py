@@ -19,8 +19,8 @@ from jaxtyping import Float32
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
 from core.base.errors import UsageError
+from core.base.safetensors_file import read_tensors
 from core.object_store import open_store
-from core.shards.formats.safetensors_shard import read_tensors
 
 _MATRIX, _MEAN = "matrix", "mean"
 _BFLOAT16 = DTYPES["bfloat16"]
@@ -76,7 +76,7 @@ class Projection:
                 raise UsageError(f"--project {self.name}: it has {layers}, {site} has {n_layers}")
 
     def to_json(self) -> dict[str, Any]:
-        """What the plan keeps: a digest of the numbers, whatever file they came in."""
+        """What the identity keeps: a digest of the numbers, whatever file they came in."""
         digest = hashlib.sha256(repr(self.matrix.shape).encode())
         for array in (self.matrix, self.mean):
             digest.update(np.ascontiguousarray(array, "<f4").data)

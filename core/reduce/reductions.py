@@ -146,7 +146,7 @@ class Reduction:
                 raise UsageError(f"--topk {self.topk}: {what} is only {self.width(site_width)} wide")
 
     def to_json(self) -> dict[str, Any]:
-        """The rules as the plan keeps them, under the names of their flags."""
+        """The rules as the identity keeps them, under the names of their flags."""
         quantization = self.quantization
         return {
             "project": None if self.projection is None else self.projection.to_json(),

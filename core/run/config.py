@@ -14,9 +14,8 @@ from core.base.errors import UsageError
 from core.reduce.reductions import DEFAULT_BLOCK, QUANTIZATIONS, Quantization, parse_pool
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS, Selection, parse_positions
 from core.shards.formats import FORMATS
+from core.step.mesh_flag import is_mesh
 
-# --mesh: rows of devices that hold a copy of the model each, and the devices in a row.
-EXPLICIT_MESH = re.compile(r"([1-9]\d*)x([1-9]\d*)")
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
 BYTES_PER_GB = 1 << 30
 LONGEST_WAIT_S = 365 * 24 * 3600.0
@@ -105,8 +104,7 @@ class RunConfig:
         self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
-        has_layout = self.mesh in ("auto", "1d", "2d") or EXPLICIT_MESH.fullmatch(self.mesh) is not None
-        self._require(has_layout, "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
+        self._require(is_mesh(self.mesh), "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
         self._check_hosts()
         self._check_certificate()

@@ -61,16 +61,16 @@ class WindowBuffer:
     losses: LossSum = field(default_factory=LossSum)
 
     @classmethod
-    def allocate(cls, job: Job, part: PartOfWindow) -> "WindowBuffer":
+    def allocate(cls, job: Job, part: PartOfWindow, n_steps: int) -> "WindowBuffer":
         """Room for every stored array: (L, N, width), N the rows that are stored at most."""
         arrays = {
             array_name(site, name): np.empty((len(job.layers[site]), part.own.n_rows, array.width), array.dtype)
             for site, stored in job.stored.items()
             for name, array in stored.items()
         }
-        number = part.part if job.plan.parts > 1 else None
+        number = part.part if job.identity.parts > 1 else None
         activations = WindowActivations(part.own, job.layers, arrays, number)
-        return cls(part, activations, list(part.own.samples), len(part.steps))
+        return cls(part, activations, list(part.own.samples), n_steps)
 
     def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
         """Copies the samples of one step to their places."""
@@ -167,9 +167,10 @@ class Extraction:
 
     def _forward_part(self, part: PartOfWindow, steps: Channel[StepInFlight], clock: StageClock) -> None:
         self._acquire_buffer()
-        buffer = WindowBuffer.allocate(self.job, part)
+        layouts = self.job.steps_of(part)
+        buffer = WindowBuffer.allocate(self.job, part, len(layouts))
         token_ids = [sample.token_ids for sample in part.own.samples]
-        for step in part.steps:
+        for step in layouts:
             if self.session.stop.is_set():
                 return
             started = time.monotonic()
@@ -297,7 +298,7 @@ class Extraction:
     def _record(self, window: Window, stored: list[StoredPart]) -> CommitRecord:
         parts = sorted((part for part in stored if part.number is not None), key=lambda part: part.number or 0)
         counts = {part.number: part.counts for part in parts}
-        nothing = PartCounts(None, None, 0, 0)
+        n_parts, nothing = self.job.identity.parts, PartCounts(None, None, 0, 0)
         dropped: Counter[str] = Counter()
         for part in parts:
             dropped.update(part.n_dropped)
@@ -320,7 +321,7 @@ class Extraction:
             pools=tuple(map(str, self.job.pools)),
             losses=total_losses((part.n_rows, part.losses) for part in parts),
             bad_records=tuple(asdict(bad) for bad in window.bad_records),
-            parts=tuple(counts.get(n, nothing) for n in range(self.job.plan.parts)) if self.job.plan.parts > 1 else (),
+            parts=tuple(counts.get(n, nothing) for n in range(n_parts)) if n_parts > 1 else (),
         )
 
     @property

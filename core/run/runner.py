@@ -1,12 +1,11 @@
-"""One run from flags to summary: set up, check, plan or extract, report."""
+"""One run from flags to summary: set up, check, extract, report."""
 
 import ctypes
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Protocol, TypeVar
 
 from absl import logging
 
@@ -15,73 +14,75 @@ from core.commit.identity import differing_fields
 from core.hosts.pod_slice import ALONE, Hosts, join_hosts
 from core.hosts.session import HostSession, StopOfAny
 from core.jax_utils import enable_compilation_cache
-from core.pricing.plan import PlanReport, plan_run
+from core.run.checks import backend_of, prepare_job, prepare_shard_jobs
 from core.run.config import RunConfig
-from core.run.extraction import is_complete, resume_place
-from core.run.job import (
-    Job,
-    backend_of,
-    open_storage,
-    open_stores,
-    prepare_job,
-    prepare_shard_jobs,
-    require_shared_output,
-)
+from core.run.job import Job
 from core.run.progress import HostEnd, Summary
 from core.run.sharded_run import BeforeExtraction, run_shards
 from core.run.signals import stop_on_signals
+from core.run.stores import open_storage, open_stores, require_shared_output
 from core.run.stream_run import load, prepare_stream, run_stream
 
-if TYPE_CHECKING:
-    from core.pricing.tpu_estimate import StepEstimate
-
 _NOT_WITH_TORCH = "--multihost: JAX joins hosts, torch does not: use --machine_id and --total_machines"
+
+
+class HasExitCode(Protocol):
+    """What a run reports."""
+
+    @property
+    def exit_code(self) -> int: ...
+
+
+Report = TypeVar("Report", bound=HasExitCode)
 # malloc.h
 _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD = -3
 
 
-def run(
-    config: RunConfig, before_extraction: BeforeExtraction | None = None
-) -> "Summary | PlanReport | StepEstimate | HostEnd":
-    """Runs (or with `config.plan` prices) one worker's extraction. Raises RunError, UsageError or ModelError.
+def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) -> Summary | HostEnd:
+    """Runs one worker's extraction. Raises RunError, UsageError or ModelError.
 
-    Of the hosts of a slice the first one gets the report.
+    Of the hosts of a slice the first one gets the summary.
 
     before_extraction: called once with the (first) job and its stores when there is something left to extract, before
     anything is written or loaded. What it raises ends the run.
     """
-    if config.tpu_topology is not None:
-        from core.pricing.tpu_estimate import estimate_run
 
-        return estimate_run(config, config.tpu_topology)
+    def work(hosts: Hosts) -> Summary:
+        require_shared_output(config, hosts)
+        jobs = prepare_jobs(config, hosts)
+        if config.use_sharded_dataset:
+            return run_shards(jobs, open_stores(config, jobs[0].identity.parts), before_extraction)
+        return _extract(jobs[0], before_extraction)
+
+    return on_every_host(config, work)
+
+
+def on_every_host(config: RunConfig, work: Callable[[Hosts], Report]) -> Report | HostEnd:
+    """Sets this process up, joins the hosts of the slice if there is one, and does `work`; the first host reports."""
     _keep_heap_flat()
     if config.gcs_bucket is not None and not config.uploads:
         logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)
     if config.multihost and config.backend == "torch":
         raise UsageError(_NOT_WITH_TORCH)
-    # What fails behind this is told on all hosts.
+    # An error inside ends all hosts.
     with _join_hosts(config) as hosts:
         _require_same_flags(config, hosts)
-        report = _run(config, hosts, before_extraction)
+        report = work(hosts)
     return report if hosts.is_first else HostEnd(hosts.number, report.exit_code)
 
 
-def _run(config: RunConfig, hosts: Hosts, before_extraction: BeforeExtraction | None) -> Summary | PlanReport:
+def prepare_jobs(config: RunConfig, hosts: Hosts) -> list[Job]:
+    """The checked jobs of a run: one for --dataset_path, one for each shard of a sharded dataset."""
     backend = backend_of(config)
     if backend.name == "jax":
         enable_compilation_cache(config.compilation_cache_dir)
     elif config.multihost:
         raise UsageError(_NOT_WITH_TORCH)
-    if not config.plan:
-        require_shared_output(config, hosts)
     compute_dtype = backend.compute_dtype(config.compute_dtype)
     if config.use_sharded_dataset:
-        jobs = prepare_shard_jobs(config, compute_dtype, hosts)
-        stores = open_stores(config, jobs[0].plan.parts)
-        return _plan(jobs) if config.plan else run_shards(jobs, stores, before_extraction)
-    job = prepare_job(config, compute_dtype, hosts)
-    return _plan([job]) if config.plan else _extract(job, before_extraction)
+        return prepare_shard_jobs(config, compute_dtype, hosts)
+    return [prepare_job(config, compute_dtype, hosts)]
 
 
 def _keep_heap_flat() -> None:
@@ -133,23 +134,8 @@ def _require_same_flags(config: RunConfig, hosts: Hosts) -> None:
         hosts.wait_for(f"same_flags/{host}")
 
 
-def _plan(jobs: Sequence[Job]) -> PlanReport:
-    """Prices what the output does not hold yet."""
-    stores = open_stores(jobs[0].config, jobs[0].plan.parts)
-    done = [(job, open_storage(job, stores).open()) for job in jobs]
-    left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
-    windows = (job.windows(start=place, first_index=i, bad_before=bad) for job, (place, i, bad) in left)
-    return plan_run(
-        jobs[0],
-        itertools.chain.from_iterable(windows),
-        lambda: load(jobs[0]).step,
-        committed=[record for _, records in done for record in records],
-        free=stores.spool.free_bytes(),
-    )
-
-
 def _extract(job: Job, before_extraction: BeforeExtraction | None) -> Summary:
-    stores = open_stores(job.config, job.plan.parts)
+    stores = open_stores(job.config, job.identity.parts)
     storage = open_storage(job, stores)
     storage.spool.remove_stale_temporaries()
     prepared = prepare_stream(job, storage)

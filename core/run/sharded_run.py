@@ -18,10 +18,11 @@ from core.commit.output_identity import DATASET_FILE, RUN_FILE, declare, refuse_
 from core.commit.stored_records import committed_records, has_index_of
 from core.hosts.session import HostSession, StopOfAny
 from core.object_store import ObjectStore
-from core.run.job import Job, Stores, open_storage
+from core.run.job import Job
 from core.run.progress import Progress, Summary
 from core.run.signals import stop_on_signals
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stores import Stores, open_storage
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.streams.sharded_dataset import MASTER_FILE, SHARD_FILE, find_shard, read_dataset
 
 # Called with the first job and the stores, before anything is written.
@@ -103,7 +104,7 @@ def run_shards(
 def _identities(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """What the output is for, by the name of the file that says so."""
     return {
-        RUN_FILE: jobs[0].plan.to_json(),
+        RUN_FILE: jobs[0].identity.to_json(),
         DATASET_FILE: {
             "shards": {job.folder: job.stream.to_json() for job in jobs},
             "num_tasks": _tasks_by_shard(jobs),
@@ -179,7 +180,7 @@ class _ShardedRun:
         left, set_aside = self._hosts.share(f"standing/{self._n_sessions}", found)
         return left, set_aside
 
-    def work(self, model: LoadedModel, stop: threading.Event) -> None:
+    def work(self, model: LoadedStep, stop: threading.Event) -> None:
         """Claims and extracts until nothing is left or `stop` is set. On a slice the first host claims for all."""
         self._started = time.monotonic()
         if not self._hosts.is_first:
@@ -195,7 +196,7 @@ class _ShardedRun:
         self._n_sessions += 1
         return f"session/{self._n_sessions}"
 
-    def _follow(self, model: LoadedModel, stop: threading.Event) -> None:
+    def _follow(self, model: LoadedStep, stop: threading.Event) -> None:
         """Extracts what the first host claims."""
 
         def wait_on() -> bool:
@@ -220,7 +221,7 @@ class _ShardedRun:
         if self._lease is not None:
             self._lease.abandon()
 
-    def _work_on(self, lease: Lease, model: LoadedModel, stop: threading.Event) -> None:
+    def _work_on(self, lease: Lease, model: LoadedStep, stop: threading.Event) -> None:
         self._hosts.tell(self._next_session(), lease.shard)
         try:
             with self._session(_AnyEvent(stop, lease.lost)) as session:
@@ -240,7 +241,7 @@ class _ShardedRun:
             self._finished.append(lease.shard)
             lease.release("done")
 
-    def _extract(self, shard: str, model: LoadedModel, session: HostSession, lease: Lease | None = None) -> Summary:
+    def _extract(self, shard: str, model: LoadedStep, session: HostSession, lease: Lease | None = None) -> Summary:
         """lease: of the host that has claimed the shard."""
         job = self._jobs[shard]
         if lease is not None:
@@ -282,7 +283,7 @@ class _ShardedRun:
         text = _HOST.sub("", text)
         return redact(" ".join(_ADDRESS.sub("0x…", text.replace(root, "")).split()))
 
-    def summary(self, model: LoadedModel | None) -> ShardedSummary:
+    def summary(self, model: LoadedStep | None) -> ShardedSummary:
         """What this worker did, and how the whole dataset stands."""
         seconds = time.monotonic() - self._started
         left, set_aside = self._standing()

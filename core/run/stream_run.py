@@ -12,16 +12,16 @@ from absl import logging
 
 from core.activation_storage import ActivationStorage
 from core.base.dtypes import DTYPES
-from core.commit.checkpoint import Checkpoint, save_checkpoint
+from core.commit.checkpoint import WorkerCheckpoint, save_checkpoint
 from core.commit.record import CommitRecord
 from core.hosts.session import HostSession
 from core.object_store import LocalStore, disk_errors
-from core.pricing.plan import Survey, refuse_full_disk, survey_stream
 from core.reduce.reduced_step import ReducedStep
 from core.run.extraction import Extraction, is_complete, resume_place
 from core.run.job import Job
 from core.run.pipeline import Pipeline
 from core.run.progress import Progress, Summary
+from core.run.survey import Survey, refuse_full_disk, survey_stream
 from core.samples.windows import Window
 from core.shards.encoding import ShardEncoder
 from core.shards.formats import FORMATS
@@ -32,7 +32,7 @@ _INDEX_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedStep:
     """The model on the device, and how long it took to get there."""
 
     step: Step | ReducedStep
@@ -56,7 +56,7 @@ class PreparedStream:
     must_say_so: bool = False
 
 
-def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
+def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
     """Loads as much of the job's model as it captures, on all devices of this process.
 
     first_shape: (rows, length) of the step that comes first, which is compiled meanwhile; None: a full one.
@@ -66,8 +66,8 @@ def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedModel:
     request = replace(job.step_request, first_shape=first_shape or full)
     step = job.backend.load(job.config.model_path, job.config.revision, request)
     if job.reduction is not None:
-        return LoadedModel(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
-    return LoadedModel(step, time.monotonic() - started)
+        return LoadedStep(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
+    return LoadedStep(step, time.monotonic() - started)
 
 
 def prepare_stream(
@@ -96,7 +96,7 @@ def prepare_stream(
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
-    step = next(job.parts_of(first)).steps[0]
+    step = job.steps_of(next(job.parts_of(first)))[0]
     shape = step.n_rows, step.length
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 
@@ -124,7 +124,7 @@ def _require_writable(job: Job, storage: ActivationStorage) -> None:
 
 def run_stream(
     prepared: PreparedStream,
-    model: LoadedModel | None,
+    model: LoadedStep | None,
     session: HostSession,
     *,
     log: Callable[[str], None] = logging.info,
@@ -146,7 +146,7 @@ def run_stream(
         committed_samples=storage.committed_samples,
         log=log,
         metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
-        n_hosts=min(job.hosts.count, job.plan.parts),
+        n_hosts=min(job.hosts.count, job.identity.parts),
         is_shown=job.hosts.is_first,
     )
     if on_start is not None:
@@ -214,7 +214,7 @@ class _Bookkeeper:
     def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
         config = self._job.config
         if config.enable_checkpointing and self._job.hosts.is_first:
-            checkpoint = Checkpoint(
+            checkpoint = WorkerCheckpoint(
                 worker_id=config.worker_id,
                 last_processed_sample_idx=record.last_sample_idx,
                 total_samples_processed=self._storage.committed_samples,

@@ -59,7 +59,7 @@ def facts_of(tokenizer: Any) -> TokenFacts:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rules of a run; part of its plan.
+    """The rules of a run; part of its identity.
 
     Attributes:
       exclude: of TOKEN_KINDS, in their order.
@@ -83,7 +83,7 @@ class Selection:
         return self.outlier_factor is not None
 
     def to_json(self) -> dict[str, Any]:
-        """The rules as the plan keeps them, under the names of their flags."""
+        """The rules as the identity keeps them, under the names of their flags."""
         return {
             "exclude_tokens": list(self.exclude),
             "positions": [":".join("" if end is None else str(end) for end in range_) for range_ in self.positions],

@@ -1,7 +1,7 @@
 """Windows in parts: what each host of a slice computes and writes of a window.
 
 A part is a run of consecutive samples; the parts of a window hold about the same number of tokens. How many there are
-is part of the run's plan, and so is not up to the hosts that happen to work: with as many hosts as parts each takes
+is part of the run's identity, and so is not up to the hosts that happen to work: with as many hosts as parts each takes
 one, with fewer they take turns.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from core.samples.windows import Window
-from core.step.layout import BatchShape, Step, plan_steps
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,6 @@ class PartOfWindow:
     turn: int
     part: int | None
     own: Window
-    steps: tuple[Step, ...]
     is_last: bool
 
 
@@ -42,10 +40,8 @@ def part_ranges(lengths: Sequence[int], n_parts: int) -> list[range]:
     return [range(int(start), int(stop)) for start, stop in itertools.pairwise(bounds)]
 
 
-def parts_of_window(
-    window: Window, shape: BatchShape, *, n_parts: int, host: int = 0, n_hosts: int = 1
-) -> Iterator[PartOfWindow]:
-    """The turns of one of the hosts. `shape`: of the rows of one host."""
+def parts_of_window(window: Window, *, n_parts: int, host: int = 0, n_hosts: int = 1) -> Iterator[PartOfWindow]:
+    """The turns of one of the hosts."""
     ranges = part_ranges(window.lengths, n_parts)
     turns = [range(first, min(first + n_hosts, n_parts)) for first in range(0, n_parts, n_hosts)]
     # A turn without a sample is none: all hosts leave it out alike.
@@ -55,6 +51,4 @@ def parts_of_window(
         samples = range(0) if part is None else ranges[part]
         is_whole = len(samples) == len(window.samples)
         own = window if is_whole else replace(window, samples=window.samples[samples.start : samples.stop])
-        # One step of padding takes a part without samples the way that all parts go.
-        steps = tuple(plan_steps(own.lengths, shape)) or (Step(shape.row_lengths[0], shape.row_multiple, ()),)
-        yield PartOfWindow(window, turn, part, own, steps, is_last=turn == len(turns) - 1)
+        yield PartOfWindow(window, turn, part, own, is_last=turn == len(turns) - 1)

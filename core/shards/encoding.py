@@ -11,14 +11,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Shaped
 
-from core.activation_storage import SpooledFile
 from core.base.fault_points import fault_point
-from core.commit.record import site_file_name, table_name
 from core.object_store import LocalStore, disk_errors
 from core.reduce.reductions import VALUES, site_and_array
 from core.samples.selection import dropped_ranges
 from core.samples.windows import TokenizedSample, Window
 from core.shards.formats import Outline, ShardContent, ShardFormat, read_shard
+from core.shards.names import site_file_name, table_name
 from core.shards.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 
 
@@ -62,6 +61,21 @@ class WindowActivations:
                 size = offsets[sample + 1] - offsets[sample]
                 array[:, offsets[sample] : offsets[sample + 1]] = array[:, room[sample] : room[sample] + size]
         return replace(self, window=window, by_site={s: array[:, : offsets[-1]] for s, array in self.by_site.items()})
+
+
+@dataclass(frozen=True)
+class SpooledFile:
+    """A finished file on the local disk, waiting to be stored under `name` in the worker's folder.
+
+    `is_equivalent` tells whether another file's stream holds the same samples up to rounding; None when rounding cannot
+    touch the content, so that any other file is a wrong one.
+    """
+
+    name: str
+    site: str | None
+    path: Path
+    digest: FileDigest
+    is_equivalent: Callable[[BinaryIO], bool] | None
 
 
 @dataclass(frozen=True)

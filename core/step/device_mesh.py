@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from core.base.errors import RunError, UsageError
-from core.run.config import EXPLICIT_MESH
 from core.step.backend import StepRequest
+from core.step.mesh_flag import EXPLICIT_MESH
 from qwen2_jax import DecoderConfig
 from qwen2_jax.checkpoints.weights import cut_config
 from qwen2_jax.parameters import parameter_specs

@@ -154,6 +154,11 @@ def plan_steps(lengths: Sequence[int], shape: BatchShape) -> list[Step]:
     return steps
 
 
+def steps_of_part(lengths: Sequence[int], shape: BatchShape) -> tuple[Step, ...]:
+    """The steps of a part of a window; a part without a sample has one of padding, to go the way of all parts."""
+    return tuple(plan_steps(lengths, shape)) or (Step(shape.row_lengths[0], shape.row_multiple, ()),)
+
+
 def _step_rows(n_left: int, shape: BatchShape) -> int:
     n_rows = shape.rows_per_step
     while n_rows > n_left and n_rows % (2 * shape.row_multiple) == 0:

@@ -46,7 +46,7 @@ class ChunkEntry:
 
 
 @dataclass(frozen=True)
-class ShardEntry:
+class DatasetShard:
     """One shard, as `metadata.json` and `master_metadata.json` describe it; its tasks are consecutive."""
 
     shard_id: int
@@ -87,7 +87,7 @@ class DatasetManifest:
     total_tasks: int
     num_shards: int
     chunk_size_mb: float
-    shards: tuple[ShardEntry, ...]
+    shards: tuple[DatasetShard, ...]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_dataset(url: str) -> DatasetManifest:
     return _parsed(data, _dataset_of, f"{store.url}/{MASTER_FILE}")
 
 
-def find_shard(path: str) -> ShardEntry | None:
+def find_shard(path: str) -> DatasetShard | None:
     """The shard whose folder `path` is; None if it is no such folder, which its name mostly tells already.
 
     Raises RunError if its metadata does not hold together.
@@ -176,8 +176,8 @@ def _dataset_of(value: Any) -> DatasetManifest:
     return manifest
 
 
-def _shard_of(value: Any) -> ShardEntry:
-    shard = ShardEntry(
+def _shard_of(value: Any) -> DatasetShard:
+    shard = DatasetShard(
         shard_id=_field(value, "shard_id", int),
         name=_field(value, "name", str),
         num_tasks=_field(value, "num_tasks", int),
@@ -246,13 +246,13 @@ def write_dataset(
     return manifest
 
 
-def _cut(lines: BinaryIO, sizes: Sequence[int], chunk_bytes: int) -> list[tuple[ShardEntry, list[_Piece]]]:
+def _cut(lines: BinaryIO, sizes: Sequence[int], chunk_bytes: int) -> list[tuple[DatasetShard, list[_Piece]]]:
     shards = []
     offset = first_task = 0
     for shard_id, size in enumerate(sizes):
         pieces = list(_pieces(islice(lines, size), offset, chunk_bytes))
         chunks = tuple(piece.chunk for piece in pieces)
-        shard = ShardEntry(shard_id, f"shard_{shard_id:03d}", size, first_task, chunks)
+        shard = DatasetShard(shard_id, f"shard_{shard_id:03d}", size, first_task, chunks)
         shards.append((shard, pieces))
         offset += shard.bytes
         first_task += size

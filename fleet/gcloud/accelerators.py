@@ -1,4 +1,4 @@
-"""TPU types: how many hosts a slice has, and what runs on them.
+"""TPU types: the number of hosts of a slice, and the runtime version.
 
 Source: Google Cloud's tables of TPU configurations. v2, v3, v4 and v5p are named after TensorCores, of which a host has
 8; v5litepod and v6e after chips, of which a host of a larger slice has 4.
@@ -13,7 +13,7 @@ from core.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Generation:
-    """One generation of TPUs: the sizes its name may carry, their hosts, and the runtime version that JAX wants."""
+    """One generation of TPUs: valid sizes in its name, how they map to hosts, and the runtime version for JAX."""
 
     sizes: Container[int]
     size_of_a_host: int
@@ -38,14 +38,14 @@ def _split(tpu_type: str) -> tuple[Generation, int]:
     generation = GENERATIONS.get(match[1]) if match else None
     if match is None or generation is None:
         known = ", ".join(f"{name}-N" for name in GENERATIONS)
-        raise UsageError(f"{tpu_type!r} is no TPU type: one of {known}")
+        raise UsageError(f"{tpu_type!r} is not a TPU type: use one of {known}")
     if int(match[2]) not in generation.sizes:
         raise UsageError(f"{tpu_type!r}: {match[1]} has no slice of size {match[2]}")
     return generation, int(match[2])
 
 
 def require_tpu_type(tpu_type: str) -> str:
-    """The type itself. Raises UsageError when there is no such slice."""
+    """Returns the type. Raises UsageError when there is no such slice."""
     _split(tpu_type)
     return tpu_type
 

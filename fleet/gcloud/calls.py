@@ -1,4 +1,4 @@
-"""The calls of gcloud: how they are spelled, how long they may take, and what their failures mean."""
+"""Calls of gcloud: their arguments, time limits and retries, and what their failures mean."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ from fleet.gcloud.parallel import each
 _TPUS = ("compute", "tpus")
 _COLLECTION = {Kind.NODE: "tpu-vm", Kind.QUEUED: "queued-resources"}
 _LONGEST_DELAY_S = 300.0
-# Nobody can type an answer to a prompt of one of many calls that run at once.
+# Many calls run at once, so none of them may ask the user.
 _ENVIRONMENT = {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1"}
 
 
@@ -43,7 +43,7 @@ class Failure(Enum):
     REFUSED = "refused"
 
 
-# The first pattern that is found decides. A quota does not come back by waiting, a stockout may.
+# The first match decides. Waiting does not restore a quota, but a stockout may end.
 _MEANINGS = (
     (Failure.EXISTS, ("already_exists", "already exists")),
     (Failure.GONE, ("not_found", "was not found", "not found:")),
@@ -70,7 +70,7 @@ class GcloudError(RunError):
 
 
 def meaning_of(stderr: str, code: int = 1) -> Failure:
-    """What gcloud's message says; ssh's own exit code means that the host was not reached."""
+    """The meaning of gcloud's message; ssh's own exit code means that the host was not reached."""
     text = stderr.lower()
     for failure, patterns in _MEANINGS:
         if any(pattern in text for pattern in patterns):
@@ -88,7 +88,7 @@ class Patience:
 
 
 class Gcloud:
-    """gcloud with one project, patience, and a way to stop all its calls."""
+    """gcloud for one project, with time limits, retries and a way to stop all calls."""
 
     def __init__(self, project: str | None, patience: Patience, *, dry_run: bool = False) -> None:
         self.project = project
@@ -136,7 +136,7 @@ class Gcloud:
         self._change(self._command(kind, "create", slot.zone, *flags, name=slot.name))
 
     def delete(self, kind: Kind, slot: Slot) -> None:
-        """Deletes a node, or a queued resource with its node; one that is gone already is no error."""
+        """Deletes a node, or a queued resource with its node; if it is gone already, that is not an error."""
         flags = ("--force",) if kind is Kind.QUEUED else ()
         try:
             self._change(self._command(kind, "delete", slot.zone, *flags, "--quiet", name=slot.name))
@@ -145,7 +145,7 @@ class Gcloud:
                 raise
 
     def copy(self, source: str, slot: Slot, target: str) -> None:
-        """Copies a local file to all hosts of a TPU, below the home directory."""
+        """Copies a local file to the home directory of all hosts of a TPU."""
         flags = ("--worker=all", "--quiet", source, f"{slot.name}:{target}")
         self._change(self._command(Kind.NODE, "scp", slot.zone, *flags))
 
@@ -170,7 +170,7 @@ class Gcloud:
             raise _missing() from error
 
     def stop(self) -> None:
-        """Ends the calls under way and refuses further ones."""
+        """Ends the running calls and refuses further ones."""
         self._stopped.set()
         with self._lock:
             for process in self._running:
@@ -219,11 +219,11 @@ class Gcloud:
             raise GcloudError(f"{what}: interrupted", Failure.REFUSED)
         if process.returncode:
             failure = meaning_of(stderr, process.returncode)
-            raise GcloudError(f"{what}: {_last_words(stderr) or f'exit code {process.returncode}'}", failure)
+            raise GcloudError(f"{what}: {_error_line(stderr) or f'exit code {process.returncode}'}", failure)
         return stdout
 
     def _start(self, arguments: Sequence[str]) -> "subprocess.Popen[str]":
-        # A session of its own, because gcloud is a shell script around the process that does the work.
+        # In a new session, because gcloud is a shell script around the process that does the work.
         with self._lock:
             if self._stopped.is_set():
                 raise GcloudError("interrupted", Failure.REFUSED)
@@ -253,13 +253,13 @@ def _missing() -> RunError:
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
-    """Kills gcloud with all it started. The operation it waited for goes on in the cloud."""
+    """Kills gcloud and its children. The operation that it waited for continues in the cloud."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _last_words(stderr: str) -> str:
-    """gcloud's error without its progress, and without its advice behind a blank line, in one line."""
+def _error_line(stderr: str) -> str:
+    """gcloud's error in one line, without its progress and without the advice after a blank line."""
     _, separator, error = stderr.rpartition("ERROR: ")
     return " ".join((error.partition("\n\n")[0] if separator else stderr).split())[-500:]

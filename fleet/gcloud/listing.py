@@ -1,8 +1,8 @@
-"""What gcloud says exists, checked before anything is believed.
+"""Parses and checks what gcloud lists.
 
-Two kinds of things share a name: the node (the TPU itself) and, when it was asked for with --queued, the queued
-resource that holds its place in the queue. A listing that is not understood in full is an error, because a TPU that
-was overlooked would be taken for absent.
+Two resources share a name: the node (the TPU itself) and, if it was requested with --queued, the queued resource that
+holds its place in the queue. A listing that cannot be parsed completely is an error, because an overlooked TPU would be
+taken for absent.
 """
 
 import json
@@ -63,9 +63,9 @@ def inventory(resources: Iterable[Resource]) -> Inventory:
 
 
 def parse_list(text: str, kind: Kind, zone: str) -> tuple[Resource, ...]:
-    """The resources in the JSON of a `list`. `zone` is where they have to lie; `-` is anywhere.
+    """The resources in the JSON of a `list`, which must be in `zone` (`-`: anywhere).
 
-    Raises RunError when a part of the text is not as the TPU API v2 documents it.
+    Raises RunError when any part of the text differs from the TPU API v2.
     """
     records = _json(text, f"the {kind} of {zone}")
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
@@ -77,7 +77,7 @@ def parse_description(text: str, kind: Kind, zone: str) -> Resource:
     """The resource in the JSON of a `describe`; raises as `parse_list` does."""
     record = _json(text, f"one of the {kind} of {zone}")
     if not isinstance(record, dict):
-        raise RunError(f"gcloud's answer about one of the {kind} of {zone} is no JSON object; nothing was changed")
+        raise RunError(f"gcloud's answer about one of the {kind} of {zone} is not a JSON object; nothing was changed")
     return _parse_resource(record, kind, zone)
 
 
@@ -106,7 +106,7 @@ def _parts_of_queued(record: Mapping[str, Any], name: str) -> tuple[Mapping[str,
     specs = _mapping(record, "tpu", name).get("nodeSpec", [])
     if not isinstance(specs, list) or not all(isinstance(spec, dict) for spec in specs):
         raise _malformed(name, "tpu.nodeSpec")
-    # Ours ask for one node each. Others count as having no labels, so they are never taken for ours.
+    # Ours request one node each. Others are given no labels, so they are never taken for ours.
     node = _mapping(specs[0], "node", name) if len(specs) == 1 else {}
     return node, _text(_mapping(record, "state", name), "state", name), "spot" in record
 
@@ -130,7 +130,7 @@ def _place(record: Mapping[str, Any], kind: Kind, zone: str) -> tuple[str, str]:
 
 
 def _malformed(name: str, field: str) -> RunError:
-    return RunError(f"gcloud's answer about {name} has an odd {field}; nothing was changed")
+    return RunError(f"gcloud's answer about {name} has an unexpected {field}; nothing was changed")
 
 
 def _text(record: Mapping[str, Any], field: str, name: str) -> str:

@@ -1,7 +1,7 @@
-"""What may become an argument of gcloud.
+"""Checks every value that becomes an argument of gcloud.
 
-gcloud checks no values: `projects/other/locations/z/nodes/w` given as a name overrides project and zone. So everything
-is matched whole, here, before the first call.
+gcloud checks no values: `projects/other/locations/z/nodes/w` given as a name overrides project and zone. So every value
+must match a full pattern here, before the first call.
 """
 
 import re
@@ -22,12 +22,12 @@ _MOST_ZONES = 64
 
 def _matched(pattern: re.Pattern[str], text: str, what: str, form: str) -> str:
     if not pattern.fullmatch(text):
-        raise UsageError(f"{text!r} is no {what}: {form}")
+        raise UsageError(f"{text!r} is not a valid {what}: {form}")
     return text
 
 
 def require_name(text: str) -> str:
-    """A name of a TPU, or of a fleet, which begins the names of its TPUs."""
+    """The name of a TPU, or of a fleet, which is the prefix of its TPUs' names."""
     return _matched(_NAME, text, "TPU name", "a letter, then up to 39 of a-z, 0-9 and '-', no '-' at its end")
 
 
@@ -42,7 +42,7 @@ def require_zones(text: str) -> tuple[str, ...]:
     if len(set(zones)) < len(zones):
         raise UsageError(f"--zones {text} names a zone twice")
     if len(zones) > _MOST_ZONES:
-        raise UsageError(f"--zones names {len(zones)} zones; {_MOST_ZONES} are the most")
+        raise UsageError(f"--zones names {len(zones)} zones; at most {_MOST_ZONES} are allowed")
     return zones
 
 
@@ -75,7 +75,7 @@ def require_secret(text: str) -> tuple[str, str]:
     """VARIABLE=SECRET: an environment variable and the name of the Secret Manager secret that fills it."""
     variable, separator, secret = text.partition("=")
     if not separator:
-        raise UsageError("--secret_env wants VARIABLE=NAME_OF_A_SECRET")  # the text may be the secret itself
+        raise UsageError("--secret_env needs VARIABLE=NAME_OF_A_SECRET")  # the text may be the secret itself
     if not _VARIABLE.fullmatch(variable) or not _SECRET.fullmatch(secret):
         raise UsageError(f"--secret_env {variable[:64]!r}=...: an upper-case variable and the name of a secret")
     return variable, secret

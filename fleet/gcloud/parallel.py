@@ -1,4 +1,4 @@
-"""Many calls of gcloud at once."""
+"""Runs many calls of gcloud at once."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -11,9 +11,9 @@ B = TypeVar("B")
 
 
 def each(items: Iterable[A], do: Callable[[A], B], *, on_interrupt: Callable[[], None]) -> list[B]:
-    """The results in the order of the items; the first error once all have ended.
+    """The results in the order of the items; raises the first error once all have ended.
 
-    Ctrl-C calls `on_interrupt`, which is to end what still runs.
+    Ctrl-C calls `on_interrupt`, which must end the running calls.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = [pool.submit(do, item) for item in items]

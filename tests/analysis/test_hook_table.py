@@ -9,8 +9,8 @@ from tiny_run import N_LAYERS, cache_dir, run, token_lines, write_jsonl, write_m
 
 from analysis.hook_table import hook_table
 from core.base.errors import UsageError
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import prepare_job
 from qwen2_jax import load_config
 
 

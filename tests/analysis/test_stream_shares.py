@@ -10,7 +10,7 @@ from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
 from analysis.verification.stream_shares import share_faults
 from analysis.verification.verify import verify
-from core.commit.identity import StreamPlan
+from core.commit.identity import StreamIdentity
 from core.run.config import RunConfig
 from core.run.runner import run
 
@@ -108,16 +108,16 @@ def test_shares_with_different_limits_are_a_problem(together):
 
 def test_different_streams_and_shards_of_a_dataset_are_no_shares_of_each_other():
     streams = {
-        "tpu_0": StreamPlan(IDENTITY, 0, 1, None),
-        "tpu_1": StreamPlan(IDENTITY | {"name": "t.jsonl"}, 0, 1, None),
-        "shard_001": StreamPlan(IDENTITY, 0, 1, None, first_position=6),
+        "tpu_0": StreamIdentity(IDENTITY, 0, 1, None),
+        "tpu_1": StreamIdentity(IDENTITY | {"name": "t.jsonl"}, 0, 1, None),
+        "shard_001": StreamIdentity(IDENTITY, 0, 1, None, first_position=6),
     }
     faults = share_faults(streams)
     assert (faults.problems, faults.unfinished) == ((), ())
 
 
 def test_a_great_many_missing_shares_are_one_short_line():
-    (line,) = share_faults({"tpu_0": StreamPlan(IDENTITY, 1, 10**12, None)}).unfinished
+    (line,) = share_faults({"tpu_0": StreamIdentity(IDENTITY, 1, 10**12, None)}).unfinished
     assert "machine 0, 2, 3" in line
     assert "and 999999999991 more" in line
     assert len(line) < 300
@@ -127,7 +127,7 @@ def test_a_great_many_missing_shares_are_one_short_line():
 def test_shares_are_well_exactly_when_each_line_is_held_once(cuts):
     """The oracle counts how often each of 12 lines, a multiple of every number of machines, is taken."""
     taken = [line for machine, total in cuts for line in range(12) if line % total == machine]
-    streams = {f"tpu_{i}": StreamPlan(IDENTITY, machine, total, None) for i, (machine, total) in enumerate(cuts)}
+    streams = {f"tpu_{i}": StreamIdentity(IDENTITY, machine, total, None) for i, (machine, total) in enumerate(cuts)}
     faults = share_faults(streams)
     is_mixed = len({total for _, total in cuts}) > 1
     assert (not faults.problems and not faults.unfinished) == (sorted(taken) == list(range(12)) and not is_mixed)

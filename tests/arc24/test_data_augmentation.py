@@ -93,9 +93,9 @@ def test_augmentations_that_do_not_fit_are_refused():
         apply_data_augmentation(TASK, Augmentation(swapped_train_pair=3))
     with pytest.raises(ValueError, match="does not fit a task with 3"):
         apply_data_augmentation(TASK, Augmentation(train_order=(0, 1)))
-    with pytest.raises(ValueError, match="permutes"):
+    with pytest.raises(ValueError, match="must permute"):
         Augmentation(color_map=(0,) * 10)
-    with pytest.raises(ValueError, match="permutes"):
+    with pytest.raises(ValueError, match="must permute"):
         Augmentation(train_order=(0, 0))
 
 

@@ -121,7 +121,7 @@ def test_the_verdict_is_that_over_the_fastest_peer_that_was_not_taken_apart():
         return peers.PeerRow(peer, 0, 0.0, {key: Ratio(r, r, r, r) for key, r in ratios.items()}, {}, {})
 
     rows = [row("hf", 9.0), row("nnsight", 5.9), row("hf_bf16", 3.5), row("hf_cut", 2.0)]
-    result = peers.CaseResult("middle", (1,), 1, 1, 0.0, {"float32": 1.0, "bfloat16": 2.0}, rows, {})
+    result = peers.PeersResult("middle", (1,), 1, 1, 0.0, {"float32": 1.0, "bfloat16": 2.0}, rows, {})
     assert list(peers.verdicts(result)) == [
         "middle, ours in float32: 5.90 times nnsight, the fastest in float32 (>= 6: no)",
         "middle, ours in float32: 3.50 times hf_bf16, the fastest at any dtype (>= 3: yes)",

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.fleet import limits as fleet_limits
 from benchmarks.fleet import simulation as fleet_simulation
-from benchmarks.fleet.limits import Job, Limits
+from benchmarks.fleet.limits import ChipLoad, Limits
 from benchmarks.fleet.limits import rows as limits_of
 from benchmarks.fleet.simulation import Fleet, Simulation, simulate
 from core.base.errors import UsageError
@@ -120,12 +120,12 @@ def test_the_command_prints_and_draws(tmp_path, capsys):
 
 
 def test_a_resource_saturates_where_its_load_is_one():
-    job = Job("model", 1000.0, 10, 500, "here")
-    for row in limits_of(job, 7, Limits()):
+    load = ChipLoad("model", 1000.0, 10, 500, "here")
+    for row in limits_of(load, 7, Limits()):
         if row.saturates_at is not None:
-            (there,) = (r for r in limits_of(job, row.saturates_at, Limits()) if r.resource == row.resource)
+            (there,) = (r for r in limits_of(load, row.saturates_at, Limits()) if r.resource == row.resource)
             assert there.load == pytest.approx(1)
-    by_name = {row.resource: row for row in limits_of(job, 7, Limits(ratio=2, chips_per_host=4))}
+    by_name = {row.resource: row for row in limits_of(load, 7, Limits(ratio=2, chips_per_host=4))}
     # 1,000 tokens of 10 layers of 500 values of 2 bytes, on four chips, half of it stored.
     assert by_name["host to network, B/s"].demand == 4 * 1000 * 10 * 500 * 2 / 2
     assert by_name["into the bucket, B/s"].demand == 7 * by_name["host to network, B/s"].demand
@@ -135,6 +135,6 @@ def test_the_limits_are_printed_for_the_rate_that_is_asked_for(capsys):
     parser = fleet_limits.build_parser()
     fleet_limits.run(parser.parse_args(["--workers", "1", "--tokens_per_second", "1e9", "--json"]))
     found = json.loads(capsys.readouterr().out)
-    assert {job["job"]["tokens_per_second"] for job in found} == {1e9}
+    assert {table["load"]["tokens_per_second"] for table in found} == {1e9}
     fleet_limits.run(parser.parse_args(["--workers", "2", "--tokens_per_second", "1e9"]))
     assert "| always" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from benchmarks.gpu import compilation as gpu_compile
 from benchmarks.gpu import devices as gpu_devices
 from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu.devices import peak_tflops
-from benchmarks.gpu.step import Workload
+from benchmarks.gpu.step import UniformBatch
 from core.base.errors import RunError, UsageError
 from qwen2_jax.attention.gpu_tiles import candidates
 
@@ -36,7 +36,7 @@ def measured(model, length, *flags):
 def test_ours_alone_adds_up():
     found = measured("Qwen2.5-0.5B", 512, "--peers", "--samples_per_row", "2", "--peak_tflops", "0.5")
     ours = found.ours
-    assert found.workload == Workload(4, 128, 2)
+    assert found.workload == UniformBatch(4, 128, 2)
     seen = 8 * 64 * 65 / 2
     assert found.model_flops == 3 * (2 * MATRICES * 512 + 4 * seen * HEADS * HEAD)
     assert found.copied_bytes == 3 * 512 * D * 2
@@ -82,7 +82,7 @@ def test_the_tiles_that_are_told_are_those_of_the_step(monkeypatch):
     seen = []
     monkeypatch.setattr(gpu, "kernel_tiles", lambda *given: seen.append(given))
     config = gpu.decoder_config(settings().fields(gpu.CASES[-1]))
-    assert gpu._tiles(config, Workload(2, 256, 1)) is None
+    assert gpu._tiles(config, UniformBatch(2, 256, 1)) is None
     ((q, softcap),) = seen
     assert (q.shape, q.dtype, softcap) == ((2, 256, KV, HEADS // KV, HEAD), "bfloat16", 50.0)
 
@@ -104,7 +104,7 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     flags = [*TINY, "--models", "Qwen2.5-7B", "--peers", "--peak_tflops", "1e-9"]
     gpu.run(gpu.build_parser().parse_args(flags))
     told = capsys.readouterr()
-    assert told.err == "a rehearsal: tiny models, and a peak and targets that mean nothing\n"
+    assert told.err == "a rehearsal: tiny models; the peak and the targets mean nothing\n"
     lines = told.out.splitlines()[3:]
     assert [line.split(" | ")[0] for line in lines] == [
         "| Qwen2.5-7B, layer 13, rows of 512 ",
@@ -115,7 +115,7 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
 
 def test_json_holds_settings_and_cases(capsys, monkeypatch):
     ours = gpu.SideResult("ours", *[1.0] * 6, Ratio(1, 1, 1, 1), Ratio(1, 1, 1, 1), 0.0)
-    result = gpu.CaseResult("case", Workload(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
+    result = gpu.GpuResult("case", UniformBatch(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
     monkeypatch.setattr(gpu, "measure", lambda case, settings: result)
     gpu.run(gpu.build_parser().parse_args([*TINY, "--peers", "--json"]))
     found = json.loads(capsys.readouterr().out)
@@ -126,11 +126,11 @@ def test_json_holds_settings_and_cases(capsys, monkeypatch):
 
 
 def test_samples_fill_their_rows_and_positions_restart():
-    arrays = Workload(3, 12, 4).arrays(50)
+    arrays = UniformBatch(3, 12, 4).arrays(50)
     assert arrays.positions.tolist() == [[0, 1, 2] * 4] * 3
     assert arrays.segment_ids.tolist() == [[1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]] * 3
     assert 0 <= arrays.tokens.min() <= arrays.tokens.max() < 50
-    np.testing.assert_array_equal(arrays.tokens, Workload(3, 12, 4).arrays(50).tokens)
+    np.testing.assert_array_equal(arrays.tokens, UniformBatch(3, 12, 4).arrays(50).tokens)
 
 
 def test_without_a_gpu_one_line_says_what_to_do():

@@ -1,4 +1,4 @@
-"""The readers that the pages show read what the runs store, without this project."""
+"""The readers shown on the pages read what runs store, without this project."""
 
 import gzip
 import json
@@ -15,7 +15,7 @@ from core.run.config import RunConfig
 from core.run.runner import run
 
 LAYER, SAMPLE = 2, 3
-"""What the snippets read."""
+"""The layer and sample that the snippets read."""
 N_SAMPLES = 6
 FIRST_LINE = {"pickle": "with gzip.open", "safetensors": "def tensor", "planes": 'shard = np.load("tpu_0'}
 
@@ -43,13 +43,13 @@ def exact(whole) -> np.ndarray:
 
 
 def run_in(folder: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch, **flags) -> None:
-    """Runs into `folder` and goes there, as whoever tries the snippets does."""
+    """Runs into `folder` and changes to it, as a reader who tries the snippets would."""
     run(replace(config, output_dir=str(folder), dtype="float16", **flags))
     monkeypatch.chdir(folder)
 
 
 def planes_reader() -> str:
-    """The one of the format's page, whose example names a layer of a larger model."""
+    """The reader of the format's page, with a layer of this small model."""
     return snippet("output_format.md", with_line="def read(").replace("layer=14", f"layer={LAYER}")
 
 

@@ -1,4 +1,4 @@
-"""What README.md, docs/ and benchmarks/README.md name is there: links, files, flags, commands, dependencies."""
+"""What README.md, docs/ and benchmarks/README.md name exists: links, files, flags, commands, dependencies."""
 
 import argparse
 import configparser
@@ -45,7 +45,7 @@ OTHERS = [module.build_parser() for module in (command_line, fleet_limits, fleet
 
 @functools.cache
 def benchmark_parsers() -> dict[str, argparse.ArgumentParser]:
-    """Of every benchmark, by its name; without torch, which some measure against, the test is skipped."""
+    """The parser of every benchmark, by its name. Skips the test without torch, which some benchmarks need."""
     pytest.importorskip("torch")
     folder = ROOT / "benchmarks"
     paths = [path for path in folder.rglob("*.py") if "def build_parser(" in path.read_text()]
@@ -55,7 +55,7 @@ def benchmark_parsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def shown_benchmarks(page: str) -> list[list[str]]:
-    """As `shown_commands`, but of `python -m benchmarks.NAME`: NAME and its arguments."""
+    """As `shown_commands`, for `python -m benchmarks.NAME`: NAME and its arguments."""
     lines = re.sub(r"\\\n\s*", "", PAGES[page]).splitlines()
     found = (re.match(r" +(?:\w+=\S+ )*python -m benchmarks\.(.*)", line) for line in lines)
     return [shlex.split(match[1], comments=True) for match in found if match]
@@ -92,7 +92,7 @@ def test_a_name_said_to_be_of_a_file_is_in_it(page):
 def test_every_flag_is_one_of_a_command(page):
     benchmarks = benchmark_parsers().values() if page == BENCHMARKS_PAGE else ()
     known = set().union(*map(flags_of, [*COMMANDS.values(), *OTHERS, *benchmarks]))
-    # Behind "=" it is a flag of XLA in XLA_FLAGS.
+    # After "=" it is a flag of XLA in XLA_FLAGS.
     assert set(re.findall(r"(?<![\w=-])--[a-z][\w-]*", PAGES[page])) - known == set()
 
 

@@ -238,7 +238,7 @@ def work(worker: Worker) -> int:
     parser = argparse_flags.ArgumentParser()
     parser.parse_args = lambda *_: FLAGS.mark_as_parsed() or wanted
     try:
-        command_line.run_command(extract_activations.extract, lambda: parser)
+        command_line.run_command(extract_activations.run_flags, lambda: parser)
     except SystemExit as end:
         return int(end.code or 0)
     return 0
@@ -255,7 +255,7 @@ def prepare(worker: Worker) -> None:
     from core.base import fault_points
 
     backend = LightBackend(worker.step_s, worker.rounding, worker.weights, worker.width, worker.stuck_after)
-    core.run.job.backend_of = core.run.runner.backend_of = lambda config: backend
+    core.run.checks.backend_of = core.run.runner.backend_of = lambda config: backend
     policy = core.object_store.RetryPolicy(**worker.retry)
     core.object_store.RetryPolicy = lambda: policy
     if worker.upload_chunk is not None:

@@ -17,22 +17,24 @@ from dict_store import DictStore
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from core.activation_storage import ActivationStorage, SpooledFile
+from core.activation_storage import ActivationStorage
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError
 from core.claims.leases import Lease, ShardClaims
 from core.claims.records import POISON_AFTER, Owner, clear_failures, read_claims
-from core.commit.identity import RunPlan, StreamPlan
-from core.commit.record import RECORD_NAME, CommitRecord, StoredFile, StoredSite, shard_stem
+from core.commit.identity import RunIdentity, StreamIdentity
+from core.commit.record import RECORD_NAME, CommitRecord, StoredFile, StoredSite
 from core.commit.stored_records import INDEX_FILE, committed_records, index_of
 from core.object_store import LocalStore
 from core.run.sharded_run import is_shard_finished
 from core.samples.windows import StreamPlace
+from core.shards.encoding import SpooledFile
+from core.shards.names import shard_stem
 from core.shards.sinks import DigestWriter
 
 SHARDS = ("shard_000", "shard_001")
 WINDOWS, WORKERS, TTL_S = 3, 3, 90.0
-PLAN = RunPlan(
+PLAN = RunIdentity(
     model={}, tokenizer=None, prompts={}, sites=("residual",), layers=(0,), dtype="float16", compute_dtype="float32",
     format="pickle", compress=False, shard_bytes=1, max_seq_length=8, overlong="truncate",
 )  # fmt: skip
@@ -154,7 +156,7 @@ class Protocol(RuleBasedStateMachine):
         worker.window = len(worker.storage.open()) + 1
 
     def storage_of(self, shard: str) -> ActivationStorage:
-        stream = StreamPlan({"name": shard}, 0, 1, None, SHARDS.index(shard))
+        stream = StreamIdentity({"name": shard}, 0, 1, None, SHARDS.index(shard))
         return ActivationStorage(PLAN, stream, shard, primary=self.store, spool=self.spool)
 
     def mark(self, shard: str) -> Mark:

@@ -49,7 +49,9 @@ def test_the_whole_suite_fails_where_a_row_is_missed(tmp_path):
     for name in ("conftest.py", "tally.py"):
         (folder / name).symlink_to(Path(__file__).with_name(name))
     (folder / "test_one.py").write_text(SUITE)
-    (tmp_path / "test_pod_slice.py").write_text("")
+    slices = tmp_path / "runs/test_pod_slice.py"
+    slices.parent.mkdir()
+    slices.write_text("")
     here = Path(__file__).parent
     paths = os.pathsep.join(map(str, [folder, here, here.parent, here.parents[1], *sys.path]))
     command = [
@@ -68,7 +70,7 @@ def test_the_whole_suite_fails_where_a_row_is_missed(tmp_path):
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=tmp_path)
         return done.returncode, done.stdout
 
-    whole = (folder, tmp_path / "test_pod_slice.py")
+    whole = (folder, slices)
     code, printed = ended("all", *whole)
     assert code == 1, printed
     assert "1 of 5" in printed

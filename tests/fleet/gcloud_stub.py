@@ -18,7 +18,7 @@ from fake_tpus import NODES, QUEUE, STOCKOUT, ApiError, FakeTpus
 
 COLLECTIONS = {"tpu-vm": NODES, "queued-resources": QUEUE}
 WIDE = {"zone", "project", "format", "quiet", "verbosity"}
-# From `gcloud compute tpus tpu-vm|queued-resources VERB --help`, SDK 528, without what nobody should need.
+# From `gcloud compute tpus tpu-vm|queued-resources VERB --help`, SDK 528, without flags that are not needed.
 FLAGS = {
     "tpu-vm list": {"filter", "limit", "page-size", "sort-by", "uri"},
     "tpu-vm describe": set(),
@@ -104,7 +104,7 @@ def misbehave(fault: str | None, zone: str) -> None:
     if fault == "silence":
         sys.exit(0)
     if fault == "kill":
-        os.kill(os.getppid(), signal.SIGKILL)  # whoever called gcloud
+        os.kill(os.getppid(), signal.SIGKILL)  # the caller of gcloud
         sys.exit(1)
     if fault == "refused":
         print("ssh: connect to host 10.0.0.1 port 22: Connection refused", file=sys.stderr)

@@ -105,7 +105,7 @@ def test_an_active_request_with_a_ready_node_is_left_alone(fleet, tpus):
     assert tpus.calls(*CHANGES) == []
 
 
-@pytest.mark.parametrize("labels", [{}, {"activations-fleet": "of-somebody-else", "activations-worker": "0"}])
+@pytest.mark.parametrize("labels", [{}, {"activations-fleet": "of-another-project", "activations-worker": "0"}])
 @pytest.mark.parametrize("command", ["create", "recreate-preempted", "delete"])
 def test_a_tpu_without_our_label_is_a_conflict_and_untouched(fleet, tpus, command, labels):
     tpus.put(A, name(A, 0), "PREEMPTED", labels=labels)

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.base.errors import RunError
-from fleet.decisions import NODE_ACTIONS, QUEUE_ACTIONS, Action, Machine, Slot, Wishes, machine_for, plan, wanted_slots
+from fleet.decisions import (
+    NODE_ACTIONS,
+    QUEUE_ACTIONS,
+    Action,
+    Machine,
+    Slot,
+    Wishes,
+    decide,
+    machine_for,
+    wanted_slots,
+)
 from fleet.gcloud.accelerators import hosts_of, require_tpu_type, runtime_of
 from fleet.gcloud.calls import Failure, meaning_of
 from fleet.gcloud.listing import Kind, Resource, inventory, parse_list
@@ -29,7 +39,7 @@ def resource(kind: Kind, state: str, name: str = f"f-{A}-0", fleet: str = "f", w
 
 
 def action_for(*resources: Resource) -> Action:
-    (decision,) = plan("f", wanted_slots("f", (A,), 1, 0), inventory(resources), Wishes())
+    (decision,) = decide("f", wanted_slots("f", (A,), 1, 0), inventory(resources), Wishes())
     return decision.action
 
 
@@ -83,7 +93,7 @@ def test_among_tpus_of_several_types_a_new_one_has_to_be_told_its_own():
 def test_what_a_lost_tpu_was_is_remembered():
     slots = wanted_slots("f", (A,), 1, 0)
     was = Machine("v6e-16", "v2-alpha-tpuv6e", False, True)
-    (decision,) = plan("f", slots, inventory([]), Wishes(), {slots[0].name: was})
+    (decision,) = decide("f", slots, inventory([]), Wishes(), {slots[0].name: was})
     assert (decision.action, decision.machine) == (Action.CREATE, was)
 
 
@@ -112,7 +122,7 @@ def test_hosts_of_a_slice(tpu_type, hosts):
 
 
 class ForeignInTheListing:
-    """A gcloud that describes as ours what was listed as somebody else's; deleting is an error."""
+    """A gcloud that describes a TPU as ours that was listed as another fleet's; deleting is an error."""
 
     dry_run = False
 
@@ -209,7 +219,7 @@ def test_a_name_listed_twice_is_refused():
         ("UNAVAILABLE: The service is currently unavailable.", "TRANSIENT"),
         ("HTTPError 503: Service Unavailable", "TRANSIENT"),
         ("gcloud crashed (ConnectionError): HTTPSConnectionPool(host='tpu.googleapis.com', port=443)", "TRANSIENT"),
-        ("something that nobody has seen yet", "REFUSED"),
+        ("a message that is not known", "REFUSED"),
     ],
 )
 def test_what_gcloud_says_is_understood(stderr, failure):

@@ -4,14 +4,14 @@ import pytest
 
 from core.base.errors import RunError, UsageError
 from fleet.decisions import Action, Decision, Machine, Slot
-from fleet.launching import Extraction, Launched
+from fleet.launching import ExtractionState, Launched
 from fleet.reconciling import Outcome, Result
 from fleet.watching import Round, dataset_finished, output_url, watch
 
 DECISION = Decision(Slot("n", "z", 0), Action.KEEP, "READY", "ready", Machine("v5litepod-8", "r", True, False))
 
 
-def round_of(*extractions: Extraction, absent: int = 0) -> Round:
+def round_of(*extractions: ExtractionState, absent: int = 0) -> Round:
     launched = tuple(Launched(DECISION, extraction, "") for extraction in extractions)
     return Round((Outcome(DECISION, Result.READY, ""),) * (len(launched) + absent), launched)
 
@@ -25,26 +25,29 @@ def verdict_after(*rounds: Round, finished: bool | None) -> tuple[bool, str]:
 
 
 def test_a_finished_dataset_ends_it_whatever_the_workers_do():
-    assert verdict_after(round_of(Extraction.RUNNING), finished=True)[0]
+    assert verdict_after(round_of(ExtractionState.RUNNING), finished=True)[0]
 
 
 def test_it_goes_on_while_a_worker_does():
-    rounds = [round_of(Extraction.RUNNING, Extraction.FINISHED), round_of(Extraction.FINISHED, Extraction.FINISHED)]
+    rounds = [
+        round_of(ExtractionState.RUNNING, ExtractionState.FINISHED),
+        round_of(ExtractionState.FINISHED, ExtractionState.FINISHED),
+    ]
     assert verdict_after(*rounds, finished=None)[0]
 
 
 def test_it_goes_on_while_a_tpu_is_missing():
-    rounds = [round_of(Extraction.FINISHED, absent=1), round_of(Extraction.FINISHED)]
+    rounds = [round_of(ExtractionState.FINISHED, absent=1), round_of(ExtractionState.FINISHED)]
     assert verdict_after(*rounds, finished=None)[0]
 
 
 def test_workers_that_ended_without_the_dataset_end_it_with_an_error():
-    ok, message = verdict_after(round_of(Extraction.FINISHED), finished=False)
+    ok, message = verdict_after(round_of(ExtractionState.FINISHED), finished=False)
     assert (ok, "not finished" in message) == (False, True)
 
 
 def test_no_worker_left_ends_it_with_an_error():
-    assert not verdict_after(round_of(Extraction.FAILED, Extraction.FINISHED), finished=None)[0]
+    assert not verdict_after(round_of(ExtractionState.FAILED, ExtractionState.FINISHED), finished=None)[0]
 
 
 def test_a_round_that_fails_is_followed_by_another_but_wrong_flags_are_not():

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import cache_dir, command, committed_files, environment, run, token_lines, write_jsonl, write_model
 
 from analysis.verification.verify import verify
+from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.runner import run as run_job
 
@@ -288,8 +289,8 @@ def test_parts_without_a_sample_lose_nothing(folder, tmp_path, monkeypatch, leng
         enable_checkpointing=False,
     )
     assert run_job(replace(config, output_dir=str(tmp_path / "whole"))).samples == len(lengths)
-    monkeypatch.setattr("core.run.job._parts", lambda hosts, config: 3)
-    assert run_job(replace(config, plan=True)).samples == len(lengths)
+    monkeypatch.setattr("core.run.checks._parts", lambda hosts, config: 3)
+    assert price_run(replace(config, plan=True)).samples == len(lengths)
     assert run_job(config).samples == len(lengths)
     assert verify(config.output_dir).ok, verify(config.output_dir).lines()
     assert activations(tmp_path / "parts").keys() == activations(tmp_path / "whole").keys()

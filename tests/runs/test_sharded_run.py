@@ -32,6 +32,7 @@ from analysis.verification.verify import verify
 from core.base.errors import RunError, UsageError
 from core.commit.record import CommitRecord
 from core.object_store import LocalStore
+from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.run.sharded_run import ShardedSummary, is_fault_of_the_machine, is_shard_finished
@@ -369,7 +370,7 @@ def test_what_a_finished_run_has_lost_is_made_again(damage, model, calm, tmp_pat
 
 def test_the_plan_covers_all_shards_and_writes_nothing(model, calm, tmp_path):
     data, _ = calm
-    report = run(config(model, data, tmp_path / "out", plan=True))
+    report = price_run(config(model, data, tmp_path / "out", plan=True))
     assert report.samples == N_LINES
     assert report.shards == len(list(calm[1].glob("shard_*/shard_*.json")))
     assert not (tmp_path / "out").exists()

@@ -10,10 +10,11 @@ from tiny_run import cache_dir, extract, run, token_lines, write_jsonl, write_mo
 from analysis.fleet_status.status import status
 from analysis.verification.verify import verify
 from core.base.errors import RunError
-from core.pricing.plan import survey_stream
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import open_stores, prepare_job
 from core.run.runner import run as extract_here
+from core.run.stores import open_stores
+from core.run.survey import survey_stream
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from without_torch import hide_torch
 
 from analysis.verification.verify import verify
 from core.base.errors import ModelError, UsageError
+from core.pricing.plan import price_run
 from core.reduce.reductions import restore
 from core.run.config import RunConfig
 from core.run.runner import run
@@ -208,7 +209,7 @@ def test_list_hooks_describes_a_model_of_any_family(opt_run, tmp_path):
 
 
 def test_a_plan_is_priced_with_torch_too(opt_run, tmp_path):
-    report = run(replace(opt_run, plan=True, output_dir=str(tmp_path / "new")))
+    report = price_run(replace(opt_run, plan=True, output_dir=str(tmp_path / "new")))
     assert report.samples == 20
     assert report.padding_waste > 0
 

@@ -17,23 +17,9 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Shaped
 
-from core.base.dtypes import CODE_DTYPES, DTYPES
+from core.base.safetensors_file import read_tensors, safetensors_header
 from core.shards.formats.base import UNCOMPRESSED, ShardContent, StoredShard
 from core.shards.sinks import Sink
-
-_NAMES = {
-    DTYPES["float16"]: "F16",
-    DTYPES["bfloat16"]: "BF16",
-    DTYPES["float32"]: "F32",
-    CODE_DTYPES["float8_e4m3fn"]: "F8_E4M3",
-    np.dtype(np.int8): "I8",
-    np.dtype(np.uint16): "U16",
-    np.dtype(np.float64): "F64",
-    np.dtype(np.int32): "I32",
-    np.dtype(np.int64): "I64",
-}
-# Tensors behind the header start on this boundary, and wider dtypes come first, so that all of them are aligned.
-_ALIGNMENT = 8
 
 
 class SafetensorsFormat:
@@ -62,7 +48,7 @@ class SafetensorsFormat:
             tensors |= {f"layer_{layer}.{name}": array[slot] for name, array in content.more.items()}
         # Wider dtypes first, so that every tensor is aligned to its own.
         tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-        sink.write(_header(tensors, _metadata(content)))
+        sink.write(safetensors_header(tensors, _metadata(content)))
         for tensor in tensors.values():
             sink.write(np.ascontiguousarray(tensor).view(np.uint8).reshape(-1).data)
 
@@ -97,29 +83,3 @@ def _metadata(content: ShardContent) -> dict[str, str]:
         "site": content.site,
         "layers": json.dumps(list(content.layers)),
     }
-
-
-def _header(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": metadata}
-    position = 0
-    for name, tensor in tensors.items():
-        span = [position, position + tensor.nbytes]
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        position = span[1]
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
-
-
-def read_tensors(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, by name. Raises ValueError or KeyError for what is none."""
-    header_end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:header_end])
-    dtypes = {name: dtype for dtype, name in _NAMES.items()}
-    tensors = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            raw = np.frombuffer(data, np.uint8, stop - start, header_end + start)
-            tensors[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-    return tensors

@@ -105,7 +105,7 @@ def test_without_the_compiler_the_flag_says_what_to_install(tmp_path):
 
 
 def shape_fields():
-    shapes = json.loads((ROOT / "benchmarks" / "model_shapes.json").read_text())
+    shapes = json.loads((ROOT / "benchmarks" / "common" / "model_shapes.json").read_text())
     return shapes["Qwen2.5-0.5B"]
 
 

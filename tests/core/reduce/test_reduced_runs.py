@@ -33,12 +33,14 @@ from core.base.errors import RunError, UsageError
 from core.commit.record import CommitRecord
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
+from core.pricing.plan import price_run
 from core.reduce.reduced_step import ReducedStep
 from core.reduce.reductions import restore
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import open_storage, prepare_job
 from core.run.runner import run
-from core.run.stream_run import LoadedModel, prepare_stream, run_stream
+from core.run.stores import open_storage
+from core.run.stream_run import LoadedStep, prepare_stream, run_stream
 from core.step.backend import Step
 from core.step.fetching import plan_fetch
 from core.step.layout import step_arrays
@@ -85,7 +87,7 @@ def reduced(full: RunConfig, step: Step, out: Path, **flags) -> Path:
     """Runs with these flags into `out`; what it stored must verify."""
     job = prepare_job(replace(full, output_dir=str(out), **flags), "float32")
     prepared = prepare_stream(job, open_storage(job))
-    model = LoadedModel(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), 0.0)
+    model = LoadedStep(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), 0.0)
     session = HostSession(ALONE, "run", threading.Event())
     assert run_stream(prepared, model, session, log=lambda line: None).status == "complete"
     assert verify(str(out)).ok, verify(str(out)).lines()
@@ -149,7 +151,7 @@ def test_pools_are_those_of_each_sample_alone(full, step, exact, tmp_path):
 def test_what_is_brought_to_the_host_is_a_row_for_each_pool_of_a_sample(full, step):
     job = prepare_job(replace(full, pool=("mean", "max")), "float32")
     part = next(job.parts_of(next(job.windows())))
-    planned = part.steps[0]
+    planned = job.steps_of(part)[0]
     output = ReducedStep(step, job.reduction, DTYPES["float32"])(
         step_arrays(planned, [sample.token_ids for sample in part.own.samples])
     )
@@ -318,8 +320,8 @@ def test_a_projection_that_does_not_fit_float16_is_named_and_codes_always_fit(fu
 
 def test_the_plan_prints_the_bytes_that_are_saved(full, tmp_path):
     config = replace(full, output_dir=str(tmp_path / "out"), plan=True)
-    whole = run(config)
-    plan = run(replace(config, pool=("mean",), quantize="int8", dtype="float16"))
+    whole = price_run(config)
+    plan = price_run(replace(config, pool=("mean",), quantize="int8", dtype="float16"))
     per_sample = sum(len(LAYERS) * (width + 4) for width in WIDTHS.values())
     assert plan.bytes_copied == len(LINES) * per_sample
     assert plan.bytes_copied_whole == whole.bytes_copied_whole // 2  # float16 and float32

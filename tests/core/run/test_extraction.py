@@ -17,6 +17,7 @@ from tiny_run import N_LAYERS, arc_lines, cache_dir, committed_files, token_line
 from analysis.verification.verify import verify
 from core.activation_storage import ActivationStorage
 from core.base.errors import RunError, UsageError
+from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.extraction import WINDOWS_IN_MEMORY, WindowBuffer
 from core.run.runner import run
@@ -393,7 +394,7 @@ def test_metadata_lists_every_shard_with_its_size_and_samples(config, tmp_path):
 
 
 def test_a_plan_counts_what_the_run_then_does(config):
-    plan = run(replace(config, plan=True))
+    plan = price_run(replace(config, plan=True))
     assert not Path(config.output_dir).exists()
     summary = run(config)
     assert (plan.samples, plan.tokens, plan.shards) == (summary.samples, summary.tokens, summary.shards)
@@ -406,7 +407,7 @@ def test_a_run_that_cannot_fit_on_the_disk_is_refused_at_the_start(config, monke
     monkeypatch.setattr("core.object_store.LocalStore.free_bytes", lambda self: 10_000)
     with pytest.raises(RunError, match=r"the run needs about .* 9.8 KiB are free"):
         run(config)
-    assert run(replace(config, plan=True)).fits_on_disk is False
+    assert price_run(replace(config, plan=True)).fits_on_disk is False
 
 
 def test_no_more_windows_are_in_memory_than_stated_however_slow_the_storage(config, monkeypatch):

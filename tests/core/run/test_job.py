@@ -10,9 +10,11 @@ from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
 from core.base.errors import ModelError, RunError, UsageError
 from core.dataset_utils import BadRecord
-from core.pricing.plan import disk_needed, format_duration, refuse_full_disk, stored_bytes, survey_stream
+from core.pricing.plan import format_duration
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import Job, prepare_job
+from core.run.job import Job
+from core.run.survey import disk_needed, refuse_full_disk, stored_bytes, survey_stream
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_a_selection_that_fits_is_not_refused_for_what_it_leaves_out(config):
 
 def test_a_kind_of_token_that_the_tokenizer_lacks_is_said_and_leaves_nothing_out(config, monkeypatch):
     said = []
-    monkeypatch.setattr("core.run.job.logging.warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr("core.run.checks.logging.warning", lambda text, *args: said.append(text % args))
     job = job_of(config, exclude_tokens=("bos", "special", "newline_first"))
     assert said == ["--exclude_tokens bos: the tokenizer has no such token, so none is left out"]
     assert {256, 257} <= job.facts.ids["special"]

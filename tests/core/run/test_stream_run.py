@@ -10,16 +10,17 @@ from tiny_run import cache_dir, committed_files, token_lines, write_jsonl, write
 
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import open_storage, prepare_job
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stores import open_storage
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.step.layout import StepArrays
 
 
 class SlowStep:
     """A device that is slower than the reader, and sets `stop` in its n-th step."""
 
-    def __init__(self, model: LoadedModel, stop: threading.Event, stop_at: int) -> None:
+    def __init__(self, model: LoadedStep, stop: threading.Event, stop_at: int) -> None:
         self._step, self._stop, self._left = model.step, stop, stop_at
 
     def __call__(self, arrays: StepArrays):
@@ -58,7 +59,7 @@ def test_a_stream_stopped_at_any_step_ends_and_the_next_run_goes_on(config, tmp_
     while not statuses or statuses[-1] == "stopped":
         stop = threading.Event()
         session = on_its_own(stop)
-        slow = LoadedModel(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)  # type: ignore[arg-type]
+        slow = LoadedStep(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)  # type: ignore[arg-type]
         prepared = prepare_stream(job, open_storage(job))
         run = threading.Thread(
             target=lambda p=prepared, m=slow, s=session: statuses.append(run_stream(p, m, s).status),

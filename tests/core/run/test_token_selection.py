@@ -29,10 +29,12 @@ from core.activation_storage import ActivationStorage
 from core.base.errors import RunError, UsageError
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
+from core.pricing.plan import price_run
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import open_storage, prepare_job
 from core.run.runner import run
-from core.run.stream_run import LoadedModel, load, prepare_stream, run_stream
+from core.run.stores import open_storage
+from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.shards.formats import FORMATS
 
 SITES = ("resid_pre", "q", "mlp_act", "residual")
@@ -237,7 +239,7 @@ def fetched_bytes(config: RunConfig) -> CountingStep:
     step = CountingStep(load(job).step)
     prepared = prepare_stream(job, open_storage(job))
     session = HostSession(ALONE, "run", threading.Event())
-    assert run_stream(prepared, LoadedModel(step, 0.0), session).status == "complete"
+    assert run_stream(prepared, LoadedStep(step, 0.0), session).status == "complete"
     return step
 
 
@@ -400,8 +402,8 @@ def test_ranges_from_the_end_are_no_flags_to_the_command_line():
 
 def test_the_plan_says_what_a_selection_saves_and_what_is_left_to_do(full, tmp_path):
     config = replace(full, output_dir=str(tmp_path / "out"), shard_size_gb=20_000 / 2**30, **RULES["positions"])
-    plan = run(replace(config, plan=True))
-    everything = run(replace(full, output_dir=str(tmp_path / "none"), plan=True))
+    plan = price_run(replace(config, plan=True))
+    everything = price_run(replace(full, output_dir=str(tmp_path / "none"), plan=True))
     assert everything.bytes_saved == 0
     assert plan.bytes_saved + plan.bytes_on_disk == pytest.approx(everything.bytes_on_disk, rel=0.1)
     assert any("which saves" in line for line in plan.lines())
@@ -411,10 +413,10 @@ def test_the_plan_says_what_a_selection_saves_and_what_is_left_to_do(full, tmp_p
     last = sorted((tmp_path / "out/tpu_0").glob("shard_*.json"))[-1]
     left = json.loads(last.read_text())["n_samples"]
     last.unlink()
-    rest = run(replace(config, plan=True))
+    rest = price_run(replace(config, plan=True))
     assert (rest.samples, rest.shards, rest.committed_samples) == (left, 1, len(LINES) - left)
     run(config)
-    done = run(replace(config, plan=True))
+    done = price_run(replace(config, plan=True))
     assert (done.samples, done.committed_samples, done.exit_code) == (0, len(LINES), 0)
     assert "nothing is left to do" in done.lines()
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from core.samples.window_parts import part_ranges, parts_of_window
 from core.samples.windows import TokenizedSample, Window
-from core.step.layout import BatchShape, packed_row_lengths, plan_steps
+from core.step.layout import BatchShape, packed_row_lengths, plan_steps, steps_of_part
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=40)
 SHAPE = BatchShape(4, 1, packed_row_lengths(512, long_rows=False), pack=True)
@@ -30,7 +30,7 @@ def test_parts_are_runs_that_hold_each_sample_once_and_tokens_as_even_as_samples
 @given(LENGTHS, st.integers(1, 6), st.integers(1, 6))
 def test_any_number_of_hosts_takes_every_part_with_a_sample_once_and_all_have_as_many_turns(lengths, n_parts, n_hosts):
     window = window_of(lengths)
-    turns = [list(parts_of_window(window, SHAPE, n_parts=n_parts, host=h, n_hosts=n_hosts)) for h in range(n_hosts)]
+    turns = [list(parts_of_window(window, n_parts=n_parts, host=h, n_hosts=n_hosts)) for h in range(n_hosts)]
     taken = [part for host in turns for part in host if part.part is not None]
     numbers = [part.part for part in taken]
     assert len(numbers) == len(set(numbers))
@@ -41,9 +41,10 @@ def test_any_number_of_hosts_takes_every_part_with_a_sample_once_and_all_have_as
         assert [(part.turn, part.is_last) for part in host] == [(part.turn, part.is_last) for part in turns[0]]
         assert [part.is_last for part in host] == [False] * (len(host) - 1) + [True]
     for part in itertools.chain.from_iterable(turns):
-        placed = [sample for step in part.steps for row in step.rows for sample in row.samples]
+        steps = steps_of_part(part.own.lengths, SHAPE)
+        placed = [sample for step in steps for row in step.rows for sample in row.samples]
         assert sorted(placed) == list(range(len(part.own.samples)))
-        assert part.steps, "a part without steps would get lost on its way"
+        assert steps, "a part without steps would get lost on its way"
 
 
 @given(LENGTHS, st.integers(1, 4))
@@ -51,7 +52,7 @@ def test_a_part_does_not_depend_on_who_works_beside_its_host(lengths, n_hosts):
     window = window_of(lengths)
 
     def parts(host: int, n_hosts: int) -> dict[int, list[int]]:
-        taken = parts_of_window(window, SHAPE, n_parts=3, host=host, n_hosts=n_hosts)
+        taken = parts_of_window(window, n_parts=3, host=host, n_hosts=n_hosts)
         return {part.part: [sample.sample_idx for sample in part.own.samples] for part in taken if part.own.samples}
 
     together = {part: samples for host in range(n_hosts) for part, samples in parts(host, n_hosts).items()}
@@ -60,6 +61,6 @@ def test_a_part_does_not_depend_on_who_works_beside_its_host(lengths, n_hosts):
 
 @given(LENGTHS)
 def test_a_window_of_one_part_is_that_part(lengths):
-    (only,) = parts_of_window(window_of(lengths), SHAPE, n_parts=1)
+    (only,) = parts_of_window(window_of(lengths), n_parts=1)
     assert only.own is only.window
-    assert list(only.steps) == plan_steps(lengths, SHAPE)
+    assert list(steps_of_part(only.own.lengths, SHAPE)) == plan_steps(lengths, SHAPE)

@@ -9,8 +9,9 @@ from tiny_run import stream_config, token_lines, write_model
 
 from core import jax_utils
 from core.base.errors import ModelError
+from core.run.checks import prepare_job
 from core.run.config import RunConfig
-from core.run.job import open_storage, prepare_job
+from core.run.stores import open_storage
 from core.run.stream_run import load, prepare_stream
 from core.step.layout import step_arrays
 
@@ -57,7 +58,7 @@ class Watched:
 
 def values(step, job, window) -> dict[str, np.ndarray]:
     part = next(job.parts_of(window))
-    output = step(step_arrays(part.steps[0], [sample.token_ids for sample in part.own.samples]))
+    output = step(step_arrays(job.steps_of(part)[0], [sample.token_ids for sample in part.own.samples]))
     output.start_copy(None)
     return output.fetch()
 

@@ -1,0 +1,116 @@
+"""The shape of the code: packages import downwards only, without circles, and no folder shows too many files."""
+
+import ast
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From what stands on everything to what everything stands on. A line may import itself and those after it.
+ORDER = (
+    ("launchers",),
+    ("benchmarks",),
+    ("extract_activations", "create_dataset_streams", "analyze_activations"),
+    ("fleet",),
+    ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table"),
+    ("analysis.verification",),
+    ("core.pricing",),
+    ("core.run",),
+    ("core.claims",),
+    ("core.commit", "core.activation_storage"),
+    ("core.shards",),
+    ("core.reduce",),
+    ("core.step", "core.jax_utils"),
+    ("core.samples",),
+    ("core.streams", "core.dataset_utils"),
+    ("core.hosts",),
+    ("core.object_store",),
+    ("torch_models",),
+    ("qwen2_jax.__init__",),
+    ("qwen2_jax.checkpoints",),
+    ("qwen2_jax.families",),
+    ("qwen2_jax.mapping",),
+    ("qwen2_jax.decoder", "qwen2_jax.block"),
+    ("qwen2_jax.attention",),
+    ("qwen2_jax",),
+    ("arc24",),
+    ("core.base",),
+)
+MOST_FILES = 13  # twelve and the __init__.py
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the project outside of the tests, by its dotted name."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [ROOT / line for line in listed.stdout.splitlines()]
+    kept = [path for path in paths if path.exists() and path.relative_to(ROOT).parts[0] not in _APART]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in kept}
+
+
+_APART = ("tests", "archived_old", "scripts")
+MODULES = modules()
+_TOPS = {name.partition(".")[0] for name in MODULES}
+
+
+def rank(module: str) -> int:
+    """The line of ORDER that `module` belongs to: the one that names most of it."""
+    fitting = {
+        name: line
+        for line, names in enumerate(ORDER)
+        for name in names
+        if module == name or module.startswith(f"{name}.")
+    }
+    assert fitting, f"{module} is in no line of ORDER"
+    return fitting[max(fitting, key=len)]
+
+
+def imports_of(path: Path) -> Iterator[tuple[str, int]]:
+    """The modules of the project that a file imports anywhere in it, with the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in MODULES or f"{name}.__init__" in MODULES else str(node.module) for name in inside]
+        else:
+            continue
+        for name in names:
+            if name.partition(".")[0] in _TOPS:
+                yield (f"{name}.__init__" if f"{name}.__init__" in MODULES else name), node.lineno
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_import_points_down(module):
+    up = [
+        f"{module}:{line} imports {imported}"
+        for imported, line in imports_of(MODULES[module])
+        if rank(imported) < rank(module)
+    ]
+    assert up == []
+
+
+def test_modules_do_not_import_each_other_in_a_circle():
+    edges = {module: {name for name, _ in imports_of(path)} - {module} for module, path in MODULES.items()}
+    while leaves := [module for module, imported in edges.items() if not imported & edges.keys()]:
+        for module in leaves:
+            del edges[module]
+    assert edges == {}
+
+
+def test_no_folder_has_more_than_twelve_files():
+    files = Counter(path.parent.relative_to(ROOT) for path in MODULES.values() if path.parent != ROOT)
+    assert {str(folder): count for folder, count in files.items() if count > MOST_FILES} == {}
+
+
+def test_no_two_public_classes_have_one_name():
+    names = Counter(
+        node.name
+        for module, path in MODULES.items()
+        if not module.startswith("benchmarks")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
