@@ -67,7 +67,7 @@ def biased_product(
 
 
 def _product(
-    einsum: str, x: Float[Array, "B T *I"], weight: Float[Array, "..."], *, unrounded: bool
+    einsum: str, x: Float[Array, "B T *I"], weight: Float[Array, ...], *, unrounded: bool
 ) -> Float[Array, "B T *O"]:
     """Summed in float32; in the dtype of x or (`unrounded`) in float32. weight: (O, *I).
 
