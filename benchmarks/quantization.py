@@ -20,10 +20,9 @@ from benchmarks.common.measuring import machine, table
 from benchmarks.common.workload import add_workload_flags, workload_of
 from core.base.command_line import CommandParser, run_command
 from core.reduce.arithmetic import quantize
-from core.reduce.reduced_step import start_copy
 from core.reduce.reductions import QUANTIZATIONS, Quantization
 from core.shards.sinks import deflate_block
-from core.step.fetching import plan_fetch
+from core.step.host_copies import begin_copies, on_host
 from core.step.layout import sample_spans, step_arrays
 
 BLOCKS = (0, 128, 64, 32, 16)
@@ -88,11 +87,10 @@ def activations(engine: Engine) -> tuple[Float32[np.ndarray, "L N D"], np.ndarra
     values, firsts = [], []
     for window in engine.job.windows():
         for part in engine.job.parts_of(window):
-            for step in engine.job.steps_of(part):
-                output = engine.model.step(step_arrays(step, [sample.token_ids for sample in part.own.samples]))
-                start_copy(output, plan_fetch(step, part.own.samples, part.own.lengths))
-                (residual,) = output.fetch().values()
-                for row, _, start, stop in sample_spans(step, part.own.lengths):
+            for layout in engine.job.layouts_of(part):
+                output = engine.model.step(step_arrays(layout, [sample.token_ids for sample in part.own.samples]))
+                (residual,) = on_host(begin_copies(output)).arrays.values()
+                for row, _, start, stop in sample_spans(layout, part.own.lengths):
                     values.append(residual[:, row, start:stop].copy())
                     firsts.append(np.arange(stop - start) == 0)
     return np.concatenate(values, axis=1), np.concatenate(firsts)

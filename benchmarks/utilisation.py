@@ -45,7 +45,7 @@ class UtilisationResult:
 
 
 def measure(engine: Engine, case: str, folder: Path, repeats: int) -> UtilisationResult:
-    """Runs both sides alternately. Raises RunError when a run commits other tokens than the steps contain."""
+    """Runs both sides in turns. Raises RunError when a run commits other tokens than the steps hold."""
     steps = engine.all_steps()
     summaries: list[Summary] = []
 

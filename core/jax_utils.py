@@ -1,7 +1,6 @@
 """The device side: runtime set-up, the data-parallel mesh and the compiled extraction step.
 
-Axis letters: L stored layers of a site, B rows, T tokens of a row, K tokens of a row that are fetched, D width of the
-site.
+Axis letters: L stored layers of a site, B rows, T tokens of a row, D width of the site.
 """
 
 import hashlib
@@ -17,12 +16,11 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Float32, Int32, Shaped
+from jaxtyping import Array, Float
 
 from core.base.errors import ModelError, UnsupportedError
-from core.step.backend import StepRequest
+from core.step.backend import StepOutput, StepRequest
 from core.step.device_mesh import device_bytes, device_share, model_parallelism
-from core.step.host_copies import begin_copies
 from core.step.layout import StepArrays
 from core.step.model_shape import ModelShape
 from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
@@ -78,6 +76,7 @@ class JaxBackend:
 
     name = "jax"
     can_pack = True
+    reduces_on_device = True
 
     def __init__(self, layout: str = "auto", weights_cache_dir: str | None = None) -> None:
         self._layout = layout
@@ -87,6 +86,10 @@ class JaxBackend:
     def has_long_rows(self) -> bool:
         """The attention for CPUs skips what lies outside a sample."""
         return jax.default_backend() == "cpu"
+
+    def lanes(self, model: ModelShape, request: StepRequest) -> int:
+        """More than one on a CPU alone."""
+        return _lanes(self._mesh(model, request).mesh)
 
     def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
         """The batch is split over so many devices, or groups of devices that hold the model together."""
@@ -142,57 +145,6 @@ class JaxBackend:
         return step
 
 
-class JaxStepOutput:
-    """Device arrays of one step, still being computed when this is handed out. Satisfies `backend.StepOutput`."""
-
-    def __init__(self, step: "ExtractionStep", outputs: "Future[Outputs]") -> None:
-        self._step = step
-        self._outputs = outputs
-        self._kept: Int32[np.ndarray, "B K"] | None = None
-        self._fetched: dict[str, Array] | None = None
-
-    def wait(self) -> None:
-        """Blocks until the devices are done."""
-        jax.block_until_ready(self._outputs.result())
-
-    def peaks(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
-        """See the protocol."""
-        _, peaks, _ = self._outputs.result()
-        return {site: np.asarray(values) for site, values in peaks.items()}
-
-    def norms(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
-        """See the protocol."""
-        _, _, norms = self._outputs.result()
-        return {site: np.asarray(values) for site, values in norms.items()}
-
-    def start_copy(self, kept: Int32[np.ndarray, "B K"] | None) -> None:
-        """Gathers on the device, then copies. On a CPU, where a step has to be run first, `fetch` does it."""
-        self._kept = kept
-        if self._outputs.done():
-            self._begin()
-
-    @property
-    def is_dispatched(self) -> bool:
-        """See the protocol."""
-        return self._outputs.done()
-
-    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Shaped[Array, "L B K D"]]:
-        """See the protocol."""
-        activations, _, _ = self._outputs.result()
-        wanted = dict(activations) if kept is None else self._step.gather(activations, kept)
-        activations.clear()  # what is not wanted is let go
-        return wanted
-
-    def _begin(self) -> dict[str, Array]:
-        self._fetched = begin_copies(self.on_device(self._kept))
-        return self._fetched
-
-    def fetch(self) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
-        """See the protocol."""
-        fetched = self._begin() if self._fetched is None else self._fetched
-        return {site: np.asarray(values) for site, values in fetched.items()}
-
-
 # Activations, peaks and norms by site.
 Outputs = tuple[dict[str, Array], dict[str, Array], dict[str, Array]]
 
@@ -208,14 +160,9 @@ def _norms(x: Float[Array, "B T D"], over: MeshAxes) -> Float[Array, "B T"]:
     return jnp.sqrt(sum_over(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), over))
 
 
-def _gather(activations: dict[str, Array], kept: Array) -> dict[str, Array]:
-    take = jax.vmap(lambda row, places: jnp.take(row, places, axis=1, mode="clip"), in_axes=(1, 0), out_axes=1)
-    return {site: take(x, kept) for site, x in activations.items()}
-
-
-def _has_lanes(mesh: Mesh) -> bool:
+def _lanes(mesh: Mesh) -> int:
     """A CPU runs a step at a time for each thread that calls it. Devices that work together need steps in one order."""
-    return mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return _CPU_LANES if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 1
 
 
 @dataclass(frozen=True)
@@ -225,13 +172,11 @@ class StepProgram:
     Attributes:
       state: the model's arrays, or their shapes (`Decoder.abstract` on a mesh), which are enough to lower `forward`.
       forward: (state, tokens, segment_ids, positions) -> `Outputs`, jitted; the arrays are (B, T) and lie on `rows`.
-      gather: (activations by site, places (B, K)) -> the tokens at those places of each row, jitted.
       out_specs: how the outputs lie on the mesh: activations by site, all peaks, all norms.
     """
 
     state: nnx.State
     forward: jax.stages.Wrapped
-    gather: jax.stages.Wrapped
     rows: NamedSharding
     out_specs: tuple[dict[str, PartitionSpec], PartitionSpec, PartitionSpec]
 
@@ -259,7 +204,6 @@ def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepP
     return StepProgram(
         state,
         jax.jit(mapped(forward, in_specs=(weights, rows, rows, rows), out_specs=out_specs)),
-        jax.jit(mapped(_gather, in_specs=(sites, rows), out_specs=sites)),
         NamedSharding(mesh.mesh, rows),
         out_specs,
     )
@@ -269,8 +213,7 @@ class ExtractionStep:
     """The compiled forward pass: token arrays in, activations in the stored dtype out.
 
     The batch is split over the mesh's data axis. With the whole model on every device each computes its rows alone, and
-    the program has no collectives. One compilation for each (rows, row length), and a small one for each number of
-    tokens that are gathered from a row.
+    the program has no collectives. One compilation for each (rows, row length).
 
     It may be made of a model that has shapes for arrays (`Decoder.abstract`), so that it is compiled while the weights
     are read; `take_weights` comes before the first call then.
@@ -281,7 +224,7 @@ class ExtractionStep:
 
     def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
         self._program = step_program(model, request, mesh)
-        self._lanes = ThreadPoolExecutor(_CPU_LANES, "device") if _has_lanes(mesh.mesh) else None
+        self._is_done_on_return = _lanes(mesh.mesh) > 1
         self._ahead: dict[tuple[int, ...], Future[jax.stages.Compiled]] = {}
 
     def compile_ahead(self, rows: int, length: int) -> None:
@@ -301,26 +244,11 @@ class ExtractionStep:
         """The arrays of `model`, in the place of their shapes."""
         self._program = replace(self._program, state=nnx.state(model))
 
-    def __call__(self, arrays: StepArrays) -> JaxStepOutput:
-        """Starts one step; returns at once with arrays that fill when the device is done."""
-        if self._lanes is not None:
-            return JaxStepOutput(self, self._lanes.submit(lambda: jax.block_until_ready(self._dispatch(arrays))))
-        started: Future[Outputs] = Future()
-        started.set_result(self._dispatch(arrays))
-        return JaxStepOutput(self, started)
-
-    def _dispatch(self, arrays: StepArrays) -> Outputs:
+    def __call__(self, arrays: StepArrays) -> StepOutput:
+        """Starts one step; returns at once with arrays that fill when the device is done, on a CPU when it is done."""
         program = self._program
         inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), program.rows)
         ahead = self._ahead.get(arrays.tokens.shape)
         forward = program.forward if ahead is None else ahead.result()
         outputs: Outputs = forward(program.state, *inputs)
-        # The little that decides what is fetched is on its way before anybody asks.
-        for array in (*outputs[1].values(), *outputs[2].values()):
-            array.copy_to_host_async()
-        return outputs
-
-    def gather(self, activations: dict[str, Array], kept: Int32[np.ndarray, "B K"]) -> dict[str, Array]:
-        """The tokens at `kept` of each row, (L, B, K, D) by site; on the devices that hold the rows."""
-        gathered: dict[str, Array] = self._program.gather(activations, jax.device_put(kept, self._program.rows))
-        return gathered
+        return StepOutput(*(jax.block_until_ready(outputs) if self._is_done_on_return else outputs))

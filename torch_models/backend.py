@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from absl import logging
 
 from core.base.errors import ModelError
+from core.step.backend import StepRequest
 from qwen2_jax.taps import SITES, Capture
 from torch_models.hooks import Reader, Tap
 from torch_models.loading import (
@@ -28,22 +29,6 @@ from torch_models.step import TorchStep
 _LENGTH_SCALINGS = {"dynamic", "longrope", "su"}
 
 
-class StepRequest(Protocol):
-    """What is wanted of a step: `core.step.backend.StepRequest`."""
-
-    @property
-    def capture(self) -> Capture: ...
-
-    @property
-    def stored_dtype(self) -> str: ...
-
-    @property
-    def compute_dtype(self) -> str: ...
-
-    @property
-    def norm_sites(self) -> tuple[str, ...]: ...
-
-
 @dataclass(frozen=True)
 class TorchBackend:
     """transformers on one device: CUDA where there is one, else the CPU.
@@ -56,6 +41,11 @@ class TorchBackend:
     name = "torch"
     can_pack = False
     has_long_rows = False
+    reduces_on_device = False
+
+    def lanes(self, model: object, request: StepRequest) -> int:
+        """One: hooks are set on the one model there is."""
+        return 1
 
     def row_multiple(self, model: object, request: StepRequest) -> int:
         """One device: any number of rows will do."""
@@ -123,7 +113,7 @@ def why_missing(taps: Taps, site: str) -> str:
     if site == "resid_mid":
         return "attention and MLP run side by side, so there is nothing between them"
     if site in ("attn_proj", "mlp_proj"):
-        return f"no norm is behind the projection, so it is {site.removesuffix('_proj')}"
+        return f"no norm follows the projection, so it is {site.removesuffix('_proj')}"
     return f"the model has no {SITES[site].meaning}"
 
 

@@ -8,95 +8,57 @@ Axis letters: L layers stored for the site, B rows, T tokens of a row, K tokens 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Int32
 from torch import Tensor, nn
 
+from core.step.backend import StepOutput
+from core.step.gathering import take_tokens
+from core.step.host_copies import begin_copy
+from core.step.layout import StepArrays
 from qwen2_jax.taps import Capture
 from torch_models.hooks import Batch, Reader
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-class StepRows(Protocol):
-    """The rows of a step on the host: `core.step.layout.StepArrays`. Segment 0 is padding."""
+@dataclass(frozen=True)
+class HostCopy:
+    """A tensor on its way to the host; `numpy.asarray` of it waits.
 
-    @property
-    def tokens(self) -> Int32[np.ndarray, "B T"]: ...
+    done: a mark after the copy in what is queued on the device; None on the CPU, which queues nothing.
+    """
 
-    @property
-    def segment_ids(self) -> Int32[np.ndarray, "B T"]: ...
+    tensor: Tensor
+    done: Any
 
-    @property
-    def positions(self) -> Int32[np.ndarray, "B T"]: ...
-
-
-class TorchStepOutput:
-    """What one step gave (`core.step.backend.StepOutput`). On CUDA it may still be computed when this is handed out."""
-
-    def __init__(self, values: dict[str, Tensor], peaks: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
-        self._values = values
-        self._peaks = peaks
-        self._norms = norms
-        self._copies: dict[str, Tensor] = {}
-        self._done = _event(values)
-
-    def wait(self) -> None:
-        """Blocks until the device is done with the step."""
-        if self._done is not None:
-            self._done.synchronize()
-
-    def peaks(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
-        """The largest magnitude in each token before the cast; infinity for a NaN or infinity."""
-        return {site: array.cpu().numpy() for site, array in self._peaks.items()}
-
-    def norms(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
-        """L2 norm of each token before the cast, summed in float32."""
-        return {site: array.cpu().numpy() for site, array in self._norms.items()}
-
-    def start_copy(self, kept: Int32[np.ndarray, "B K"] | None) -> None:
-        """Begins to bring all tokens, or those that `kept` names in each row, to the host."""
-        for site, values in self._values.items():
-            chosen = values
-            if kept is not None:
-                places = torch.from_numpy(kept.astype(np.int64)).to(values.device)[None, :, :, None]
-                shape = (values.shape[0], *kept.shape, values.shape[-1])
-                chosen = values.gather(2, places.expand(shape))
-            if chosen.is_cuda:
-                host = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=True)
-                host.copy_(chosen, non_blocking=True)
-                chosen = host
-            self._copies[site] = chosen
-        self._done = _event(self._values)
-        self._values = {}
-
-    def fetch(self) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
-        """What `start_copy` began to bring, in the stored dtype."""
-        self.wait()
-        return {site: _as_numpy(copy) for site, copy in self._copies.items()}
-
-    @property
-    def is_dispatched(self) -> bool:
-        """No: what a step gives is brought to the host first."""
-        return False
-
-    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
-        """What `start_copy` and `fetch` give, for whoever goes on with it where it is."""
-        self.start_copy(kept)
-        return self.fetch()
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self.done is not None:
+            self.done.synchronize()
+        return np.asarray(_as_numpy(self.tensor), dtype, copy=copy)
 
 
-def _event(values: Mapping[str, Tensor]) -> Any:
-    """A mark behind all work that is queued on the device; None on the CPU, which queues none."""
-    if not any(tensor.is_cuda for tensor in values.values()):
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+@begin_copy.register
+def _(tensor: Tensor) -> HostCopy:
+    """From CUDA into pinned memory, which the GPU writes by itself."""
+    if not tensor.is_cuda:
+        return HostCopy(tensor, None)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return HostCopy(host, done)
+
+
+@take_tokens.register
+def _(tensor: Tensor, places: Int32[np.ndarray, "B K"]) -> Tensor:
+    of_rows = torch.from_numpy(places.astype(np.int64)).to(tensor.device)
+    return torch.take_along_dim(tensor, of_rows.reshape(1, *places.shape, *[1] * (tensor.ndim - 3)), dim=2)
 
 
 def _as_numpy(tensor: Tensor) -> np.ndarray:
@@ -135,7 +97,7 @@ class TorchStep:
         self._device = next(reader.model.parameters()).device
         self._fresh = _length_dependent_state(reader.model) if rows_alone else []
 
-    def __call__(self, arrays: StepRows) -> TorchStepOutput:
+    def __call__(self, arrays: StepArrays) -> StepOutput:
         """Runs the rows that hold a sample; what the others give means nothing."""
         rows, length = arrays.tokens.shape
         values, peaks = self._zeros(rows, length, self._stored), self._zeros(rows, length, None)
@@ -154,7 +116,7 @@ class TorchStep:
                 values[site][place] = seen.to(self._stored)
 
             self._reader.run(batch, keep)
-        return TorchStepOutput(values, peaks, norms)
+        return StepOutput(values, peaks, norms)
 
     def _zeros(self, rows: int, length: int, dtype: torch.dtype | None) -> dict[str, Tensor]:
         """(L, B, T, D) in `dtype`, or (L, B, T) in float32, for each site."""
@@ -166,7 +128,7 @@ class TorchStep:
             for site, shape in shapes.items()
         }
 
-    def _batches(self, arrays: StepRows) -> Iterator[tuple[slice, Batch]]:
+    def _batches(self, arrays: StepArrays) -> Iterator[tuple[slice, Batch]]:
         """The rows that hold a sample, in one batch as long as the longest or one by one, each with its place."""
         is_token = arrays.segment_ids > 0
         used = int(is_token.any(1).sum())
@@ -180,7 +142,7 @@ class TorchStep:
             span = slice(row, row + 1)
             yield span, self._batch(arrays, is_token, span)
 
-    def _batch(self, arrays: StepRows, is_token: np.ndarray, rows: slice) -> Batch:
+    def _batch(self, arrays: StepArrays, is_token: np.ndarray, rows: slice) -> Batch:
         longest = int(is_token[rows].sum(1).max())
         parts = (array[rows, :longest].astype(np.int64) for array in (arrays.tokens, is_token, arrays.positions))
         return Batch(*(torch.from_numpy(part).to(self._device, non_blocking=True) for part in parts))

@@ -24,7 +24,8 @@ from core.run.job import Job
 from core.run.stores import Stores
 from core.samples.windows import TokenizedSample, Window
 from core.step.backend import Step, StepRequest
-from core.step.layout import plan_steps, sample_spans, step_arrays
+from core.step.host_copies import begin_copies, on_host
+from core.step.layout import lay_out_steps, sample_spans, step_arrays
 from qwen2_jax.taps import Capture
 
 if TYPE_CHECKING:
@@ -162,15 +163,13 @@ def _window_values(job: Job, step: Step, window: Window, chosen: Sequence[int]) 
     """What the step computes of each chosen sample of a window. Only steps that hold one of them run."""
     found: dict[int, _Computed] = {}
     token_ids = [sample.token_ids for sample in window.samples]
-    for planned in plan_steps(window.lengths, job.batch_shape):
-        spans = [span for span in sample_spans(planned, window.lengths) if span[1] in chosen]
+    for layout in lay_out_steps(window.lengths, job.batch_shape):
+        spans = [span for span in sample_spans(layout, window.lengths) if span[1] in chosen]
         if not spans:
             continue
-        output = step(step_arrays(planned, token_ids))
-        output.start_copy(None)
-        norms, values = output.norms(), output.fetch()
-        stacked = np.concatenate([*norms.values(), np.zeros((0, planned.n_rows, planned.length), np.float32)])
+        output = on_host(begin_copies(step(step_arrays(layout, token_ids))))
+        stacked = np.concatenate([*output.norms.values(), np.zeros((0, layout.n_rows, layout.length), np.float32)])
         for row, sample, start, stop in spans:
-            of_sample = {site: array[:, row, start:stop].copy() for site, array in values.items()}
+            of_sample = {site: array[:, row, start:stop].copy() for site, array in output.arrays.items()}
             found[sample] = _Computed(of_sample, stacked[:, row, start:stop])
     return [found[sample] for sample in chosen]

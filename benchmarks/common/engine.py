@@ -2,19 +2,21 @@
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
-from core.reduce.reduced_step import StepOutput
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.job import Job
 from core.run.progress import Summary
 from core.run.stores import open_storage
 from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
-from core.step.layout import StepArrays, plan_steps, step_arrays
+from core.step.backend import StepOutput
+from core.step.host_copies import wait_for
+from core.step.layout import StepArrays, lay_out_steps, step_arrays
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,19 @@ class Engine:
     def all_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""
         return [
-            step_arrays(step, [sample.token_ids for sample in window.samples])
+            step_arrays(layout, [sample.token_ids for sample in window.samples])
             for window in self.job.windows()
-            for step in plan_steps(window.lengths, self.job.batch_shape)
+            for layout in lay_out_steps(window.lengths, self.job.batch_shape)
         ]
 
     def run_steps(self, steps: Sequence[StepArrays]) -> None:
-        """Only the forward passes, outputs discarded. As in a run, each starts before the last one ends."""
-        last: StepOutput | None = None
-        for arrays in steps:
-            started = self.model.step(arrays)
+        """The forward passes alone, nothing kept. As in a run, one is started before the last is waited for."""
+        last: Future[StepOutput] | None = None
+        with ThreadPoolExecutor(self.job.backend.lanes(self.job.model, self.job.step_request)) as device:
+            for arrays in steps:
+                started = device.submit(self.model.step, arrays)
+                if last is not None:
+                    wait_for(last.result().peaks)
+                last = started
             if last is not None:
-                last.wait()
-            last = started
-        if last is not None:
-            last.wait()
+                wait_for(last.result().peaks)

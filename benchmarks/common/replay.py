@@ -9,63 +9,36 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.common.engine import Engine
-from core.reduce.reduced_step import ReducedOutput
-from core.run.extraction import WindowBuffer
 from core.run.job import Job
 from core.samples.window_parts import PartOfWindow
-from core.shards.encoding import WindowActivations
-from core.step.fetching import plan_fetch
+from core.shards.window_activations import WindowActivations
+from core.step.backend import StepOutput
+from core.step.fetching import fetch_of
+from core.step.host_copies import begin_copies, on_host
 from core.step.layout import StepArrays, step_arrays
 
 
 @dataclass(frozen=True)
-class ReplayedOutput:
-    """A `core.step.backend.StepOutput` that is on the host already: whole rows, nothing gathered."""
-
-    computed: dict[str, np.ndarray]
-    magnitudes: dict[str, np.ndarray]
-
-    def wait(self) -> None:
-        """Returns at once."""
-
-    def peaks(self) -> dict[str, np.ndarray]:
-        """As computed."""
-        return self.magnitudes
-
-    def norms(self) -> dict[str, np.ndarray]:
-        """None were asked for."""
-        return {}
-
-    def start_copy(self, kept: np.ndarray | None) -> None:
-        """Nothing is copied."""
-        assert kept is None
-
-    def fetch(self) -> dict[str, np.ndarray]:
-        """As computed."""
-        return self.computed
-
-
-@dataclass(frozen=True)
 class ReplayedStep:
-    """A `core.step.backend.Step` that returns stored outputs."""
+    """A `core.step.backend.Step` that has seen every batch before.
 
-    outputs: dict[bytes, ReplayedOutput]
+    outputs: by token ids, of whole rows, on the host.
+    """
 
-    def __call__(self, arrays: StepArrays) -> ReplayedOutput:
-        """The device's output for these tokens."""
+    outputs: dict[bytes, StepOutput]
+
+    def __call__(self, arrays: StepArrays) -> StepOutput:
+        """What the device gave for these tokens."""
         return self.outputs[arrays.tokens.tobytes()]
 
 
 def computed_once(engine: Engine) -> ReplayedStep:
     """Runs every step of the engine's job."""
-    outputs = {}
+    assert engine.model.reduce is None, "the engine of the benchmarks stores tokens whole"
+    outputs: dict[bytes, StepOutput] = {}
     for arrays in engine.all_steps():
-        if arrays.tokens.tobytes() in outputs:
-            continue
-        output = engine.model.step(arrays)
-        assert not isinstance(output, ReducedOutput), "the engine of the benchmarks stores tokens whole"
-        output.start_copy(None)
-        outputs[arrays.tokens.tobytes()] = ReplayedOutput(output.fetch(), output.peaks())
+        if arrays.tokens.tobytes() not in outputs:
+            outputs[arrays.tokens.tobytes()] = on_host(begin_copies(engine.model.step(arrays)))
     return ReplayedStep(outputs)
 
 
@@ -80,19 +53,19 @@ def window_activations(job: Job, step: ReplayedStep) -> list[WindowActivations]:
 
 
 def _activations(job: Job, step: ReplayedStep, part: PartOfWindow) -> WindowActivations:
-    layouts = job.steps_of(part)
-    buffer = WindowBuffer.allocate(job, part, len(layouts))
-    for one in layouts:
-        output = step(step_arrays(one, [sample.token_ids for sample in part.own.samples]))
-        buffer.scatter(plan_fetch(one, part.own.samples, part.own.lengths), output.fetch())
-    return buffer.finished()
+    layouts = job.layouts_of(part)
+    activations = WindowActivations.allocate(part.own, job.layers, job.stored, len(layouts))
+    for layout in layouts:
+        output = step(step_arrays(layout, [sample.token_ids for sample in part.own.samples]))
+        activations.scatter(fetch_of(layout, part.own.samples, part.own.lengths), output.arrays)
+    return activations
 
 
 def cast(activations: WindowActivations, dtype: np.dtype) -> WindowActivations:
-    """The same activations in another stored dtype, rounded as the device rounds."""
-    return replace(activations, by_site={site: array.astype(dtype) for site, array in activations.by_site.items()})
+    """The same in another stored dtype, rounded as the device rounds."""
+    return replace(activations, arrays={name: array.astype(dtype) for name, array in activations.arrays.items()})
 
 
 def total_bytes(activations: Sequence[WindowActivations]) -> int:
-    """Bytes of all arrays."""
-    return sum(array.nbytes for window in activations for array in window.by_site.values())
+    """Of all arrays."""
+    return sum(array.nbytes for window in activations for array in window.arrays.values())

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from core.jax_utils import COMPUTE_DTYPES, ExtractionStep, JaxStepOutput
-from core.step.backend import StepRequest
+from core.jax_utils import COMPUTE_DTYPES, ExtractionStep
+from core.step.backend import StepOutput, StepRequest
+from core.step.host_copies import begin_copies, on_host, wait_for
 from core.step.layout import StepArrays
 from qwen2_jax import Capture, Decoder, DecoderConfig
 from qwen2_jax.checkpoints.weights import cut_config
@@ -74,42 +75,39 @@ class OurSide:
         return cls(cut, parameters, workload.arrays(config.vocab_size), step)
 
     def forward(self, steps: int) -> None:
-        """Runs `steps` steps without copies; as in a run, each starts before the previous one is waited for."""
-        before: JaxStepOutput | None = None
+        """So many steps, nothing copied; the next is started before one is waited for, as in a run."""
+        before: StepOutput | None = None
         for _ in range(steps):
             output = self.step(self.arrays)
             if before is not None:
-                before.wait()
+                wait_for(before.peaks)
             before = output
         assert before is not None
-        before.wait()
+        wait_for(before.peaks)
 
     def extract(self, steps: int) -> None:
-        """The same, and copies the output of each step to the host during the next."""
-        before: JaxStepOutput | None = None
+        """The same, and what each gives is brought to the host beside the next."""
+        before: StepOutput | None = None
         for _ in range(steps):
-            output = self.step(self.arrays)
-            output.start_copy(None)
+            output = begin_copies(self.step(self.arrays))
             if before is not None:
-                before.fetch()
+                on_host(before)
             before = output
         assert before is not None
-        before.fetch()
+        on_host(before)
 
     def copy(self) -> tuple[int, float]:
         """The output bytes of a finished step, and the seconds it takes to copy them to the host."""
         output = self.step(self.arrays)
-        output.wait()
+        wait_for(output.peaks)
         started = time.perf_counter()
-        output.start_copy(None)
-        n_bytes = sum(array.nbytes for array in output.fetch().values())
+        n_bytes = sum(array.nbytes for array in on_host(begin_copies(output)).arrays.values())
         return n_bytes, time.perf_counter() - started
 
     def activations(self) -> Shaped[np.ndarray, "L B T D"]:
-        """The output of a step."""
-        output = self.step(self.arrays)
-        output.start_copy(None)
-        return output.fetch()[SITE]
+        """What a step gives."""
+        values: np.ndarray = on_host(begin_copies(self.step(self.arrays))).arrays[SITE]
+        return values
 
 
 def _random_parameters(config: DecoderConfig, mesh: ModelMesh) -> dict[str, Float[Array, "..."]]:

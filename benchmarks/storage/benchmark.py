@@ -30,10 +30,11 @@ from benchmarks.storage.uploads import Busy, UploadResult, measure_upload
 from core.base.command_line import CommandParser, not_negative, positive, run_command
 from core.base.dtypes import DTYPES
 from core.object_store import LocalStore, ObjectInfo
-from core.shards.encoding import ShardEncoder, WindowActivations
+from core.shards.encoding import ShardEncoder
 from core.shards.formats import FORMATS, ShardContent, read_shard
 from core.shards.formats.base import stored_sample
 from core.shards.sinks import ParallelGzipWriter
+from core.shards.window_activations import WindowActivations
 from qwen2_jax import load_config
 
 BASELINE = "gzip 6 + pickle.dump"
@@ -143,7 +144,7 @@ def measure_ways(
 ) -> list[StorageRow]:
     """The baseline, then each way, on one thread."""
     content = content_of(activations)
-    n_bytes, dtype = content.activations.nbytes, content.activations.dtype.name
+    n_bytes, dtype = content.values.nbytes, content.values.dtype.name
     path = folder / "baseline.pkl.gz"
     base = cpu_rate(n_bytes, partial(store_baseline, content, path), repeats)
     read = cpu_rate(n_bytes, partial(read_baseline, path), repeats)
@@ -164,7 +165,7 @@ def measure_way(
 ) -> StorageRow:
     """One way; `baseline` is the rate of `store_baseline`."""
     content = content_of(activations)
-    n_bytes, dtype = content.activations.nbytes, content.activations.dtype.name
+    n_bytes, dtype = content.values.nbytes, content.values.dtype.name
     path = store(activations, way, folder, thread)
     ratio, read = ratio_of(n_bytes, path), cpu_rate(n_bytes, partial(_read, path, way), repeats)
     path.unlink()
@@ -202,15 +203,14 @@ def measure_cores(
     timings = alternate(sides, repeats)
     for pool in pools.values():
         pool.shutdown()
-    million = content.activations.nbytes / 1e6
+    million = content.values.nbytes / 1e6
     return {way: {n: round(million / timings[f"{way} {n}"].seconds, 1) for n in cores} for way in ways}
 
 
 def content_of(activations: WindowActivations) -> ShardContent:
     """The shard of the only site."""
-    ((site, array),) = activations.by_site.items()
-    window = activations.window
-    return ShardContent(site, activations.layers[site], array, window.offsets, window.samples)
+    (site,) = activations.layers
+    return activations.content(site)
 
 
 def ratio_of(n_bytes: int, path: Path) -> float:
@@ -231,12 +231,12 @@ def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Nam
         content = content_of(activations)
         rows = measure_ways(case, activations, folder, args.ways, args.repeats)
         if case == "middle":
-            rows += [measure_codec(case, content.activations, name, args.repeats) for name in args.codecs]
+            rows += [measure_codec(case, content.values, name, args.repeats) for name in args.codecs]
         scaling = measure_cores(
             content, [way for way in args.ways if way in ("pickle.gz", "planes")], folder, args.repeats
         )
-        entropy = round(entropy_ratio(content.activations), 3)
-        results.append(StorageResult(case, dtype, content.activations.nbytes, entropy, rows, scaling))
+        entropy = round(entropy_ratio(content.values), 3)
+        results.append(StorageResult(case, dtype, content.values.nbytes, entropy, rows, scaling))
     return results
 
 

@@ -11,22 +11,23 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core.commit.record import CommitRecord
-from core.reduce.reduced_step import ReducedStep, start_copy
+from core.reduce.pooling import fetch_rows
 from core.run.config import RunConfig
 from core.run.extraction import is_complete, resume_place
 from core.run.job import Job
 from core.run.progress import HostEnd, format_bytes, format_reasons
 from core.run.runner import on_every_host, prepare_jobs
 from core.run.stores import open_storage, open_stores
-from core.run.stream_run import load
+from core.run.stream_run import LoadedStep, load
 from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, usual_share
 from core.samples.selection import count_reasons
 from core.samples.windows import Window
 from core.shards.formats import FORMATS
 from core.shards.sinks import deflate_block
-from core.step import backend
-from core.step.fetching import plan_fetch
-from core.step.layout import Step, step_arrays
+from core.step.backend import StepOutput
+from core.step.gathering import gather
+from core.step.host_copies import begin_copies, on_host
+from core.step.layout import StepLayout, step_arrays
 
 # What `--plan` compresses to learn the same of the run at hand.
 _MEASURED_BYTES = 16 << 20
@@ -131,7 +132,7 @@ def _price(jobs: Sequence[Job]) -> PlanReport:
     return plan_run(
         jobs[0],
         itertools.chain.from_iterable(windows),
-        lambda: load(jobs[0]).step,
+        lambda: load(jobs[0]),
         committed=[record for _, records in done for record in records],
         free=stores.spool.free_bytes(),
     )
@@ -140,7 +141,7 @@ def _price(jobs: Sequence[Job]) -> PlanReport:
 def plan_run(
     job: Job,
     windows: Iterator[Window],
-    load: Callable[[], backend.Step | ReducedStep],
+    load_model: Callable[[], LoadedStep],
     *,
     committed: Sequence[CommitRecord],
     free: int | None,
@@ -149,18 +150,18 @@ def plan_run(
 
     Args:
       windows: those that are left, behind the `committed` ones.
-      load: loads the model, if anything is left.
+      load_model: called if anything is left.
     """
     samples_done = sum(record.n_samples for record in committed)
     first = next(windows, None)
     if first is None:
         return PlanReport(samples_done, len(committed), free_disk_bytes=free)
     part = next(job.parts_of(first))
-    timed = job.steps_of(part)[0]
-    seconds, ratio = time_step(job, load(), part.own, timed)
+    timed = job.layouts_of(part)[0]
+    seconds, ratio = time_step(job, load_model(), part.own, timed)
     totals = _Totals(job.hosts.count)
     for window in itertools.chain([first], windows):
-        totals.add(window, [step for part in job.parts_of(window) for step in job.steps_of(part)])
+        totals.add(window, [layout for part in job.parts_of(window) for layout in job.layouts_of(part)])
     rate = job.hosts.count * timed.n_rows * timed.length / seconds
     needed = disk_needed(job, totals.tokens, totals.rows, ratio)
     on_disk = stored_bytes(job, totals.tokens, totals.rows, ratio)
@@ -211,7 +212,7 @@ class _Totals:
     computed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, window: Window, steps: Sequence[Step]) -> None:
+    def add(self, window: Window, layouts: Sequence[StepLayout]) -> None:
         self.windows += 1
         self.samples += len(window.samples)
         self.tokens += window.n_tokens
@@ -220,23 +221,22 @@ class _Totals:
         self.dropped.update(count_reasons(s.reasons for s in window.samples if s.reasons is not None))
         self.truncated += sum(sample.full_length > len(sample.token_ids) for sample in window.samples)
         self.bad_records += len(window.bad_records)
-        self.steps += len(steps)
-        self.computed += self.n_hosts * sum(step.n_rows * step.length for step in steps)
+        self.steps += len(layouts)
+        self.computed += self.n_hosts * sum(layout.n_rows * layout.length for layout in layouts)
 
 
-def time_step(job: Job, step: backend.Step | ReducedStep, window: Window, planned: Step) -> tuple[float, float | None]:
+def time_step(job: Job, model: LoadedStep, window: Window, layout: StepLayout) -> tuple[float, float | None]:
     """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
-    arrays = step_arrays(planned, [sample.token_ids for sample in window.samples])
-    fetch = plan_fetch(planned, window.samples, window.lengths, job.pools)
+    arrays = step_arrays(layout, [sample.token_ids for sample in window.samples])
+    fetch, rows = fetch_rows(layout, window.samples, window.lengths, job.pools)
 
-    def fetched() -> dict[str, np.ndarray]:
-        output = step(arrays)
-        start_copy(output, fetch)
-        return output.fetch()
+    def fetched() -> StepOutput:
+        output = gather(model.step(arrays), fetch.gathered)
+        return on_host(begin_copies(output if model.reduce is None else model.reduce(output, rows)))
 
     fetched()
     started = time.monotonic()
-    activations = fetched()
+    activations = fetched().arrays
     seconds = time.monotonic() - started
     values = next(iter(activations.values()))
     stored = [values[:, row, places].reshape(-1) for row, places in fetch.samples.values() if row == 0]

@@ -16,7 +16,7 @@ from core.reduce.reductions import INDICES, LARGEST_CODE, QUANTIZATIONS, SCALE, 
 
 
 class StepRows(NamedTuple):
-    """What the host knows of a step's tokens.
+    """What the host knows of a step's tokens; on the device where they are reduced.
 
     Attributes:
       weights: of each fetched token in each pool of its sample; P is 0 without pools.
@@ -24,9 +24,9 @@ class StepRows(NamedTuple):
       is_stored: which of the resulting rows are stored.
     """
 
-    weights: Float32[Array, "P B K"]
-    slots: Int32[Array, "B K"]
-    is_stored: Bool[Array, "B U"]
+    weights: Float32[Array | np.ndarray, "P B K"]
+    slots: Int32[Array | np.ndarray, "B K"]
+    is_stored: Bool[Array | np.ndarray, "B U"]
 
 
 class ReducedSite(NamedTuple):
@@ -103,8 +103,10 @@ def _weighted_sums(shares: Float32[Array, "B S K"], x: Float32[Array, "L B K E"]
     return jnp.einsum("bsk,lbke->lbse", shares, x, precision=jax.lax.Precision.HIGHEST)
 
 
-def _maxima(x: Float32[Array, "L B K E"], slots: Int32[Array, "B K"], n_samples: int) -> Float32[Array, "L B S E"]:
-    def of_row(row: Float32[Array, "K E"], slots: Int32[Array, "K"]) -> Float32[Array, "S E"]:
+def _maxima(
+    x: Float32[Array, "L B K E"], slots: Int32[Array | np.ndarray, "B K"], n_samples: int
+) -> Float32[Array, "L B S E"]:
+    def of_row(row: Float32[Array, "K E"], slots: Int32[Array | np.ndarray, "K"]) -> Float32[Array, "S E"]:
         found = jax.ops.segment_max(row, slots, n_samples + 1)[:n_samples]
         return jnp.where(jnp.isfinite(found), found, 0)  # a slot without a sample
 
@@ -140,7 +142,7 @@ def _losses(
     kept: Float32[Array, "L B U W"],
     restored: Float32[Array, "L B U W"],
     peaks: Float32[Array, "L B U"],
-    is_stored: Bool[Array, "B U"],
+    is_stored: Bool[Array | np.ndarray, "B U"],
 ) -> Float32[Array, "L B 2"]:
     """See `ReducedSite`. Rows are divided by their peak, for squares of what float32 holds need not fit it."""
     unit = jnp.where((peaks > 0) & jnp.isfinite(peaks), peaks, 1)[..., None]

@@ -1,42 +1,47 @@
 """The engine: windows through the device to committed shards, all stages at once.
 
 read      stream → prompts → tokens → windows            a thread
-forward   windows → packed steps → device                the main thread; timed on the device
+forward   windows → packed steps → device                the main thread, and threads of the device
 select    norms → which tokens are stored                a thread, only where norms decide
-copy      device → window buffers on the host            a thread
-encode    window buffers → finished files                a pool
+copy      device → arrays of windows on the host         a thread
+encode    arrays of windows → finished files             a pool
 store     upload, commit record, index, checkpoint       a pool, and a thread that commits in order
 """
 
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
-from jaxtyping import Bool, Shaped
+from jaxtyping import Float32
 
 from core.activation_storage import ActivationStorage
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError
 from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
 from core.hosts.session import HostSession
-from core.reduce.losses import Losses, LossSum, total_losses
-from core.reduce.reduced_step import ReducedOutput, ReducedStep, StepOutput, start_copy
-from core.reduce.reductions import Reduction, array_name
+from core.reduce.arithmetic import StepRows
+from core.reduce.losses import Losses, total_losses
+from core.reduce.pooling import fetch_rows
+from core.reduce.reducer import Reducer
+from core.reduce.reductions import Reduction
 from core.run.job import Job
 from core.run.pipeline import Channel, Pipeline, StageClock
 from core.run.progress import Progress
-from core.samples.selection import Selection, count_reasons
+from core.samples.selection import count_reasons
 from core.samples.window_parts import PartOfWindow
 from core.samples.windows import StreamPlace, TokenizedSample, Window
-from core.shards.encoding import ShardEncoder, WindowActivations
-from core.step import backend
-from core.step.fetching import Fetch, plan_fetch
-from core.step.layout import Step, sample_spans, step_arrays
+from core.shards.encoding import ShardEncoder
+from core.shards.window_activations import WindowActivations
+from core.step.backend import Step, StepOutput
+from core.step.fetching import Fetch
+from core.step.gathering import gather
+from core.step.host_copies import begin_copies, begin_copy, on_host, wait_for
+from core.step.layout import StepArrays, StepLayout, step_arrays
 from qwen2_jax.taps import SITES
 
 # One window fills while others are encoded: what bounds host memory is this many times the shard size.
@@ -44,68 +49,25 @@ WINDOWS_IN_MEMORY = 3
 # Windows between the last step and their commit record; files wait on disk, not in memory.
 _WINDOWS_IN_STORAGE = 4
 _STEPS_IN_FLIGHT = 1
-
-
-@dataclass
-class WindowBuffer:
-    """A window, or a part of it, whose activations arrive step by step, scattered to where each sample belongs.
-
-    `samples` are those of the part, replaced where norms decide what is stored of them. `losses` are those of rows of
-    which less is stored.
-    """
-
-    part: PartOfWindow
-    activations: WindowActivations
-    samples: list[TokenizedSample]
-    steps_left: int
-    losses: LossSum = field(default_factory=LossSum)
-
-    @classmethod
-    def allocate(cls, job: Job, part: PartOfWindow, n_steps: int) -> "WindowBuffer":
-        """Room for every stored array: (L, N, width), N the rows that are stored at most."""
-        arrays = {
-            array_name(site, name): np.empty((len(job.layers[site]), part.own.n_rows, array.width), array.dtype)
-            for site, stored in job.stored.items()
-            for name, array in stored.items()
-        }
-        number = part.part if job.identity.parts > 1 else None
-        activations = WindowActivations(part.own, job.layers, arrays, number)
-        return cls(part, activations, list(part.own.samples), n_steps)
-
-    def scatter(self, fetch: Fetch, fetched: dict[str, Shaped[np.ndarray, "L B K D"]]) -> None:
-        """Copies the samples of one step to their places."""
-        offsets = self.activations.window.offsets
-        for name, buffer in self.activations.by_site.items():
-            for sample, (row, places) in fetch.samples.items():
-                values = fetched[name][:, row, places]
-                buffer[:, offsets[sample] : offsets[sample] + values.shape[1]] = values
-        self.steps_left -= 1
-
-    def select(self, step: Step, norms: dict[str, Shaped[np.ndarray, "L B T"]], selection: Selection) -> None:
-        """Decides by their norms which tokens of the step's samples are stored."""
-        stacked = np.concatenate(list(norms.values()))
-        for row, index, start, stop in sample_spans(step, self.activations.window.lengths):
-            sample = self.samples[index]
-            assert sample.reasons is not None
-            reasons = selection.after(sample.reasons, stacked[:, row, start:stop], sample.sample_idx)
-            self.samples[index] = replace(sample, reasons=reasons, most_kept=None)
-
-    def finished(self) -> WindowActivations:
-        """The window's activations, once all steps have arrived."""
-        if all(final is first for final, first in zip(self.samples, self.activations.window.samples, strict=True)):
-            return self.activations
-        return self.activations.narrowed_to(tuple(self.samples))
+Peaks = Mapping[str, Float32[np.ndarray, "L B U"]]
 
 
 @dataclass(frozen=True)
 class StepInFlight:
-    """A step the device is working on. `fetch` is None until norms have decided."""
+    """A step the device is working on.
 
-    buffer: WindowBuffer
-    step: Step
-    output: StepOutput
+    Attributes:
+      output: what it gives; what is fetched of it, on its way to the host, once that is known.
+      fetch, rows: see `core.reduce.pooling.fetch_rows`; None until norms have decided.
+    """
+
+    part: PartOfWindow
+    activations: WindowActivations
+    layout: StepLayout
+    output: Future[StepOutput]
     started: float
-    fetch: Fetch | None
+    fetch: Fetch | None = None
+    rows: StepRows | None = None
 
 
 @dataclass
@@ -113,6 +75,7 @@ class Extraction:
     """One run of a job over what its storage does not hold yet.
 
     Attributes:
+      reduce: what is done to what steps give; None: nothing.
       session: what the hosts of a slice agree on. Its `stop` ends the run early: what is computed is committed, the
         window under way is dropped.
       on_commit: called after each commit, in order.
@@ -120,7 +83,8 @@ class Extraction:
 
     job: Job
     storage: ActivationStorage
-    step: backend.Step | ReducedStep
+    step: Step
+    reduce: Reducer | None
     encoder: ShardEncoder
     progress: Progress
     pipeline: Pipeline
@@ -128,6 +92,12 @@ class Extraction:
     on_commit: Callable[[CommitRecord], None]
     _buffers: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(WINDOWS_IN_MEMORY))
     _device_free_at: float = 0.0
+    _lanes: int = field(init=False)
+    _device: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lanes = self.job.backend.lanes(self.job.model, self.job.step_request)
+        self._device = ThreadPoolExecutor(self._lanes, "device")
 
     def run(self, windows: Iterator[Window]) -> None:
         """Runs all stages to the end of `windows`; raises the first error of any of them."""
@@ -149,7 +119,8 @@ class Extraction:
             try:
                 pipeline.join()
             finally:
-                pool.shutdown(cancel_futures=True)
+                for threads in (self._device, pool):
+                    threads.shutdown(cancel_futures=True)
 
     def _read(self, windows: Iterator[Window], read: Channel[Window], clock: StageClock) -> None:
         for window in windows:
@@ -167,23 +138,45 @@ class Extraction:
 
     def _forward_part(self, part: PartOfWindow, steps: Channel[StepInFlight], clock: StageClock) -> None:
         self._acquire_buffer()
-        layouts = self.job.steps_of(part)
-        buffer = WindowBuffer.allocate(self.job, part, len(layouts))
+        layouts = self.job.layouts_of(part)
+        activations = self._allocate(part, len(layouts))
         token_ids = [sample.token_ids for sample in part.own.samples]
-        for step in layouts:
+        for layout in layouts:
             if self.session.stop.is_set():
                 return
-            started = time.monotonic()
-            output = self.step(step_arrays(step, token_ids))
-            fetch = None
-            if not self._norms_decide:
-                fetch = self._start_copy(output, step, buffer)
-            steps.put(StepInFlight(buffer, step, output, started, fetch), clock)
+            started, arrays = time.monotonic(), step_arrays(layout, token_ids)
+            if self._norms_decide:
+                output = self._device.submit(self._compute, arrays)
+                flight = StepInFlight(part, activations, layout, output, started)
+            else:
+                fetch, rows = self._fetch_rows(layout, activations)
+                output = self._device.submit(self._compute_and_bring, arrays, fetch, rows)
+                flight = StepInFlight(part, activations, layout, output, started, fetch, rows)
+            if self._lanes == 1:
+                wait([output])  # a queued step would still be computed after the run is stopped
+            steps.put(flight, clock)
 
-    def _start_copy(self, output: StepOutput, step: Step, buffer: WindowBuffer) -> Fetch:
-        fetch = plan_fetch(step, buffer.samples, buffer.part.own.lengths, self.job.pools)
-        start_copy(output, fetch)
-        return fetch
+    def _allocate(self, part: PartOfWindow, n_steps: int) -> WindowActivations:
+        number = part.part if self.job.identity.parts > 1 else None
+        return WindowActivations.allocate(part.own, self.job.layers, self.job.stored, n_steps, number)
+
+    def _fetch_rows(self, layout: StepLayout, activations: WindowActivations) -> tuple[Fetch, StepRows]:
+        return fetch_rows(layout, activations.samples, activations.window.lengths, self.job.pools)
+
+    def _compute(self, arrays: StepArrays) -> StepOutput:
+        """In a thread of the device, as are the next two: starts a step, and brings the norms to the host."""
+        output = self.step(arrays)
+        return replace(output, norms={site: begin_copy(norms) for site, norms in output.norms.items()})
+
+    def _compute_and_bring(self, arrays: StepArrays, fetch: Fetch, rows: StepRows) -> StepOutput:
+        return self._bring(self.step(arrays), fetch, rows)
+
+    def _bring(self, output: StepOutput, fetch: Fetch, rows: StepRows) -> StepOutput:
+        """Begins to bring what is fetched of a step to the host. The device lets go of the rest as soon as it can."""
+        output = gather(output, fetch.gathered)
+        if self.reduce is not None and self.job.backend.reduces_on_device:
+            output = self.reduce(output, rows)
+        return begin_copies(output)
 
     def _acquire_buffer(self) -> None:
         while not self._buffers.acquire(timeout=0.1):
@@ -205,10 +198,15 @@ class Extraction:
         selection = self.job.selection
         assert selection is not None
         for flight in steps.drain(clock):
-            self._wait_for_device(flight, clock)
-            flight.buffer.select(flight.step, flight.output.norms(), selection)
-            fetch = self._start_copy(flight.output, flight.step, flight.buffer)
-            selected.put(replace(flight, fetch=fetch), clock)
+            output = self._wait_for_device(flight, clock)
+            norms = {site: np.asarray(norms) for site, norms in output.norms.items()}
+            flight.activations.select(flight.layout, norms, selection)
+            fetch, rows = self._fetch_rows(flight.layout, flight.activations)
+            brought = self._device.submit(self._bring, output, fetch, rows)
+            # Nothing here keeps the whole step on the device while it waits for room.
+            flight = replace(flight, output=brought, fetch=fetch, rows=rows)
+            del output
+            selected.put(flight, clock)
             del flight
         selected.close()
 
@@ -220,40 +218,52 @@ class Extraction:
         clock: StageClock,
     ) -> None:
         for flight in steps.drain(clock):
-            fetch = flight.fetch
-            assert fetch is not None
-            if not self._norms_decide:
-                self._wait_for_device(flight, clock)
-            check_peaks(flight, fetch, self.job)
-            flight.buffer.scatter(fetch, flight.output.fetch())
-            if isinstance(flight.output, ReducedOutput) and self._codes_rows:
-                flight.buffer.losses.add(flight.output.losses())
-            lengths = [len(flight.buffer.samples[sample].token_ids) for sample in fetch.samples]
-            self.progress.computed(len(lengths), sum(lengths))
-            if not flight.buffer.steps_left:
-                part, activations = flight.buffer.part, flight.buffer.finished()
-                stored = pool.submit(self._encode_and_store, part, activations, flight.buffer.losses)
-                encoded.put((part, stored), clock)
-                del part, activations
-            del flight
+            self._store_rows(flight, clock)
+            part, activations = flight.part, flight.activations
+            if not activations.steps_left:
+                activations.finish()
+                encoded.put((part, pool.submit(self._encode_and_store, part, activations)), clock)
+            del flight, part, activations
         encoded.close()
 
-    def _wait_for_device(self, flight: StepInFlight, clock: StageClock) -> None:
+    def _store_rows(self, flight: StepInFlight, clock: StageClock) -> None:
+        """Scatters what a step gives into the arrays of its window, once it has arrived and is sound."""
+        fetch, rows, activations = flight.fetch, flight.rows, flight.activations
+        assert fetch is not None
+        assert rows is not None
+        output = self._arrived(flight, rows, clock)
+        check_peaks(flight, fetch, output.peaks, self.job)
+        activations.scatter(fetch, output.arrays)
+        if self._codes_rows:
+            activations.losses.add(output.losses)
+        lengths = [len(activations.samples[sample].token_ids) for sample in fetch.samples]
+        self.progress.computed(len(lengths), sum(lengths))
+
+    def _arrived(self, flight: StepInFlight, rows: StepRows, clock: StageClock) -> StepOutput:
+        """What a step gives, on the host."""
+        output = on_host(flight.output.result() if self._norms_decide else self._wait_for_device(flight, clock))
+        if self.reduce is not None and not self.job.backend.reduces_on_device:
+            output = on_host(self.reduce(output, rows))
+        return output
+
+    def _wait_for_device(self, flight: StepInFlight, clock: StageClock) -> StepOutput:
         """Waits for the step, and counts the time as the device's rather than the copy's."""
         waiting_since = time.monotonic()
-        flight.output.wait()
+        output = flight.output.result()
+        wait_for(output.norms if flight.fetch is None else output.peaks)
         ready = time.monotonic()
         clock.waiting += ready - waiting_since
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
         self._device_free_at = ready
+        return output
 
-    def _encode_and_store(self, part: PartOfWindow, activations: WindowActivations, losses: LossSum) -> StoredPart:
+    def _encode_and_store(self, part: PartOfWindow, activations: WindowActivations) -> StoredPart:
         started = time.monotonic()
         try:
             files = self.encoder.encode(activations)
         finally:
             # Files wait for their upload on disk: the arrays go before it, and another window may fill.
-            activations.by_site.clear()
+            activations.arrays.clear()
             self._buffers.release()
         self.pipeline.clock("encode").add_busy(time.monotonic() - started)
         started = time.monotonic()
@@ -263,23 +273,23 @@ class Extraction:
             for file in files:
                 file.path.unlink(missing_ok=True)
         self.pipeline.clock("store").add_busy(time.monotonic() - started)
-        lost = losses.of_rows(activations.window.n_rows, activations.layers)
+        lost = activations.losses.of_rows(activations.window.n_rows, activations.layers)
         return _stored_part(part.part, activations.window, stored, lost)
 
     def _commit(self, encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]], clock: StageClock) -> None:
         is_whole, stored = True, list[StoredPart]()
         for part, future in encoded.drain(clock):
-            told = self.session.gather(f"stored/{part.window.index}/{part.turn}", asdict(future.result()))
-            # Behind a window that is given up none counts.
-            is_whole &= told is not None
-            stored += [StoredPart.from_json(fields) for fields in told or ()]
+            gathered = self.session.gather(f"stored/{part.window.index}/{part.turn}", asdict(future.result()))
+            # After a dropped window no later one may commit.
+            is_whole &= gathered is not None
+            stored += [StoredPart.from_json(fields) for fields in gathered or ()]
             if part.is_last:
                 self._commit_window(part.window, stored if is_whole else None)
                 stored = []
             del part, future
 
     def _commit_window(self, window: Window, stored: list[StoredPart] | None) -> None:
-        """Commits a window on the host that has gathered its parts; the others wait for it, and believe it.
+        """Commits a window on the host that has gathered its parts; the others wait for its record.
 
         stored: None when a host has ended without its part.
         """
@@ -289,8 +299,8 @@ class Extraction:
             self.session.share(key, None if record is None else record.to_bytes().decode())
             self.session.forget(f"committed/{window.index - 1}")
         else:
-            told = self.session.share(key, None)
-            record = None if told is None else self.storage.believe(CommitRecord.from_bytes(told.encode()))
+            shared = self.session.share(key, None)
+            record = None if shared is None else self.storage.believe(CommitRecord.from_bytes(shared.encode()))
         if record is not None:
             self.progress.committed(record)
             self.on_commit(record)
@@ -361,36 +371,36 @@ def _stored_part(number: int | None, window: Window, files: list[StoredFile], lo
     )
 
 
-def check_peaks(flight: StepInFlight, fetch: Fetch, job: Job) -> None:
+def check_peaks(flight: StepInFlight, fetch: Fetch, peaks: Peaks, job: Job) -> None:
     """Raises RunError when a stored value is NaN, infinite or too large for the stored dtype, naming where it is."""
     stored = DTYPES.get(job.stored_dtype)
     # Codes have scales in float32, which fit whatever the model computes.
     limit = float(ml_dtypes.finfo(np.float32 if stored is None else stored).max)
-    is_stored = fetch.stored if job.reduction is None else fetch.units()
-    for site, peaks in flight.output.peaks().items():
-        for slot, row, unit in np.argwhere(~(peaks <= limit) & is_stored):
-            if not np.isfinite(peaks[slot, row, unit]):
-                raise RunError(_not_finite(flight, fetch, job, row, is_stored[row]))
+    for site, of_site in peaks.items():
+        for slot, row, unit in np.argwhere(~(of_site <= limit) & fetch.is_stored):
+            peak = of_site[slot, row, unit]
+            if not np.isfinite(peak):
+                raise RunError(_not_finite(flight, fetch, peaks, job, row))
             sample, place = _place_of(flight, fetch, job, row, unit)
             raise RunError(
                 f"{job.stream_path}, sample_idx {sample.sample_idx}, {_stage(job, site, slot)}: "
-                f"magnitude {peaks[slot, row, unit]:.0f} {place} does not fit "
+                f"magnitude {peak:.0f} {place} does not fit "
                 f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
                 "leave such tokens out, see --exclude_norm_outliers"
             )
 
 
-def _not_finite(flight: StepInFlight, fetch: Fetch, job: Job, row: int, is_stored: Bool[np.ndarray, "U"]) -> str:
+def _not_finite(flight: StepInFlight, fetch: Fetch, peaks: Peaks, job: Job, row: int) -> str:
     """What is wrong with a row: the sample that holds a NaN or infinity, or those of which one brought it in.
 
-    Attention gives what a token does not see the weight zero, and zero times NaN is NaN: behind the next attention the
+    Attention gives what a token does not see the weight zero, and zero times NaN is NaN: after the next attention the
     other samples of the row have it too. Where fewest of them have it is nearest to where it came up.
     """
     found: list[tuple[str, dict[int, list[str]]]] = []
-    for site, peaks in flight.output.peaks().items():
-        for slot, values in enumerate(peaks[:, row]):
+    for site, of_site in peaks.items():
+        for slot, values in enumerate(of_site[:, row]):
             places: dict[int, list[str]] = {}
-            for unit in np.flatnonzero(~np.isfinite(values) & is_stored):
+            for unit in np.flatnonzero(~np.isfinite(values) & fetch.is_stored[row]):
                 sample, place = _place_of(flight, fetch, job, row, int(unit))
                 places.setdefault(sample.sample_idx, []).append(place)
             if places:
@@ -413,26 +423,15 @@ def _stage(job: Job, site: str, slot: int) -> str:
 
 
 def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int) -> tuple[TokenizedSample, str]:
-    """The sample that a row of what is fetched belongs to, and where it stands there, for people."""
-    samples = flight.buffer.samples
-    if job.reduction is None:
-        index, token = _sample_at(flight, row, unit)
-        return samples[index], f"at token {token}"
-    index, number = fetch.unit_at(row, unit)
-    place = f"in the pool {job.pools[number]} of its tokens" if job.pools else f"at token {samples[index].kept[number]}"
-    return samples[index], place
-
-
-def _sample_at(flight: StepInFlight, row: int, token: int) -> tuple[int, int]:
-    """The sample that a token of a step belongs to, and its place there."""
-    for in_row, index, start, stop in sample_spans(flight.step, flight.buffer.activations.window.lengths):
-        if in_row == row and start <= token < stop:
-            return index, token - start
-    raise AssertionError("a stored token belongs to a sample")
+    """The sample that something stored of a row of a step belongs to, and where it stands there, for people."""
+    index, number = fetch.sample_at(row, unit)
+    sample = flight.activations.samples[index]
+    place = f"in the pool {job.pools[number]} of its tokens" if job.pools else f"at token {sample.kept[number]}"
+    return sample, place
 
 
 def resume_place(records: Sequence[CommitRecord]) -> tuple[StreamPlace | None, int, int]:
-    """Where to go on behind committed windows: the place in the stream, the next window, bad records so far."""
+    """Where to go on after committed windows: the place in the stream, the next window, bad records so far."""
     if not records:
         return None, 1, 0
     return records[-1].next_place, records[-1].window + 1, sum(len(record.bad_records) for record in records)

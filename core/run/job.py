@@ -20,7 +20,7 @@ from core.samples.window_parts import PartOfWindow, parts_of_window
 from core.samples.windows import StreamPlace, TokenizedSample, Window, cut_windows
 from core.step.backend import Backend, StepRequest
 from core.step.capture import site_bytes
-from core.step.layout import BatchShape, Step, default_row_lengths, packed_row_lengths, steps_of_part
+from core.step.layout import BatchShape, StepLayout, default_row_lengths, lay_out_part, packed_row_lengths
 from core.step.model_shape import ModelShape
 from qwen2_jax import Capture
 
@@ -146,9 +146,9 @@ class Job:
         """What this host computes of a window, turn by turn."""
         return parts_of_window(window, n_parts=self.identity.parts, host=self.hosts.number, n_hosts=self.hosts.count)
 
-    def steps_of(self, part: PartOfWindow) -> tuple[Step, ...]:
+    def layouts_of(self, part: PartOfWindow) -> tuple[StepLayout, ...]:
         """How the samples of a part are laid out in steps."""
-        return steps_of_part(part.own.lengths, self.batch_shape)
+        return lay_out_part(part.own.lengths, self.batch_shape)
 
     def _admit(self, items: Iterator[TokenizedSample | BadRecord], n_bad: int) -> Iterator[TokenizedSample | BadRecord]:
         n_samples = 0

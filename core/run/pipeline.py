@@ -136,11 +136,10 @@ class Channel(Generic[Item]):
                 self._wait(lambda: bool(self._items) or self._closed, clock)
                 if not self._items:
                     return
-                item = self._items.popleft()
+                taken = [self._items.popleft()]
                 self._condition.notify_all()
-            yield item
-            # A stage that keeps the last item's name alive would keep a window in memory while it waits.
-            del item
+            # The reader alone keeps the item alive: a stage that holds a window while it waits would cost its memory.
+            yield taken.pop()
 
     def _wait(self, ready: Callable[[], bool], clock: StageClock) -> None:
         started = time.monotonic()

@@ -16,7 +16,7 @@ from core.commit.checkpoint import WorkerCheckpoint, save_checkpoint
 from core.commit.record import CommitRecord
 from core.hosts.session import HostSession
 from core.object_store import LocalStore, disk_errors
-from core.reduce.reduced_step import ReducedStep
+from core.reduce.reducer import Reducer
 from core.run.extraction import Extraction, is_complete, resume_place
 from core.run.job import Job
 from core.run.pipeline import Pipeline
@@ -33,10 +33,11 @@ _INDEX_EVERY_S = 30.0
 
 @dataclass(frozen=True)
 class LoadedStep:
-    """The model on the device, and how long it took to get there."""
+    """The model on the device, how long it took to get there, and what is done to what its steps give."""
 
-    step: Step | ReducedStep
+    step: Step
     seconds: float
+    reduce: Reducer | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,8 @@ def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
     full = job.batch_shape.rows_per_step, job.batch_shape.row_lengths[-1]
     request = replace(job.step_request, first_shape=first_shape or full)
     step = job.backend.load(job.config.model_path, job.config.revision, request)
-    if job.reduction is not None:
-        return LoadedStep(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), time.monotonic() - started)
-    return LoadedStep(step, time.monotonic() - started)
+    reduce = None if job.reduction is None else Reducer(job.reduction, DTYPES[job.config.dtype])
+    return LoadedStep(step, time.monotonic() - started, reduce)
 
 
 def prepare_stream(
@@ -96,8 +96,8 @@ def prepare_stream(
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
         return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
-    step = job.steps_of(next(job.parts_of(first)))[0]
-    shape = step.n_rows, step.length
+    layout = job.layouts_of(next(job.parts_of(first)))[0]
+    shape = layout.n_rows, layout.length
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 
 
@@ -161,6 +161,7 @@ def run_stream(
                     job=job,
                     storage=storage,
                     step=model.step,
+                    reduce=model.reduce,
                     encoder=_encoder(job, storage, compressors),
                     progress=progress,
                     pipeline=pipeline,

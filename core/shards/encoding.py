@@ -3,64 +3,19 @@
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from jaxtyping import Shaped
-
 from core.base.fault_points import fault_point
 from core.object_store import LocalStore, disk_errors
-from core.reduce.reductions import VALUES, site_and_array
 from core.samples.selection import dropped_ranges
-from core.samples.windows import TokenizedSample, Window
-from core.shards.formats import Outline, ShardContent, ShardFormat, read_shard
+from core.samples.windows import TokenizedSample
+from core.shards.formats import Outline, ShardFormat, read_shard
 from core.shards.names import site_file_name, table_name
 from core.shards.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
-
-
-@dataclass(frozen=True)
-class WindowActivations:
-    """A window with its activations in the stored dtype; sample s owns rows window.offsets[s:s+2] of each array.
-
-    Attributes:
-      layers: by site, the layer numbers under which its arrays are stored.
-      by_site: the arrays, N the window's stored rows; those that a reduced site has besides as
-        `core.reduce.reductions` calls them.
-      part: the number of the part of the window that this is, where it has several.
-    """
-
-    window: Window
-    layers: dict[str, tuple[int, ...]]
-    by_site: dict[str, Shaped[np.ndarray, "L N W"]]
-    part: int | None = None
-
-    def content(self, site: str) -> ShardContent:
-        """What is written of a site."""
-        more = {
-            array: values
-            for name, values in self.by_site.items()
-            for of_site, array in [site_and_array(name)]
-            if of_site == site and array != VALUES
-        }
-        samples, offsets = self.window.samples, self.window.offsets
-        return ShardContent(site, self.layers[site], self.by_site[site], offsets, samples, more)
-
-    def narrowed_to(self, samples: tuple[TokenizedSample, ...]) -> "WindowActivations":
-        """The same with the final `samples`, once norms have decided that fewer tokens are stored; moved in place.
-
-        Each sample's stored tokens are the first ones of the room it had.
-        """
-        window = replace(self.window, samples=samples)
-        room, offsets = self.window.offsets, window.offsets
-        for array in self.by_site.values():
-            for sample in range(len(samples)):
-                # Forward in the array, so that what is overwritten was moved before.
-                size = offsets[sample + 1] - offsets[sample]
-                array[:, offsets[sample] : offsets[sample + 1]] = array[:, room[sample] : room[sample] + size]
-        return replace(self, window=window, by_site={s: array[:, : offsets[-1]] for s, array in self.by_site.items()})
+from core.shards.window_activations import WindowActivations
 
 
 @dataclass(frozen=True)

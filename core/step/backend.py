@@ -1,80 +1,51 @@
-"""What the engine asks of whatever computes activations. Backends have this shape; they need not import it.
+"""What the engine asks of whatever computes activations. Backends have this shape; they need not derive from it.
 
-Axis letters: L layers stored for the site (`Capture.layers_of`), B rows, T tokens of a row, K tokens of a row that are
-fetched, D width of the site.
+Axis letters: L layers stored for the site (`Capture.layers_of`), B rows of the step, T tokens of a row, U what a row
+gives: its T tokens, or those that are fetched of them, or what they are reduced to; W values of each.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-import numpy as np
-from jaxtyping import Float32, Int32, Shaped
 
 from core.step.layout import StepArrays
 from core.step.model_shape import ModelShape
 from qwen2_jax.taps import Capture
 
+Arrays = Mapping[str, Any]
+"""Arrays by name, all of one kind: of JAX, of torch or of numpy."""
 
-class StepOutput(Protocol):
-    """What one step gives, possibly still being computed when it is handed out.
 
-    Every dict has the captured sites as keys, `norms` only those it was asked for. Padding means nothing in any of the
-    arrays. Calls come in this order: `start_copy` once, before or after the others, and `fetch` at the end.
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step gives. The arrays lie where they were computed, and may still be computed when it is handed out.
+
+    `gather` (core/step/gathering.py) and `reduce` (core/reduce/reducer.py) make less of it there; `begin_copies` and
+    `on_host` (core/step/host_copies.py) bring it to the host. What it gives for padding means nothing.
+
+    Attributes:
+      arrays: (L, B, U, W) in the stored dtype, by site; by `core.reduce.reductions.array_name` once they are reduced.
+      peaks: (L, B, U) float32 by site, the largest magnitude before the cast to the stored dtype; infinity for a NaN or
+        infinity.
+      norms: (L, B, T) float32 by site of `StepRequest.norm_sites`, the L2 norm of each token before the cast, summed in
+        float32 where the data is. They say which tokens are fetched; then there are none.
+      losses: (L, B, 2) float32 by site, once they are reduced: see `core.reduce.arithmetic.ReducedSite`.
     """
 
-    def wait(self) -> None:
-        """Blocks until the device is done with the step."""
-        ...
-
-    def peaks(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
-        """The largest magnitude in each token before the cast to the stored dtype; infinity for a NaN or infinity."""
-        ...
-
-    def norms(self) -> dict[str, Float32[np.ndarray, "L B T"]]:
-        """L2 norm of each token before the cast, summed in float32 where the data is; for `StepRequest.norm_sites`."""
-        ...
-
-    def start_copy(self, kept: Int32[np.ndarray, "B K"] | None) -> None:
-        """Begins to bring tokens to the host: all T of a row, or the K whose places in their row `kept` names.
-
-        Only those K are to cross to the host. Rows with fewer than K tokens repeat any place. Returns at once.
-        """
-        ...
-
-    def fetch(self) -> dict[str, Shaped[np.ndarray, "L B K D"]]:
-        """What `start_copy` began to bring, in the stored dtype; waits for it."""
-        ...
-
-
-class DeviceOutput(StepOutput, Protocol):
-    """What a backend's step gives: it may also be worked on where it is."""
-
-    @property
-    def is_dispatched(self) -> bool:
-        """Whether `on_device` returns at once."""
-        ...
-
-    def on_device(self, kept: Int32[np.ndarray, "B K"] | None) -> dict[str, Any]:
-        """In the place of `start_copy` and `fetch`: the same tokens in the stored dtype, where they were computed.
-
-        (L, B, K, D) arrays of JAX, or of numpy on the host. What was not asked for is let go.
-        """
-        ...
+    arrays: Arrays
+    peaks: Arrays
+    norms: Arrays = field(default_factory=dict)
+    losses: Arrays = field(default_factory=dict)
 
 
 class Step(Protocol):
     """A loaded model, ready for one batch after another."""
 
     def __call__(self, arrays: StepArrays) -> StepOutput:
-        """Starts one step. Tokens of different segments do not see each other; segment 0 is padding."""
-        ...
+        """Starts one step. Tokens of different segments do not see each other; segment 0 is padding.
 
-
-class DeviceStep(Protocol):
-    """A step of a backend."""
-
-    def __call__(self, arrays: StepArrays) -> DeviceOutput:
-        """As of `Step`."""
+        Returns at once where the device has a queue of its own. Elsewhere the step is done when this returns.
+        """
         ...
 
 
@@ -83,7 +54,7 @@ class StepRequest:
     """What the engine wants of a step.
 
     Attributes:
-      stored_dtype: a key of `core.shards.formats.DTYPES`.
+      stored_dtype: a key of `core.base.dtypes.DTYPES`.
       compute_dtype: "float32" or "bfloat16".
       norm_sites: sites of `capture` whose norms will be asked for.
       first_shape: (rows, length) of the step that comes first, to be compiled while the weights are read; a hint.
@@ -103,6 +74,7 @@ class Backend(Protocol):
       name: "jax" or "torch".
       can_pack: whether a row may hold several samples; otherwise each row is one sample, padded on the right.
       has_long_rows: whether a row costs what its samples cost, however long it is, and new shapes are compiled quickly.
+      reduces_on_device: whether activations are reduced before they are brought to the host, rather than there.
     """
 
     @property
@@ -113,6 +85,16 @@ class Backend(Protocol):
 
     @property
     def has_long_rows(self) -> bool: ...
+
+    @property
+    def reduces_on_device(self) -> bool: ...
+
+    def lanes(self, model: ModelShape, request: StepRequest) -> int:
+        """How many steps are computed at once, each in a thread that calls it.
+
+        With 1 all programs are started by one thread: devices that work together have to see them in one order.
+        """
+        ...
 
     def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
         """Every step has a multiple of this many rows."""
@@ -130,6 +112,6 @@ class Backend(Protocol):
         """A key of `core.jax_utils.COMPUTE_DTYPES`; "auto" is what suits the device."""
         ...
 
-    def load(self, path: str, revision: str | None, request: StepRequest) -> DeviceStep:
+    def load(self, path: str, revision: str | None, request: StepRequest) -> Step:
         """Loads as much of the model as `request` needs. Raises ModelError in one line."""
         ...

@@ -1,40 +1,24 @@
 """Which tokens of a step are brought to the host, and where each sample's are found among them.
 
-Axis letters: B rows of a step, T tokens of a row, K tokens of a row that are fetched, P pools, U rows of the stored
-arrays that a row of the step makes: one a fetched token, or P for each of its samples.
+Axis letters: B rows of a step, T tokens of a row, K tokens of a row that are fetched, U what a row of the step gives of
+them: one row of the stored arrays each, or a few for each sample.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Int32, Int64
 
-from core.reduce.reductions import Pool
 from core.samples.windows import TokenizedSample
-from core.step.layout import Step, sample_spans
+from core.step.layout import StepLayout, sample_spans
 
 # Gathering costs a copy on the device: more than this share of a row is fetched whole.
 _WORTH_GATHERING = 3 / 4
 _SMALLEST_FETCH = 8
 
-# What picks a sample's stored tokens out of its fetched row.
-Places = slice | Int32[np.ndarray, "K"]
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """Which fetched tokens make which sample's pools.
-
-    Attributes:
-      weights: of each token in each pool of its sample.
-      slots: which sample of its row a token belongs to, counted in the row; `n_slots` for tokens of none.
-      n_slots: as many samples of a row as there is room for.
-    """
-
-    weights: Float32[np.ndarray, "P B K"]
-    slots: Int32[np.ndarray, "B K"]
-    n_slots: int
+# What picks a sample's stored rows out of what its row of the step gives.
+Places = slice | Int64[np.ndarray, "K"]
 
 
 @dataclass(frozen=True)
@@ -43,91 +27,65 @@ class Fetch:
 
     Attributes:
       gathered: the places in its row of each token that is fetched; None: whole rows.
-      samples: by sample of the window (row of the step, its stored rows among what that row makes).
-      stored: the tokens that are stored, or pooled.
-      pooling: how tokens become rows; None: each token is one.
+      samples: by sample of the window (row of the step, its stored rows among what that row gives).
+      is_stored: which of what the rows give is stored.
     """
 
     gathered: Int32[np.ndarray, "B K"] | None
     samples: dict[int, tuple[int, Places]]
-    stored: Bool[np.ndarray, "B T"]
-    pooling: Pooling | None = None
+    is_stored: Bool[np.ndarray, "B U"]
 
-    @property
-    def n_units(self) -> int:
-        """U."""
-        if self.pooling is not None:
-            return len(self.pooling.weights) * self.pooling.n_slots
-        return (self.stored if self.gathered is None else self.gathered).shape[1]
+    @classmethod
+    def of(
+        cls, gathered: Int32[np.ndarray, "B K"] | None, samples: dict[int, tuple[int, Places]], shape: tuple[int, int]
+    ) -> "Fetch":
+        """shape: (B, U). Stored is what belongs to a sample."""
+        is_stored = np.zeros(shape, bool)
+        for row, places in samples.values():
+            is_stored[row, places] = True
+        return cls(gathered, samples, is_stored)
 
-    def units(self) -> Bool[np.ndarray, "B U"]:
-        """Which rows of what is fetched are stored."""
-        stored = np.zeros((len(self.stored), self.n_units), bool)
-        for row, places in self.samples.values():
-            stored[row, places] = True
-        return stored
-
-    def unit_at(self, row: int, unit: int) -> tuple[int, int]:
-        """The sample that a stored row of what is fetched belongs to, and its number among the sample's."""
+    def sample_at(self, row: int, unit: int) -> tuple[int, int]:
+        """The sample that a stored one of what a row gives belongs to, and its number among the sample's."""
         for sample, (in_row, places) in self.samples.items():
             if in_row == row:
-                found = np.flatnonzero(np.arange(self.n_units)[places] == unit)
+                found = np.flatnonzero(np.arange(self.is_stored.shape[1])[places] == unit)
                 if len(found):
                     return sample, int(found[0])
-        raise AssertionError("a stored row belongs to a sample")
+        raise AssertionError("what is stored belongs to a sample")
 
 
-def plan_fetch(
-    step: Step, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool] = ()
-) -> Fetch:
-    """Gathers on the device where that brings over a good deal less. `samples` and their `lengths` are the window's."""
-    return _plan_pooled(step, samples, lengths, pools) if pools else _plan_tokens(step, samples, lengths)
+def fetch_of(layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int]) -> Fetch:
+    """The stored tokens of a step. They are gathered on the device where that brings over a good deal less.
 
-
-def _plan_tokens(step: Step, samples: Sequence[TokenizedSample], lengths: Sequence[int]) -> Fetch:
-    stored = np.zeros((step.n_rows, step.length), bool)
+    `samples` and their `lengths` are the window's; those of other steps are not looked at.
+    """
     in_row: dict[int, tuple[int, Places]] = {}
-    for row, sample, start, stop in sample_spans(step, lengths):
-        reasons = samples[sample].reasons
-        stored[row, start:stop] = True if reasons is None else reasons == 0
-        in_row[sample] = row, slice(start, stop) if reasons is None else start + samples[sample].kept
-    size = None
-    if any(samples[sample].reasons is not None for sample in in_row):
-        size = fetch_size(int(stored.sum(axis=1).max()), step.length)
-    if size is None:
-        return Fetch(None, in_row, stored)
-    return Fetch(_gathered(stored, size), _among_gathered(in_row, samples), stored)
+    for row, sample, start, stop in sample_spans(layout, lengths):
+        is_whole = samples[sample].reasons is None
+        in_row[sample] = row, slice(start, stop) if is_whole else start + samples[sample].kept
+    whole = Fetch.of(None, in_row, (layout.n_rows, layout.length))
+    if all(samples[sample].reasons is None for sample in in_row):
+        return whole
+    gathered = places_of(whole.is_stored)
+    if gathered is None:
+        return whole
+    return Fetch.of(gathered, _among_gathered(in_row, samples), gathered.shape)
 
 
-def _plan_pooled(
-    step: Step, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
-) -> Fetch:
-    """Fetches the tokens that weigh something: all of them for a mean, one a sample for the last."""
-    weights = np.zeros((len(pools), step.n_rows, step.length), np.float32)
-    slots = np.full((step.n_rows, step.length), -1, np.int32)
-    in_row: dict[int, tuple[int, Places]] = {}
-    taken = np.zeros(step.n_rows, np.int32)
-    for row, sample, start, _ in sample_spans(step, lengths):
-        places, slot = start + samples[sample].kept, int(taken[row])
-        in_row[sample] = row, slice(slot * len(pools), (slot + bool(len(places))) * len(pools))
-        if len(places):
-            weights[:, row, places] = [pool.weights(len(places)) for pool in pools]
-            slots[row, places] = slot
-            taken[row] += 1
-    n_slots = 1 << (max(1, int(taken.max())) - 1).bit_length()  # few numbers, for each is compiled
-    slots[slots < 0] = n_slots
-    wanted = np.any(weights > 0, axis=0)
-    size = fetch_size(int(wanted.sum(axis=1).max()), step.length)
+def places_of(wanted: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B K"] | None:
+    """The places of the wanted tokens of each row, in their order; None where too many are wanted to gather them.
+
+    Rows with fewer of them than K repeat token 0, which is not read.
+    """
+    size = fetch_size(int(wanted.sum(axis=1).max()), wanted.shape[1])
     if size is None:
-        return Fetch(None, in_row, slots < n_slots, Pooling(weights, slots, n_slots))
-    gathered = _gathered(wanted, size)
-    is_repeat = np.arange(size) >= wanted.sum(axis=1, keepdims=True)
-    pooling = Pooling(
-        np.take_along_axis(weights, gathered[None], axis=2),
-        np.where(is_repeat, np.int32(n_slots), np.take_along_axis(slots, gathered, axis=1)),
-        n_slots,
-    )
-    return Fetch(gathered, in_row, slots < n_slots, pooling)
+        return None
+    places = np.zeros((len(wanted), size), np.int32)
+    for row, of_row in enumerate(wanted):
+        found = np.flatnonzero(of_row)
+        places[row, : len(found)] = found
+    return places
 
 
 def fetch_size(most_stored: int, length: int) -> int | None:
@@ -142,15 +100,6 @@ def fetch_size(most_stored: int, length: int) -> int | None:
     while half >= max(most_stored, _SMALLEST_FETCH):
         size, half = half, half // 2
     return size
-
-
-def _gathered(stored: Bool[np.ndarray, "B T"], size: int) -> Int32[np.ndarray, "B K"]:
-    """Rows with fewer stored tokens than K repeat token 0, which nobody reads."""
-    places = np.zeros((len(stored), size), np.int32)
-    for row, kept in enumerate(stored):
-        found = np.flatnonzero(kept)
-        places[row, : len(found)] = found
-    return places
 
 
 def _among_gathered(

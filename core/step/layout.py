@@ -26,8 +26,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one device step computes: `rows` of equal length, filled up to `n_rows` with empty ones."""
+class StepLayout:
+    """Which samples one step computes: `rows` of equal length, filled up to `n_rows` with empty ones."""
 
     length: int
     n_rows: int
@@ -90,7 +90,7 @@ def _round_up(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def plan_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
+def lay_out_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
     """Lays samples of `lengths` tokens into rows, longest row first.
 
     Best-fit decreasing: a sample goes to the open row that it fills best, else opens another of the longest length.
@@ -137,26 +137,26 @@ class _OpenRows:
         return row, room
 
 
-def plan_steps(lengths: Sequence[int], shape: BatchShape) -> list[Step]:
+def lay_out_steps(lengths: Sequence[int], shape: BatchShape) -> list[StepLayout]:
     """Groups the rows of a window into steps of one row length each, longest rows first.
 
     A full step has `rows_per_step` rows. What is left of a row length is halved down (4, 2, 1 × row_multiple) instead
     of being padded to a full step: few static shapes, little padding.
     """
-    rows = plan_rows(lengths, shape)
+    rows = lay_out_rows(lengths, shape)
     steps = []
     for length in sorted({row.length for row in rows}, reverse=True):
         same = [row for row in rows if row.length == length]
         while same:
             n_rows = _step_rows(len(same), shape)
-            steps.append(Step(length, n_rows, tuple(same[:n_rows])))
+            steps.append(StepLayout(length, n_rows, tuple(same[:n_rows])))
             same = same[n_rows:]
     return steps
 
 
-def steps_of_part(lengths: Sequence[int], shape: BatchShape) -> tuple[Step, ...]:
-    """The steps of a part of a window; a part without a sample has one of padding, to go the way of all parts."""
-    return tuple(plan_steps(lengths, shape)) or (Step(shape.row_lengths[0], shape.row_multiple, ()),)
+def lay_out_part(lengths: Sequence[int], shape: BatchShape) -> tuple[StepLayout, ...]:
+    """The layouts of a part of a window; a part without a sample has one of padding, to go the way of all parts."""
+    return tuple(lay_out_steps(lengths, shape)) or (StepLayout(shape.row_lengths[0], shape.row_multiple, ()),)
 
 
 def _step_rows(n_left: int, shape: BatchShape) -> int:
@@ -166,20 +166,20 @@ def _step_rows(n_left: int, shape: BatchShape) -> int:
     return n_rows
 
 
-def step_arrays(step: Step, token_ids: Sequence[Int32[np.ndarray, "T"]]) -> StepArrays:
+def step_arrays(layout: StepLayout, token_ids: Sequence[Int32[np.ndarray, "T"]]) -> StepArrays:
     """The token, segment and position arrays of a step, (n_rows, length) each; `token_ids` is indexed by sample."""
-    tokens, segments, positions = (np.zeros((step.n_rows, step.length), np.int32) for _ in range(3))
-    for row_index, sample, start, stop in sample_spans(step, [len(ids) for ids in token_ids]):
+    tokens, segments, positions = (np.zeros((layout.n_rows, layout.length), np.int32) for _ in range(3))
+    for row_index, sample, start, stop in sample_spans(layout, [len(ids) for ids in token_ids]):
         tokens[row_index, start:stop] = token_ids[sample]
         segments[row_index, start:stop] = segments[row_index, start - 1] + 1 if start else 1
         positions[row_index, start:stop] = np.arange(stop - start)
     return StepArrays(tokens, segments, positions)
 
 
-def sample_spans(step: Step, lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
+def sample_spans(layout: StepLayout, lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Where each sample of a step lies: (row, sample, first token, one past the last token)."""
     spans = []
-    for row_index, row in enumerate(step.rows):
+    for row_index, row in enumerate(layout.rows):
         start = 0
         for sample in row.samples:
             stop = start + lengths[sample]

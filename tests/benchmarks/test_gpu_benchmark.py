@@ -16,6 +16,7 @@ from benchmarks.gpu import step as gpu_step
 from benchmarks.gpu.devices import peak_tflops
 from benchmarks.gpu.step import UniformBatch
 from core.base.errors import RunError, UsageError
+from core.step.backend import StepOutput
 from qwen2_jax.attention.gpu_tiles import candidates
 
 TINY = ["--rehearse", "--steps", "2", "--repeats", "2"]
@@ -285,27 +286,24 @@ def test_torch_without_cuda_is_no_peer_of_a_gpu(capsys, monkeypatch):
     assert capsys.readouterr().err == "transformers is left out: torch with CUDA not installed\n"
 
 
-def test_the_next_step_is_started_before_one_is_fetched():
+def test_the_next_step_is_started_before_one_is_fetched(monkeypatch):
     events = []
 
-    class Output:
-        def __init__(self, number):
-            self.number = number
+    def noting(event):
+        def note(output):
+            number = output["number"] if isinstance(output, dict) else output.peaks["number"]
+            events.append(f"{event} {number}")
+            return output
 
-        def start_copy(self, kept):
-            events.append(f"copy {self.number}")
-
-        def fetch(self):
-            events.append(f"fetch {self.number}")
-            return {}
-
-        def wait(self):
-            events.append(f"wait {self.number}")
+        return note
 
     def step(arrays):
-        events.append(f"step {len([event for event in events if event.startswith('step')])}")
-        return Output(int(events[-1].split()[1]))
+        number = len([event for event in events if event.startswith("step")])
+        events.append(f"step {number}")
+        return StepOutput({}, {"number": number})
 
+    for function, event in (("begin_copies", "copy"), ("on_host", "fetch"), ("wait_for", "wait")):
+        monkeypatch.setattr(gpu_step, function, noting(event))
     ours = gpu_step.OurSide(None, {}, None, step)
     ours.extract(3)
     assert events == ["step 0", "copy 0", "step 1", "copy 1", "fetch 0", "step 2", "copy 2", "fetch 1", "fetch 2"]

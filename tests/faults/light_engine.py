@@ -1,4 +1,4 @@
-"""A model of a few numpy lines behind `core.step.backend.Backend`: engine, storage and claims run at no cost.
+"""A model of a few numpy lines as a `core.step.backend.Backend`: engine, storage and claims run at no cost.
 
 What it computes depends on the token, its place in its sample and the layer, so every mix-up shows in the bytes.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from core.base.dtypes import DTYPES
-from core.step.backend import StepRequest
+from core.step.backend import StepOutput, StepRequest
 from core.step.layout import StepArrays
 
 N_LAYERS, VOCAB = 2, 320
@@ -53,6 +53,10 @@ class LightBackend:
     name: str = "light"
     can_pack: bool = True
     has_long_rows: bool = False
+    reduces_on_device: bool = False
+
+    def lanes(self, model, request):
+        return 1
 
     def row_multiple(self, model, request):
         return 1
@@ -83,35 +87,14 @@ class LightStep:
             hashlib.pbkdf2_hmac("sha256", b"", b"", (1 << 31) - 1)
         time.sleep(self.backend.step_s)
         rng = np.random.default_rng(self.backend.weights)
-        by_site = {}
+        computed = {}
         for site in self.request.capture.sites:
             table = rng.normal(size=(VOCAB, self.backend.width)).astype(np.float32)
             values = table[arrays.tokens] + np.cos(arrays.positions[..., None] / 7).astype(np.float32)
             layers = np.array(self.request.capture.layers, np.float32)[:, None, None, None] + 1
-            by_site[site] = values * layers + np.float32(self.backend.rounding)
-        return LightOutput(by_site, DTYPES[self.request.stored_dtype])
-
-
-class LightOutput:
-    """Satisfies `core.step.backend.StepOutput`."""
-
-    def __init__(self, by_site, dtype):
-        self._by_site, self._dtype, self._kept = by_site, dtype, None
-
-    def wait(self):
-        pass
-
-    def peaks(self):
-        return {site: np.abs(values).max(-1) for site, values in self._by_site.items()}
-
-    def norms(self):
-        return {site: np.sqrt((values**2).sum(-1)) for site, values in self._by_site.items()}
-
-    def start_copy(self, kept):
-        self._kept = kept
-
-    def fetch(self):
-        taken = self._by_site.items()
-        if self._kept is not None:
-            taken = ((site, np.take_along_axis(v, self._kept[None, :, :, None], 2)) for site, v in taken)
-        return {site: values.astype(self._dtype) for site, values in taken}
+            computed[site] = values * layers + np.float32(self.backend.rounding)
+        return StepOutput(
+            arrays={site: values.astype(DTYPES[self.request.stored_dtype]) for site, values in computed.items()},
+            peaks={site: np.abs(values).max(-1) for site, values in computed.items()},
+            norms={site: np.sqrt((computed[site] ** 2).sum(-1)) for site in self.request.norm_sites},
+        )

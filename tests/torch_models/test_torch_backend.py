@@ -11,8 +11,11 @@ torch = pytest.importorskip("torch")
 from torch_families import CONFIGS, N_LAYERS, ODD_CONFIGS, VOCAB, WIDTH, save_tiny, tiny_model, worst_token
 from transformers import AutoModelForCausalLM
 
+from core.base.dtypes import DTYPES
 from core.base.errors import ModelError
 from core.step.backend import StepRequest
+from core.step.gathering import gather
+from core.step.host_copies import begin_copies, on_host
 from core.step.layout import StepArrays
 from qwen2_jax.taps import Capture
 from torch_models.backend import TorchBackend
@@ -37,11 +40,8 @@ def load(folder, *sites, layers=range(N_LAYERS), stored="float32", compute="floa
     return TorchBackend().load(str(folder), None, request)
 
 
-def fetch(step, arrays, kept=None):
-    output = step(arrays)
-    output.wait()
-    output.start_copy(kept)
-    return output.fetch()
+def fetch(step, arrays, places=None):
+    return on_host(begin_copies(gather(step(arrays), places))).arrays
 
 
 def hidden_states(model, ids) -> list[np.ndarray]:
@@ -152,24 +152,26 @@ def test_the_final_norm_is_captured_without_logits(tmp_path):
     assert not ran
 
 
-def test_only_the_kept_tokens_are_fetched(tmp_path):
-    step, arrays = load(save_tiny("opt", tmp_path), "residual", "q"), batch()
-    whole = fetch(step, arrays)
-    kept = np.array([[8, 0], [0, 0], [3, 13], [0, 0]], np.int32)
-    some = fetch(step, arrays, kept)
-    for site, values in some.items():
-        for row, places in enumerate(kept[:3]):
-            np.testing.assert_array_equal(values[:, row], whole[site][:, row, places])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_only_the_tokens_at_the_places_that_are_asked_for_are_fetched(tmp_path, stored):
+    output = load(save_tiny("opt", tmp_path), "residual", "q", stored=stored)(batch())
+    places = np.array([[8, 0], [0, 0], [3, 13], [0, 0]], np.int32)
+    whole, some = (on_host(begin_copies(gather(output, of))) for of in (None, places))
+    for site, values in some.arrays.items():
+        assert values.dtype == DTYPES[stored]
+        for row, of_row in enumerate(places[:3]):
+            np.testing.assert_array_equal(values[:, row], whole.arrays[site][:, row, of_row])
+            np.testing.assert_array_equal(some.peaks[site][:, row], whole.peaks[site][:, row, of_row])
 
 
 def test_norms_and_peaks_are_those_before_the_cast(tmp_path):
     step, arrays = load(save_tiny("opt", tmp_path), "residual", stored="float16", norms=("residual",)), batch()
     exact = fetch(load(tmp_path, "residual"), arrays)["residual"]
-    output = step(arrays)
+    output = on_host(step(arrays))
     for row, length in enumerate(LENGTHS):
         tokens = (slice(None), row, slice(length))
-        np.testing.assert_allclose(output.norms()["residual"][tokens], np.linalg.norm(exact, axis=-1)[tokens], 1e-6)
-        np.testing.assert_array_equal(output.peaks()["residual"][tokens], np.abs(exact).max(-1)[tokens])
+        np.testing.assert_allclose(output.norms["residual"][tokens], np.linalg.norm(exact, axis=-1)[tokens], 1e-6)
+        np.testing.assert_array_equal(output.peaks["residual"][tokens], np.abs(exact).max(-1)[tokens])
 
 
 def test_nan_is_an_infinite_peak(tmp_path):
@@ -179,7 +181,7 @@ def test_nan_is_an_infinite_peak(tmp_path):
     model.save_pretrained(tmp_path)
     arrays = batch((4, 4))
     arrays.tokens[:2, :4] = (3, 4, 5, 6), (7, 8, 9, 10)
-    peaks = load(tmp_path, "residual")(arrays).peaks()["residual"]
+    peaks = on_host(load(tmp_path, "residual")(arrays)).peaks["residual"]
     assert peaks[0, 0, 2] == np.inf
     assert np.isfinite(peaks[:, 1]).all()
 

@@ -1,7 +1,7 @@
 """What a shard holds and what a format must offer. One file a format; `core.shards.formats.FORMATS` is the registry.
 
-Axis letters: L layers, S samples, N stored rows of all samples behind each other, K stored rows of one sample, D values
-of a row. A row is a token, or one of the vectors that its tokens were pooled to.
+Axis letters: L layers, S samples, N stored rows of all samples, one after the other, K stored rows of one sample, W
+values of a row. A row is a token, or one of the vectors that its tokens were pooled to.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
+from core.reduce.reductions import VALUES
 from core.samples.windows import TokenizedSample
 from core.shards.sinks import Sink
 
@@ -26,13 +27,12 @@ class Outline:
     """What two runs of one window agree on, whatever their rounding: which samples, which of their tokens, how wide.
 
     Attributes:
-      shapes: by layer, the shape and dtype of each sample's activation; `more`: of its further arrays, by their name.
+      shapes: by name of an array and by layer, the shape and dtype of each sample's rows.
       positions: the places of each sample's stored tokens, where some are left out.
     """
 
     sample_idx: tuple[int, ...]
-    shapes: "Shapes"
-    more: dict[str, "Shapes"]
+    shapes: dict[str, "Shapes"]
     positions: list[list[int]] | None
 
 
@@ -47,23 +47,29 @@ class ShardContent:
     N may be 0.
 
     Attributes:
-      more: further arrays of the same rows by name, such as the scales of quantized ones.
+      arrays: by the names of `core.reduce.reductions.Reduction.arrays`: VALUES, and what belongs to the same rows
+        besides, such as the scales of quantized ones.
     """
 
     site: str
     layers: tuple[int, ...]
-    activations: Shaped[np.ndarray, "L N D"]
+    arrays: Mapping[str, Shaped[np.ndarray, "L N W"]]
     offsets: Int64[np.ndarray, "S+1"]
     samples: tuple[TokenizedSample, ...]
-    more: Mapping[str, Shaped[np.ndarray, "L N W"]] = field(default_factory=dict)
 
-    def activation(self, layer_slot: int, sample: int) -> Shaped[np.ndarray, "K D"]:
-        """A view of one sample's activations at the `layer_slot`-th stored layer."""
-        return self.of_sample(self.activations, layer_slot, sample)
+    @property
+    def values(self) -> Shaped[np.ndarray, "L N W"]:
+        """The activations, or their codes."""
+        return self.arrays[VALUES]
 
-    def of_sample(self, array: Shaped[np.ndarray, "L N W"], layer_slot: int, sample: int) -> Shaped[np.ndarray, "K W"]:
-        """The same of any array of these rows."""
-        return array[layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
+    @property
+    def more(self) -> dict[str, Shaped[np.ndarray, "L N W"]]:
+        """The arrays that belong to the same rows besides."""
+        return {name: array for name, array in self.arrays.items() if name != VALUES}
+
+    def rows(self, name: str, layer_slot: int, sample: int) -> Shaped[np.ndarray, "K W"]:
+        """A view of one sample's rows of an array at the `layer_slot`-th stored layer."""
+        return self.arrays[name][layer_slot, self.offsets[sample] : self.offsets[sample + 1]]
 
     @property
     def is_pooled(self) -> bool:
@@ -87,11 +93,12 @@ class ShardContent:
     def outline(self) -> Outline:
         """What a file of another run of this window has to hold too."""
         indices = tuple(sample.sample_idx for sample in self.samples)
-        more = {name: self._shapes(array) for name, array in self.more.items()}
-        return Outline(indices, self._shapes(self.activations), more, _plain(self.positions))
+        shapes = {name: self._shapes(name) for name in self.arrays}
+        return Outline(indices, shapes, _plain(self.positions))
 
-    def _shapes(self, array: Shaped[np.ndarray, "L N W"]) -> Shapes:
-        shapes = [(self.of_sample(array, 0, sample).shape, array.dtype) for sample in range(len(self.samples))]
+    def _shapes(self, name: str) -> Shapes:
+        dtype = self.arrays[name].dtype
+        shapes = [(self.rows(name, 0, sample).shape, dtype) for sample in range(len(self.samples))]
         return dict.fromkeys(self.layers, shapes)
 
 
@@ -106,15 +113,15 @@ class StoredShard:
     """
 
     sample_idx: tuple[int, ...]
-    layers: dict[int, list[Shaped[np.ndarray, "K D"]]]
+    layers: dict[int, list[Shaped[np.ndarray, "K W"]]]
     positions: list[Int32[np.ndarray, "K"]] | None = None
     token_ids: list[Int32[np.ndarray, "K"]] | None = None
     more: dict[str, dict[int, list[Shaped[np.ndarray, "K W"]]]] = field(default_factory=dict)
 
     def outline(self) -> Outline:
         """What this file holds, whatever its rounding."""
-        more = {name: _shapes(layers) for name, layers in self.more.items()}
-        return Outline(self.sample_idx, _shapes(self.layers), more, _plain(self.positions))
+        shapes = {name: _shapes(layers) for name, layers in ({VALUES: self.layers} | self.more).items()}
+        return Outline(self.sample_idx, shapes, _plain(self.positions))
 
 
 def _shapes(layers: Mapping[int, list[np.ndarray]]) -> Shapes:
@@ -164,7 +171,7 @@ def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[s
 
     `token_positions` is there where tokens are left out, further arrays of its rows under their names.
     """
-    activation = content.activation(layer_slot, sample)
+    activation = content.rows(VALUES, layer_slot, sample)
     described = content.samples[sample]
     fields = {
         "sample_idx": described.sample_idx,
@@ -172,7 +179,7 @@ def stored_sample(content: ShardContent, layer_slot: int, sample: int) -> dict[s
         "shape": activation.shape,
         "text_preview": described.text_preview,
     }
-    fields |= {name: content.of_sample(array, layer_slot, sample) for name, array in content.more.items()}
+    fields |= {name: content.rows(name, layer_slot, sample) for name in content.more}
     if content.is_pooled or described.reasons is None:
         return fields
     return fields | {"token_positions": described.kept.astype(np.int32)}

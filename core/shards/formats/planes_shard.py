@@ -87,8 +87,8 @@ class Header:
     @classmethod
     def of(cls, content: ShardContent) -> "Header":
         """The header of a new file."""
-        _, tokens, width = content.activations.shape
-        dtype = content.activations.dtype
+        _, tokens, width = content.values.shape
+        dtype = content.values.dtype
         return cls(
             site=content.site,
             layers=content.layers,
@@ -146,7 +146,7 @@ class PlanesFormat:
             for name, array in _index_of(content).items():
                 _add(archive, f"{name}.npy", _npy(array))
             names = (_block_name(layer, block) for layer in header.layers for block in range(len(header.blocks())))
-            blocks = (layer[start:stop] for layer in content.activations for start, stop in header.blocks())
+            blocks = (layer[start:stop] for layer in content.values for start, stop in header.blocks())
             for name, frame in zip(names, _in_order(encode_block, blocks, executor), strict=True):
                 _add(archive, name, frame)
             for array_name, array in content.more.items():

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core.base.safetensors_file import read_tensors, safetensors_header
+from core.reduce.reductions import array_name
 from core.shards.formats.base import UNCOMPRESSED, ShardContent, StoredShard
 from core.shards.sinks import Sink
 
@@ -44,8 +45,7 @@ class SafetensorsFormat:
         if content.positions is not None:
             tensors["positions"] = np.concatenate(content.positions)
         for slot, layer in enumerate(content.layers):
-            tensors[f"layer_{layer}"] = content.activations[slot]
-            tensors |= {f"layer_{layer}.{name}": array[slot] for name, array in content.more.items()}
+            tensors |= {array_name(f"layer_{layer}", name): array[slot] for name, array in content.arrays.items()}
         # Wider dtypes first, so that every tensor is aligned to its own.
         tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
         sink.write(safetensors_header(tensors, _metadata(content)))

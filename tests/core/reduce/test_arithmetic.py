@@ -8,10 +8,10 @@ import pytest
 
 from core.reduce.arithmetic import StepRows, quantize, reduce_site
 from core.reduce.losses import LossSum, total_losses
+from core.reduce.pooling import fetch_rows
 from core.reduce.reductions import Pool, Quantization, Reduction, parse_pool, restore
 from core.samples.windows import TokenizedSample
-from core.step.fetching import plan_fetch
-from core.step.layout import Row, Step
+from core.step.layout import Row, StepLayout
 
 F32 = np.dtype(np.float32)
 
@@ -90,24 +90,22 @@ def test_pools_of_packed_rows_are_those_of_each_sample_alone(pools, selects):
         )
     assert not selects or any(not len(sample.kept) for sample in samples)
     numbers = iter(range(len(flat)))
-    step = Step(32, len(lengths) + 1, tuple(Row(32, tuple(next(numbers) for _ in row)) for row in lengths))
+    layout = StepLayout(32, len(lengths) + 1, tuple(Row(32, tuple(next(numbers) for _ in row)) for row in lengths))
     parsed = tuple(map(parse_pool, pools))
-    fetch = plan_fetch(step, samples, flat, parsed)
-    x = tokens(2, step.n_rows, 32, 3)
+    fetch, rows = fetch_rows(layout, samples, flat, parsed)
+    x = tokens(2, layout.n_rows, 32, 3)
     taken = x if fetch.gathered is None else np.take_along_axis(x, fetch.gathered[None, :, :, None], axis=2)
-    pooling = fetch.pooling
-    rows = StepRows(pooling.weights, pooling.slots, fetch.units())
     arrays, peaks, _ = reduced(taken, rows, pools=parsed)
-    starts = {s: sum(flat[o] for o in row.samples[: row.samples.index(s)]) for row in step.rows for s in row.samples}
+    starts = {s: sum(flat[o] for o in row.samples[: row.samples.index(s)]) for row in layout.rows for s in row.samples}
     for index, (row, places) in fetch.samples.items():
         found = arrays["activation"][:, row, places]
         assert found.shape[1] == samples[index].n_rows == (len(pools) if len(samples[index].kept) else 0)
         kept = x[:, row, starts[index] + samples[index].kept].astype(np.float64)
         for number, pool in enumerate(pools[: found.shape[1]]):
             np.testing.assert_allclose(found[:, number], oracle(kept, pool), rtol=0, atol=1e-5)
-            assert fetch.unit_at(row, places.start + number) == (index, number)
+            assert fetch.sample_at(row, places.start + number) == (index, number)
             np.testing.assert_allclose(peaks[:, row, places.start + number], np.abs(found[:, number]).max(-1))
-    assert fetch.units().sum() == sum(sample.n_rows for sample in samples)
+    assert fetch.is_stored.sum() == sum(sample.n_rows for sample in samples)
 
 
 def oracle(kept, pool):

@@ -34,7 +34,8 @@ from core.commit.record import CommitRecord
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
 from core.pricing.plan import price_run
-from core.reduce.reduced_step import ReducedStep
+from core.reduce.pooling import fetch_rows
+from core.reduce.reducer import Reducer
 from core.reduce.reductions import restore
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
@@ -42,7 +43,8 @@ from core.run.runner import run
 from core.run.stores import open_storage
 from core.run.stream_run import LoadedStep, prepare_stream, run_stream
 from core.step.backend import Step
-from core.step.fetching import plan_fetch
+from core.step.gathering import gather
+from core.step.host_copies import begin_copies, on_host
 from core.step.layout import step_arrays
 
 SITES, LAYERS, WIDTHS = ("k", "residual"), (0, 2), {"k": 16, "residual": D_MODEL}
@@ -87,7 +89,7 @@ def reduced(full: RunConfig, step: Step, out: Path, **flags) -> Path:
     """Runs with these flags into `out`; what it stored must verify."""
     job = prepare_job(replace(full, output_dir=str(out), **flags), "float32")
     prepared = prepare_stream(job, open_storage(job))
-    model = LoadedStep(ReducedStep(step, job.reduction, DTYPES[job.config.dtype]), 0.0)
+    model = LoadedStep(step, 0.0, Reducer(job.reduction, DTYPES[job.config.dtype]))
     session = HostSession(ALONE, "run", threading.Event())
     assert run_stream(prepared, model, session, log=lambda line: None).status == "complete"
     assert verify(str(out)).ok, verify(str(out)).lines()
@@ -151,17 +153,17 @@ def test_pools_are_those_of_each_sample_alone(full, step, exact, tmp_path):
 def test_what_is_brought_to_the_host_is_a_row_for_each_pool_of_a_sample(full, step):
     job = prepare_job(replace(full, pool=("mean", "max")), "float32")
     part = next(job.parts_of(next(job.windows())))
-    planned = job.steps_of(part)[0]
-    output = ReducedStep(step, job.reduction, DTYPES["float32"])(
-        step_arrays(planned, [sample.token_ids for sample in part.own.samples])
-    )
-    output.start_copy(plan_fetch(planned, part.own.samples, part.own.lengths, job.pools))
-    most = max(len(row.samples) for row in planned.rows)
-    for site, array in output.fetch().items():
+    layout = job.layouts_of(part)[0]
+    output = step(step_arrays(layout, [sample.token_ids for sample in part.own.samples]))
+    fetch, of_step = fetch_rows(layout, part.own.samples, part.own.lengths, job.pools)
+    reduce = Reducer(job.reduction, DTYPES["float32"])
+    output = on_host(begin_copies(reduce(gather(output, fetch.gathered), of_step)))
+    most = max(len(row.samples) for row in layout.rows)
+    for site, array in output.arrays.items():
         layers, rows, units, width = array.shape
-        assert (layers, rows, width) == (len(LAYERS), planned.n_rows, WIDTHS[site])
+        assert (layers, rows, width) == (len(LAYERS), layout.n_rows, WIDTHS[site])
         assert 2 * most <= units < 2 * 2 * most  # room for a power of two of samples
-    assert all(peaks.shape == (layers, rows, units) for peaks in output.peaks().values())
+    assert all(peaks.shape == (layers, rows, units) for peaks in output.peaks.values())
 
 
 def test_pools_are_of_the_tokens_that_norms_leave(full, step, tmp_path):

@@ -19,9 +19,10 @@ from core.activation_storage import ActivationStorage
 from core.base.errors import RunError, UsageError
 from core.pricing.plan import price_run
 from core.run.config import RunConfig
-from core.run.extraction import WINDOWS_IN_MEMORY, WindowBuffer
+from core.run.extraction import WINDOWS_IN_MEMORY
 from core.run.runner import run
 from core.shards.formats import FORMATS
+from core.shards.window_activations import WindowActivations
 
 SITES = (
     *("embedding", "resid_pre", "q", "k", "v", "attn_heads", "attn"),
@@ -413,20 +414,20 @@ def test_a_run_that_cannot_fit_on_the_disk_is_refused_at_the_start(config, monke
 def test_no_more_windows_are_in_memory_than_stated_however_slow_the_storage(config, monkeypatch):
     arrays: list[weakref.ref[np.ndarray]] = []
     most = 0
-    allocate, store = WindowBuffer.allocate.__func__, ActivationStorage.store
+    allocate, store = WindowActivations.allocate.__func__, ActivationStorage.store
 
     def counting(cls, *args):
         nonlocal most
-        buffer = allocate(cls, *args)
-        arrays.extend(map(weakref.ref, buffer.activations.by_site.values()))
+        activations = allocate(cls, *args)
+        arrays.extend(map(weakref.ref, activations.arrays.values()))
         most = max(most, sum(array() is not None for array in arrays))
-        return buffer
+        return activations
 
     def slow(self, window, file):
         time.sleep(0.2)
         return store(self, window, file)
 
-    monkeypatch.setattr(WindowBuffer, "allocate", classmethod(counting))
+    monkeypatch.setattr(WindowActivations, "allocate", classmethod(counting))
     monkeypatch.setattr(ActivationStorage, "store", slow)
     assert run(replace(config, shard_size_gb=30_000 / 2**30)).shards > 3 * WINDOWS_IN_MEMORY
     assert most <= WINDOWS_IN_MEMORY

@@ -1,5 +1,6 @@
 """A stream that is told to stop ends, wherever its stages are, and the next run goes on."""
 
+import itertools
 import threading
 import time
 from dataclasses import replace
@@ -10,23 +11,26 @@ from tiny_run import cache_dir, committed_files, token_lines, write_jsonl, write
 
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
+from core.run import extraction
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.stores import open_storage
 from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
+from core.step.backend import StepOutput
 from core.step.layout import StepArrays
 
 
 class SlowStep:
-    """A device that is slower than the reader, and sets `stop` in its n-th step."""
+    """A device that is slower than the reader, and sets `stop` in its n-th step. Several threads may call it."""
 
     def __init__(self, model: LoadedStep, stop: threading.Event, stop_at: int) -> None:
-        self._step, self._stop, self._left = model.step, stop, stop_at
+        self._step, self._stop, self._stop_at = model.step, stop, stop_at
+        self._numbers = itertools.count(1)
 
-    def __call__(self, arrays: StepArrays):
-        self._left -= 1
+    def __call__(self, arrays: StepArrays) -> StepOutput:
+        number = next(self._numbers)
         time.sleep(0.02)
-        if self._left == 0:
+        if number == self._stop_at:
             self._stop.set()
         return self._step(arrays)
 
@@ -59,7 +63,7 @@ def test_a_stream_stopped_at_any_step_ends_and_the_next_run_goes_on(config, tmp_
     while not statuses or statuses[-1] == "stopped":
         stop = threading.Event()
         session = on_its_own(stop)
-        slow = LoadedStep(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)  # type: ignore[arg-type]
+        slow = LoadedStep(SlowStep(model, stop, stop_at=len(statuses) + 1), 0.0)
         prepared = prepare_stream(job, open_storage(job))
         run = threading.Thread(
             target=lambda p=prepared, m=slow, s=session: statuses.append(run_stream(p, m, s).status),
@@ -71,3 +75,22 @@ def test_a_stream_stopped_at_any_step_ends_and_the_next_run_goes_on(config, tmp_
         assert len(statuses) == before + 1, "the stopped run hangs"
     assert len(statuses) > 3
     assert committed_files(tmp_path / "out") == committed_files(Path(config.output_dir))
+
+
+def test_one_thread_starts_all_programs_of_devices_that_need_them_in_one_order(config, tmp_path, monkeypatch):
+    job = prepare_job(replace(config, output_dir=str(tmp_path / "out"), quantize="int8", positions=("4:",)), "float32")
+    monkeypatch.setattr(type(job.backend), "lanes", lambda *_: 1)
+    model, threads = load(job), {}
+
+    def noting(name, function):
+        def call(*args):
+            threads.setdefault(name, set()).add(threading.get_ident())
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(extraction, "gather", noting("gather", extraction.gather))
+    model = LoadedStep(noting("step", model.step), 0.0, noting("reduce", model.reduce))
+    assert run_stream(prepare_stream(job, open_storage(job)), model, on_its_own(threading.Event())).status == "complete"
+    assert threads.keys() == {"step", "gather", "reduce"}
+    assert len(set.union(*threads.values())) == 1

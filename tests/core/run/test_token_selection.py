@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import threading
-from dataclasses import replace
+import time
+import weakref
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +32,16 @@ from core.base.errors import RunError, UsageError
 from core.hosts.pod_slice import ALONE
 from core.hosts.session import HostSession
 from core.pricing.plan import price_run
+from core.run import extraction
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.run.stores import open_storage
 from core.run.stream_run import LoadedStep, load, prepare_stream, run_stream
 from core.shards.formats import FORMATS
+from core.shards.window_activations import WindowActivations
+from core.step.gathering import gather
+from core.step.host_copies import begin_copies, on_host
 
 SITES = ("resid_pre", "q", "mlp_act", "residual")
 # Token ids whose embeddings are far longer than the others.
@@ -210,43 +216,61 @@ def test_without_a_selection_nothing_is_stored_of_it(full):
     assert json.loads((out / "run.json").read_text())["selection"] is None
 
 
-class CountingStep:
-    """Counts what crosses to the host, and which tokens were asked for."""
+@dataclass
+class Crossing:
+    """What crosses to the host: its bytes, and for each step which share of its tokens was gathered; None: all."""
 
-    def __init__(self, step) -> None:
-        self._step, self.fetched, self.gathers = step, 0, []
+    fetched: int = 0
+    gathers: list[float | None] = field(default_factory=list)
 
-    def __call__(self, arrays):
-        output, counter = self._step(arrays), self
+    def gather(self, output, places):
+        (length, *_) = {peaks.shape[2] for peaks in output.peaks.values()}
+        self.gathers.append(None if places is None else places.shape[1] / length)
+        return gather(output, places)
 
-        class Output:
-            wait, peaks, norms = output.wait, output.peaks, output.norms
-
-            def start_copy(self, kept):
-                counter.gathers.append(None if kept is None else kept.shape[1] / arrays.tokens.shape[1])
-                output.start_copy(kept)
-
-            def fetch(self):
-                values = output.fetch()
-                counter.fetched += sum(array.nbytes for array in values.values())
-                return values
-
-        return Output()
+    def begin_copies(self, output):
+        self.fetched += sum(array.nbytes for array in output.arrays.values())
+        return begin_copies(output)
 
 
-def fetched_bytes(config: RunConfig) -> CountingStep:
+def crossing(config: RunConfig) -> Crossing:
+    counts = Crossing()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extraction, "gather", counts.gather)
+        patch.setattr(extraction, "begin_copies", counts.begin_copies)
+        assert run(config).status == "complete"
+    return counts
+
+
+def test_a_whole_step_is_let_go_once_its_tokens_are_gathered(full, tmp_path, monkeypatch):
+    """While a copy takes long one step waits for its norms and one for room; the others that wait are gathered."""
+    rules = RULES["outliers and limit"]
+    config = replace(full, output_dir=str(tmp_path / "out"), batch_size=1, pack=False, **rules)
     job = prepare_job(config, "float32")
-    step = CountingStep(load(job).step)
-    prepared = prepare_stream(job, open_storage(job))
-    session = HostSession(ALONE, "run", threading.Event())
-    assert run_stream(prepared, LoadedStep(step, 0.0), session).status == "complete"
-    return step
+    step, scatter, wholes, alive = load(job).step, WindowActivations.scatter, [], []
+
+    def watched(arrays):
+        output = on_host(step(arrays))
+        output = replace(output, arrays={site: array.copy() for site, array in output.arrays.items()})
+        wholes.append(weakref.ref(output.arrays["residual"]))
+        return output
+
+    def slow(*args):
+        time.sleep(0.05)
+        alive.append(sum(array() is not None for array in wholes))
+        scatter(*args)
+
+    monkeypatch.setattr(WindowActivations, "scatter", slow)
+    model, session = LoadedStep(watched, 0.0), HostSession(ALONE, "run", threading.Event())
+    assert run_stream(prepare_stream(job, open_storage(job)), model, session).status == "complete"
+    assert len(alive) > 10
+    assert max(alive) <= 2
 
 
 @pytest.mark.parametrize("rules", ["positions", "limit", "outliers and limit"])
 def test_fewer_bytes_leave_the_device(full, tmp_path, rules):
-    everything = fetched_bytes(replace(full, output_dir=str(tmp_path / "all")))
-    selected = fetched_bytes(replace(full, output_dir=str(tmp_path / "out"), **RULES[rules]))
+    everything = crossing(replace(full, output_dir=str(tmp_path / "all")))
+    selected = crossing(replace(full, output_dir=str(tmp_path / "out"), **RULES[rules]))
     assert set(everything.gathers) == {None}
     assert selected.fetched < everything.fetched / 3
     assert all(share < 1 for share in selected.gathers)
@@ -255,7 +279,7 @@ def test_fewer_bytes_leave_the_device(full, tmp_path, rules):
 def test_a_selection_that_keeps_nearly_all_is_not_gathered(full, tmp_path):
     stream = write_jsonl(tmp_path / "s.jsonl", [{"input_ids": list(range(20, 276))}] * 3)
     config = replace(full, dataset_path=str(stream), output_dir=str(tmp_path / "out"), positions=("1:",))
-    assert set(fetched_bytes(config).gathers) == {None}
+    assert set(crossing(config).gathers) == {None}
 
 
 def test_eight_devices_store_what_one_does_and_what_their_full_run_has(full, tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from core.samples.window_parts import part_ranges, parts_of_window
 from core.samples.windows import TokenizedSample, Window
-from core.step.layout import BatchShape, packed_row_lengths, plan_steps, steps_of_part
+from core.step.layout import BatchShape, lay_out_part, lay_out_steps, packed_row_lengths
 
 LENGTHS = st.lists(st.integers(1, 500), min_size=1, max_size=40)
 SHAPE = BatchShape(4, 1, packed_row_lengths(512, long_rows=False), pack=True)
@@ -41,7 +41,7 @@ def test_any_number_of_hosts_takes_every_part_with_a_sample_once_and_all_have_as
         assert [(part.turn, part.is_last) for part in host] == [(part.turn, part.is_last) for part in turns[0]]
         assert [part.is_last for part in host] == [False] * (len(host) - 1) + [True]
     for part in itertools.chain.from_iterable(turns):
-        steps = steps_of_part(part.own.lengths, SHAPE)
+        steps = lay_out_part(part.own.lengths, SHAPE)
         placed = [sample for step in steps for row in step.rows for sample in row.samples]
         assert sorted(placed) == list(range(len(part.own.samples)))
         assert steps, "a part without steps would get lost on its way"
@@ -63,4 +63,4 @@ def test_a_part_does_not_depend_on_who_works_beside_its_host(lengths, n_hosts):
 def test_a_window_of_one_part_is_that_part(lengths):
     (only,) = parts_of_window(window_of(lengths), n_parts=1)
     assert only.own is only.window
-    assert list(steps_of_part(only.own.lengths, SHAPE)) == plan_steps(lengths, SHAPE)
+    assert list(lay_out_part(only.own.lengths, SHAPE)) == lay_out_steps(lengths, SHAPE)

@@ -26,7 +26,8 @@ def content(lengths, layers=(0, 7), width=5, dtype="float16", seed=0) -> ShardCo
         TokenizedSample(10 + i, i, 1, rng.integers(0, 9, n).astype(np.int32), n, f"préview {i}", {"label": i})
         for i, n in enumerate(lengths)
     )
-    return ShardContent("residual", tuple(layers), activations, np.cumsum([0, *lengths], dtype=np.int64), samples)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    return ShardContent("residual", tuple(layers), {"activation": activations}, offsets, samples)
 
 
 def selected(lengths, **kwargs) -> ShardContent:
@@ -36,7 +37,7 @@ def selected(lengths, **kwargs) -> ShardContent:
     samples = tuple(replace(s, reasons=rng.integers(0, 2, len(s.token_ids)).astype(np.uint8)) for s in shard.samples)
     kept = np.concatenate([s.reasons == 0 for s in samples])
     offsets = np.cumsum([0, *(s.n_kept for s in samples)], dtype=np.int64)
-    return replace(shard, activations=shard.activations[:, kept], offsets=offsets, samples=samples)
+    return replace(shard, arrays={"activation": shard.values[:, kept]}, offsets=offsets, samples=samples)
 
 
 def written(fmt: str, shard: ShardContent) -> bytes:
@@ -57,7 +58,7 @@ def test_what_is_written_is_read_back_exactly(fmt, dtype, lengths, n_layers):
     for slot, layer in enumerate(shard.layers):
         for i, array in enumerate(stored.layers[layer]):
             assert array.dtype == DTYPES[dtype]
-            np.testing.assert_array_equal(array, shard.activation(slot, i))
+            np.testing.assert_array_equal(array, shard.rows("activation", slot, i))
 
 
 @pytest.mark.parametrize("fmt", list(FORMATS))
@@ -74,7 +75,7 @@ def test_selected_tokens_are_read_back_with_their_places_and_ids(fmt, lengths):
             assert stored.token_ids[i].tolist() == sample.token_ids[places].tolist()
         for slot, layer in enumerate((-1, 3)):
             assert stored.layers[layer][i].shape == (len(places), 5)
-            np.testing.assert_array_equal(stored.layers[layer][i], shard.activation(slot, i))
+            np.testing.assert_array_equal(stored.layers[layer][i], shard.rows("activation", slot, i))
     assert stored.outline() == shard.outline()
     others = replace(shard, samples=content(lengths).samples, offsets=content(lengths).offsets)
     assert stored.outline() != others.outline()
@@ -88,10 +89,10 @@ def reduced_content(pools: int) -> ShardContent:
     offsets = np.arange(len(lengths) + 1) * pools if pools else plain.offsets
     return replace(
         plain,
-        activations=rng.integers(-127, 128, (2, rows, 5)).astype(np.int8),
         offsets=offsets.astype(np.int64),
         samples=tuple(replace(sample, n_pools=pools) for sample in plain.samples),
-        more={
+        arrays={
+            "activation": rng.integers(-127, 128, (2, rows, 5)).astype(np.int8),
             "indices": rng.integers(0, 99, (2, rows, 5)).astype(np.uint16),
             "scale": rng.random((2, rows, 1)).astype(np.float32),
         },
@@ -103,7 +104,7 @@ def reduced_content(pools: int) -> ShardContent:
 @pytest.mark.parametrize("codes", ["int8", "float8_e4m3fn"])
 def test_every_format_holds_codes_scales_and_places(fmt, pools, codes):
     shard = reduced_content(pools)
-    shard = replace(shard, activations=shard.activations.astype(CODE_DTYPES[codes]))
+    shard = replace(shard, arrays=shard.arrays | {"activation": shard.values.astype(CODE_DTYPES[codes])})
     stored = FORMATS[fmt].read(io.BytesIO(written(fmt, shard)))
     assert stored.outline() == shard.outline()
     assert set(stored.more) == {"indices", "scale"}
@@ -113,10 +114,10 @@ def test_every_format_holds_codes_scales_and_places(fmt, pools, codes):
     for slot, layer in enumerate(shard.layers):
         for sample in range(2):
             assert stored.layers[layer][sample].dtype == CODE_DTYPES[codes]
-            np.testing.assert_array_equal(stored.layers[layer][sample], shard.activation(slot, sample))
-            for name, array in shard.more.items():
-                np.testing.assert_array_equal(stored.more[name][layer][sample], shard.of_sample(array, slot, sample))
-    other = replace(shard, more={"scale": shard.more["scale"]})
+            np.testing.assert_array_equal(stored.layers[layer][sample], shard.rows("activation", slot, sample))
+            for name in shard.more:
+                np.testing.assert_array_equal(stored.more[name][layer][sample], shard.rows(name, slot, sample))
+    other = replace(shard, arrays={name: array for name, array in shard.arrays.items() if name != "indices"})
     assert stored.outline() != other.outline()
 
 
@@ -170,7 +171,7 @@ def test_the_safetensors_package_reads_every_tensor(tmp_path):
         assert set(file.keys()) == {"layer_0", "layer_7", "token_ids", "sample_idx", "sample_offsets"}
         layer = file.get_tensor("layer_7")
         assert layer.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(layer, shard.activations[1])
+        np.testing.assert_array_equal(layer, shard.values[1])
         np.testing.assert_array_equal(file.get_tensor("sample_offsets"), [0, 3, 7])
         np.testing.assert_array_equal(file.get_tensor("sample_idx"), [10, 11])
         np.testing.assert_array_equal(

@@ -61,7 +61,7 @@ def test_one_sample_is_read_with_numpy_and_zstandard_alone(small_blocks, tmp_pat
     """The reader of docs/output_format.md."""
     shard = content([4, 5, 7, 3], dtype="bfloat16")
     (tmp_path / "s.planes").write_bytes(written(shard))
-    np.save(tmp_path / "wanted.npy", shard.activation(1, 2).astype(np.float32))
+    np.save(tmp_path / "wanted.npy", shard.rows("activation", 1, 2).astype(np.float32))
     reader = snippet("output_format.md", with_line="def read(").partition("\nactivation = ")[0]
     check = """
         import sys
@@ -80,13 +80,13 @@ def test_the_bytes_do_not_depend_on_threads(small_blocks):
     assert data == written(shard)
     assert sum(name.endswith(".zst") for name in members(data)) == 4 * 20
     stored = PLANES.read(io.BytesIO(data))
-    np.testing.assert_array_equal(np.concatenate(stored.layers[3]), shard.activations[3])
+    np.testing.assert_array_equal(np.concatenate(stored.layers[3]), shard.values[3])
 
 
 def test_a_shard_without_any_stored_token_is_read_back():
     shard = selected([4, 6])
     samples = tuple(replace(s, reasons=np.ones(len(s.token_ids), np.uint8)) for s in shard.samples)
-    empty = replace(shard, activations=shard.activations[:, :0], offsets=np.zeros(3, np.int64), samples=samples)
+    empty = replace(shard, arrays={"activation": shard.values[:, :0]}, offsets=np.zeros(3, np.int64), samples=samples)
     stored = PLANES.read(io.BytesIO(written(empty)))
     assert stored.outline() == empty.outline()
     assert [array.shape for array in stored.layers[7]] == [(0, 5), (0, 5)]

@@ -23,6 +23,8 @@ from transformers import (
 from core.jax_utils import ExtractionStep
 from core.step.backend import StepRequest
 from core.step.device_mesh import device_share
+from core.step.gathering import gather
+from core.step.host_copies import begin_copies, on_host
 from core.step.layout import StepArrays
 from qwen2_jax import Capture, Decoder
 from qwen2_jax.families import FAMILIES, decoder_config
@@ -71,13 +73,12 @@ def run(config, params, capture, arrays, devices, model_parallel):
     request = StepRequest(capture, "float32", "float32", (*norm_sites, "q", "mlp_act"))
     step = ExtractionStep(Decoder(config, placed), request, mesh)
     output = step(arrays)
-    found = {"peaks": output.peaks(), "norms": output.norms()}
-    kept = np.tile(np.arange(3, 20, dtype=np.int32), (len(arrays.tokens), 1))
-    output.start_copy(kept)
-    gathered = output.fetch()
-    output = step(arrays)
-    output.start_copy(None)
-    return found | {"all": output.fetch(), "gathered": gathered}, placed
+    places = np.tile(np.arange(3, 20, dtype=np.int32), (len(arrays.tokens), 1))
+    gathered, whole = on_host(begin_copies(gather(output, places))), on_host(begin_copies(output))
+    for site, peaks in gathered.peaks.items():
+        np.testing.assert_array_equal(peaks, whole.peaks[site][:, :, 3:20])
+    found = {"peaks": whole.peaks, "norms": whole.norms, "all": whole.arrays, "gathered": gathered.arrays}
+    return found, placed
 
 
 def worst(ours, theirs, is_token):

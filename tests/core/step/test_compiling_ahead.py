@@ -13,6 +13,7 @@ from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.stores import open_storage
 from core.run.stream_run import load, prepare_stream
+from core.step.host_copies import begin_copies, on_host
 from core.step.layout import step_arrays
 
 
@@ -58,9 +59,8 @@ class Watched:
 
 def values(step, job, window) -> dict[str, np.ndarray]:
     part = next(job.parts_of(window))
-    output = step(step_arrays(job.steps_of(part)[0], [sample.token_ids for sample in part.own.samples]))
-    output.start_copy(None)
-    return output.fetch()
+    output = step(step_arrays(job.layouts_of(part)[0], [sample.token_ids for sample in part.own.samples]))
+    return on_host(begin_copies(output)).arrays
 
 
 def test_the_program_of_the_first_window_is_compiled_meanwhile_and_traced_once(config, monkeypatch):

@@ -6,8 +6,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.samples.windows import TokenizedSample
-from core.step.fetching import fetch_size, plan_fetch
-from core.step.layout import BatchShape, plan_steps, step_arrays
+from core.step.fetching import fetch_of, fetch_size
+from core.step.layout import BatchShape, lay_out_steps, step_arrays
 
 
 def sample(index: int, reasons: list[bool] | None, length: int) -> TokenizedSample:
@@ -31,17 +31,19 @@ def test_every_stored_token_is_found_where_it_is_said_to_be(reasons, is_selected
     samples = [sample(i, dropped if is_selected else None, len(dropped)) for i, dropped in enumerate(reasons)]
     lengths = [len(s.token_ids) for s in samples]
     seen = {}
-    for step in plan_steps(lengths, BatchShape(4, 1, (128, 256), pack)):
-        arrays = step_arrays(step, [s.token_ids for s in samples])
-        fetch = plan_fetch(step, samples, lengths)
+    for layout in lay_out_steps(lengths, BatchShape(4, 1, (128, 256), pack)):
+        arrays = step_arrays(layout, [s.token_ids for s in samples])
+        fetch = fetch_of(layout, samples, lengths)
         fetched = arrays.tokens if fetch.gathered is None else np.take_along_axis(arrays.tokens, fetch.gathered, axis=1)
         for index, (row, places) in fetch.samples.items():
             assert index not in seen
             seen[index] = fetched[row, places].tolist()
-        assert set(arrays.tokens[fetch.stored]) == {
+        assert sorted(fetched[fetch.is_stored]) == sorted(
             token for index in fetch.samples for token in samples[index].token_ids[samples[index].kept]
-        }
-        assert (arrays.segment_ids[fetch.stored] > 0).all()
+        )
+        for row, unit in np.argwhere(fetch.is_stored)[:20]:
+            index, number = fetch.sample_at(row, unit)
+            assert samples[index].token_ids[samples[index].kept[number]] == fetched[row, unit]
         assert is_selected or fetch.gathered is None
     assert seen == {s.sample_idx: s.token_ids[s.kept].tolist() for s in samples}
 

@@ -13,19 +13,21 @@ from tiny_run import cache_dir, committed_files, environment, token_lines, write
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.step import host_copies
-from core.step.host_copies import begin_copies
+from core.step.backend import StepOutput
+from core.step.host_copies import begin_copies, begin_copy
 
 SPLIT = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from core.step import host_copies
+from core.step.backend import StepOutput
 
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("data", "model"))
 values = np.arange(2 * 4 * 3 * 8, dtype=np.float16).reshape(2, 4, 3, 8)
 specs = {"whole": PartitionSpec(), "rows": PartitionSpec(None, "data"), "both": PartitionSpec("model", "data")}
 arrays = {name: jax.device_put(values, NamedSharding(mesh, spec)) for name, spec in specs.items()}
 host_copies._writes_pinned_memory = lambda device: True
-copied = host_copies.begin_copies(arrays)
+copied = host_copies.begin_copies(StepOutput(arrays, {})).arrays
 for name, array in copied.items():
     np.testing.assert_array_equal(np.asarray(array), values)
 assert copied["both"].sharding == arrays["both"].sharding.with_memory_kind("pinned_host"), copied["both"].sharding
@@ -85,14 +87,14 @@ def test_gpus_with_pinned_memory_are_told_from_other_devices(platform, kinds, ta
 
 def test_devices_that_are_no_gpus_copy_as_before():
     arrays = {"residual": jnp.ones((2, 3)), "mlp": jnp.zeros(4)}
-    copied = begin_copies(arrays)
-    assert all(copied[name] is array for name, array in arrays.items())
-    assert begin_copies({}) == {}
+    copied = begin_copies(StepOutput(arrays, peaks=arrays))
+    for name, array in arrays.items():
+        assert copied.arrays[name] is copied.peaks[name] is array
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; with one: JAX_PLATFORMS=cuda pytest -k real_gpu")
 def test_a_real_gpu_copies_the_same_bytes_to_pinned_memory():
     values = np.random.default_rng(0).integers(0, 1 << 16, (2, 3, 1000), np.uint16).view(jnp.bfloat16)
-    copied = begin_copies({"residual": jnp.asarray(values)})["residual"]
+    copied = begin_copy(jnp.asarray(values))
     assert copied.sharding.memory_kind == "pinned_host"
     np.testing.assert_array_equal(np.asarray(copied).view(np.uint16), values.view(np.uint16))

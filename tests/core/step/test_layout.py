@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from core.step.layout import (
     BatchShape,
     default_row_lengths,
+    lay_out_rows,
+    lay_out_steps,
     packed_row_lengths,
-    plan_rows,
-    plan_steps,
     sample_spans,
     step_arrays,
 )
@@ -30,7 +30,7 @@ shapes = st.builds(
 
 @given(lengths_lists, shapes)
 def test_every_sample_lies_in_exactly_one_row_and_fits(lengths, shape):
-    steps = plan_steps(lengths, shape)
+    steps = lay_out_steps(lengths, shape)
     placed = [sample for step in steps for row in step.rows for sample in row.samples]
     assert sorted(placed) == list(range(len(lengths)))
     for step in steps:
@@ -41,7 +41,7 @@ def test_every_sample_lies_in_exactly_one_row_and_fits(lengths, shape):
 
 @given(lengths_lists, shapes)
 def test_rows_are_in_descending_length_and_single_without_packing(lengths, shape):
-    rows = plan_rows(lengths, shape)
+    rows = lay_out_rows(lengths, shape)
     assert [row.length for row in rows] == sorted((row.length for row in rows), reverse=True)
     if not shape.pack:
         assert all(len(row.samples) == 1 for row in rows)
@@ -50,7 +50,7 @@ def test_rows_are_in_descending_length_and_single_without_packing(lengths, shape
 @given(lengths_lists, shapes)
 def test_arrays_hold_each_samples_tokens_with_its_own_segment_and_positions(lengths, shape):
     token_ids = [np.arange(1, n + 1, dtype=np.int32) + 1000 * i for i, n in enumerate(lengths)]
-    for step in plan_steps(lengths, shape):
+    for step in lay_out_steps(lengths, shape):
         arrays = step_arrays(step, token_ids)
         is_token = np.zeros_like(arrays.tokens, bool)
         for row, sample, start, stop in sample_spans(step, lengths):
@@ -67,12 +67,12 @@ def test_arrays_hold_each_samples_tokens_with_its_own_segment_and_positions(leng
 def test_packing_long_ragged_samples_wastes_little(long_rows, n_samples, waste):
     rng = np.random.default_rng(0)
     lengths = rng.integers(170, 2000, n_samples).tolist()
-    steps = plan_steps(lengths, BatchShape(4, 1, packed_row_lengths(2048, long_rows=long_rows), True))
+    steps = lay_out_steps(lengths, BatchShape(4, 1, packed_row_lengths(2048, long_rows=long_rows), True))
     assert sum(step.n_rows * step.length for step in steps) < waste * sum(lengths)
 
 
 def test_leftover_rows_use_halved_steps_instead_of_padding():
-    steps = plan_steps([512] * 7, BatchShape(4, 1, (512,), True))
+    steps = lay_out_steps([512] * 7, BatchShape(4, 1, (512,), True))
     assert [step.n_rows for step in steps] == [4, 2, 1]
 
 
