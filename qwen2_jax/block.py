@@ -1,6 +1,7 @@
 """One block of the decoder: attention, MLP, the norms around them, and what each site saw.
 
-Axes: B rows, T tokens, D d_model, F d_ff, N query heads, K kv heads, G = N / K, H head_dim.
+Axes: B rows, T tokens, D d_model, F d_ff, N query heads, K kv heads, G = N / K, H head_dim; side by side, Q = N H and
+C = K H.
 How many heads and neurons there are follows from the weights, which may be a device's share of them.
 """
 
@@ -17,7 +18,7 @@ from qwen2_jax.activations import activate
 from qwen2_jax.attention import attention
 from qwen2_jax.attention.logits import Scale
 from qwen2_jax.config import DecoderConfig
-from qwen2_jax.linear import HeadsLinear, Linear
+from qwen2_jax.linear import Linear
 from qwen2_jax.norms import Norm
 from qwen2_jax.parameters import Parameters
 from qwen2_jax.rope import Tables
@@ -48,11 +49,12 @@ class Attention(nnx.Module):
     """Causal self-attention with grouped queries, inside segments."""
 
     def __init__(self, config: DecoderConfig, parameters: Parameters) -> None:
-        self.qk_norm, self.softcap = config.qk_norm, config.attn_softcap
-        self.q = HeadsLinear(parameters.of("q"))
-        self.k = HeadsLinear(parameters.of("k"))
-        self.v = HeadsLinear(parameters.of("v"))
-        self.o = Linear("BTNH,DNH->BTD", parameters.of("o"))
+        self.head_dim, self.qk_norm, self.softcap = config.head_dim, config.qk_norm, config.attn_softcap
+        self.q = Linear("BTD,QD->BTQ", parameters.of("q"))
+        self.k = Linear("BTD,CD->BTC", parameters.of("k"))
+        self.v = Linear("BTD,CD->BTC", parameters.of("v"))
+        # I, J, K stand for K, G, H: einsum sums in the order of the alphabet, and another than that in memory costs 10%.
+        self.o = Linear("BTIJK,DIJK->BTD", parameters.of("o"))
         self.q_norm, self.k_norm = (
             None if config.qk_norm is None else Norm(config.norm, config.norm_eps, parameters.of(name))
             for name in ("q_norm", "k_norm")
@@ -60,33 +62,31 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], ctx: LayerContext) -> Taps:
         """From what it reads to its output projection: q, k, v, attn_heads, attn_proj."""
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        taps = {"q": _side_by_side(q), "k": _side_by_side(k), "v": _side_by_side(v)}
-        q, k = self._normed(q, self.q_norm, ctx.split.heads), self._normed(k, self.k_norm, ctx.split.kv_heads)
-        kv_heads, head_dim = k.shape[2:]
+        taps = {"q": self.q(x), "k": self.k(x), "v": self.v(x)}
+        q = self._normed_heads(taps["q"], self.q_norm, ctx.split.heads)
+        k = self._normed_heads(taps["k"], self.k_norm, ctx.split.kv_heads)
         heads = attention(
-            q.reshape(*q.shape[:2], kv_heads, -1, head_dim),
+            q.reshape(*k.shape[:3], -1, self.head_dim),
             k,
-            v,
+            self._heads(taps["v"]),
             ctx.segment_ids,
             scale=ctx.query_scale,
             window=ctx.window,
             softcap=self.softcap,
             rotary=ctx.rotary,
-        ).reshape(q.shape)
-        taps["attn_heads"] = _side_by_side(heads)
+        )
+        taps["attn_heads"] = heads.reshape(*x.shape[:2], -1)
         taps["attn_proj"] = self.o(heads, ctx.split.heads)
         return taps
 
-    def _normed(self, x: Float[Array, "B T N H"], norm: Norm | None, over: MeshAxes) -> Float[Array, "B T N H"]:
-        """Each head by itself, or all of them at once (OLMo-2)."""
+    def _heads(self, x: Float[Array, "B T Q"]) -> Float[Array, "B T N H"]:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _normed_heads(self, x: Float[Array, "B T Q"], norm: Norm | None, over: MeshAxes) -> Float[Array, "B T N H"]:
+        """Each head by itself, or all of them at once."""
         if norm is None:
-            return x
-        return norm(_side_by_side(x), over).reshape(x.shape) if self.qk_norm == "full" else norm(x)
-
-
-def _side_by_side(heads: Float[Array, "B T N H"]) -> Float[Array, "B T NH"]:
-    return heads.reshape(*heads.shape[:2], -1)
+            return self._heads(x)
+        return self._heads(norm(x, over)) if self.qk_norm == "full" else norm(self._heads(x))
 
 
 class Mlp(nnx.Module):

@@ -20,7 +20,7 @@ from qwen2_jax.attention.logits import Scale
 from qwen2_jax.block import Block, LayerContext
 from qwen2_jax.config import DecoderConfig
 from qwen2_jax.layers import Keep, LayerNumber, run_layers
-from qwen2_jax.linear import Linear, biased_product
+from qwen2_jax.linear import Linear, product
 from qwen2_jax.norms import Norm
 from qwen2_jax.parameters import Parameters, ParamSpec, parameter_specs
 from qwen2_jax.rope import Tables, rotary_tables
@@ -181,7 +181,7 @@ class Decoder(nnx.Module):
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """x: what the final norm gave."""
-        logits = biased_product("BTD,VD->BTV", x, self.embedding[...]) if self.lm_head is None else self.lm_head(x)
+        logits = product("BTD,VD->BTV", x, self.embedding[...]) if self.lm_head is None else self.lm_head(x)
         cap = self.config.final_softcap
         return logits if cap is None else (cap * jnp.tanh(logits.astype(jnp.float32) / cap)).astype(logits.dtype)
 

@@ -16,7 +16,7 @@ from qwen2_jax.sharding import MeshAxes
 
 
 class Norm(nnx.Module):
-    """weight: (D,), or of as many axes as together have D values; bias: of LayerNorm alone."""
+    """weight (D,), and for LayerNorm bias (D,)."""
 
     def __init__(self, kind: NormKind, eps: float, parameters: Parameters) -> None:
         self.kind, self.eps = kind, eps
@@ -25,7 +25,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T *heads D"], over: MeshAxes = ()) -> Float[Array, "B T *heads D"]:
         """over: the mesh axes over which D is split, for the RMS norms."""
-        weight = self.weight[...].reshape(-1)
+        weight = self.weight[...]
         match self.kind:
             case "rms":
                 return rms_norm(x, weight, self.eps, over)

@@ -1,7 +1,4 @@
-"""The parameters of a decoder: names, shapes and the logical names of their dimensions.
-
-Axes: L layers, V vocab, P positions, D d_model, F d_ff, N query heads, K kv heads, H head_dim.
-"""
+"""The parameters of a decoder: names, shapes and the logical names of their dimensions."""
 
 from __future__ import annotations
 
@@ -27,19 +24,6 @@ class ParamSpec:
     def stacked(self) -> bool:
         """Whether it has a leading layer axis."""
         return self.axes[0] == "layers"
-
-    @property
-    def matrix(self) -> ParamSpec:
-        """The same values with the dimensions of a head beside those of the next, as checkpoints have them."""
-        shape: list[int] = []
-        axes: list[str] = []
-        for size, axis in zip(self.shape, self.axes, strict=True):
-            if axis == "head_dim" and axes[-1] in ("heads", "kv_heads"):
-                shape[-1] *= size
-            else:
-                shape.append(size)
-                axes.append(axis)
-        return ParamSpec(tuple(shape), tuple(axes))
 
 
 @dataclass(frozen=True)
@@ -76,15 +60,17 @@ def parameter_specs(
 ) -> dict[str, ParamSpec]:
     """Every parameter of the decoder by its path in the module; those of `layers` are stacked along a leading axis.
 
-    The head (`lm_head`, which a tied decoder lacks) comes with the final norm that it reads.
+    Weights are (out, in), with the dimensions of all heads side by side: weights by heads cost 2% of a step of
+    Qwen2.5-1.5B and of Gemma-2-9b, by the TPU's compiler. The head (`lm_head`, which a tied decoder lacks) comes with
+    the final norm that it reads.
     """
     size = {
         "layers": config.n_layers,
         "vocab": config.vocab_size,
         "positions": config.max_positions,
         "embed": config.d_model,
-        "heads": config.n_heads,
-        "kv_heads": config.n_kv_heads,
+        "heads": config.n_heads * config.head_dim,
+        "kv_heads": config.n_kv_heads * config.head_dim,
         "head_dim": config.head_dim,
         "mlp": config.d_ff,
     }
@@ -101,22 +87,21 @@ def parameter_specs(
 
 
 def _attention_axes(config: DecoderConfig) -> Axes:
-    heads = {"q": ("heads", "head_dim"), "k": ("kv_heads", "head_dim"), "v": ("kv_heads", "head_dim")}
     axes: Axes = {}
-    for name, dims in heads.items():
-        axes |= _linear(f"attention.{name}", (*dims, "embed"), dims if config.qkv_bias else None)
-    if config.qk_norm is not None:
-        axes |= {
-            f"attention.{name}_norm.weight": heads[name] if config.qk_norm == "full" else ("head_dim",)
-            for name in ("q", "k")
-        }
-    return axes | _linear("attention.o", ("embed", "heads", "head_dim"), ("embed",) if config.o_bias else None)
+    for name, heads in {"q": "heads", "k": "kv_heads", "v": "kv_heads"}.items():
+        axes |= _linear(f"attention.{name}", (heads, "embed"), has_bias=config.qkv_bias)
+    if config.qk_norm == "head":
+        axes |= {"attention.q_norm.weight": ("head_dim",), "attention.k_norm.weight": ("head_dim",)}
+    if config.qk_norm == "full":
+        axes |= {"attention.q_norm.weight": ("heads",), "attention.k_norm.weight": ("kv_heads",)}
+    return axes | _linear("attention.o", ("embed", "heads"), has_bias=config.o_bias)
 
 
 def _mlp_axes(config: DecoderConfig) -> Axes:
-    neurons, residual = (("mlp",), ("embed",)) if config.mlp_bias else (None, None)
-    gate = _linear("mlp.gate", ("mlp", "embed"), neurons) if config.gated_mlp else {}
-    return gate | _linear("mlp.up", ("mlp", "embed"), neurons) | _linear("mlp.down", ("embed", "mlp"), residual)
+    axes: Axes = {}
+    for name in ("gate", "up") if config.gated_mlp else ("up",):
+        axes |= _linear(f"mlp.{name}", ("mlp", "embed"), has_bias=config.mlp_bias)
+    return axes | _linear("mlp.down", ("embed", "mlp"), has_bias=config.mlp_bias)
 
 
 def _norm_axes(config: DecoderConfig) -> Axes:
@@ -129,8 +114,8 @@ def _norm_axes(config: DecoderConfig) -> Axes:
 
 
 def _norm(name: str, config: DecoderConfig) -> Axes:
-    return _linear(name, ("embed",), ("embed",) if config.norm == "layer" else None)
+    return _linear(name, ("embed",), has_bias=config.norm == "layer")
 
 
-def _linear(name: str, weight: tuple[str, ...], bias: tuple[str, ...] | None) -> Axes:
-    return {f"{name}.weight": weight} | ({} if bias is None else {f"{name}.bias": bias})
+def _linear(name: str, axes: tuple[str, ...], *, has_bias: bool) -> Axes:
+    return {f"{name}.weight": axes} | ({f"{name}.bias": axes[:1]} if has_bias else {})

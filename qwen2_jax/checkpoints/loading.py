@@ -124,7 +124,7 @@ def convert_weights(
     family, config = _family_and_config(files)
     source = open_weights(files)
     params = load_parameters(source, family, config, n_layers=config.n_layers, dtype=compute_dtype, mesh=None)
-    return Converted(cache.url, digest, dtype, cache.write(params, parameter_specs(config)))
+    return Converted(cache.url, digest, dtype, cache.write(params))
 
 
 def _compute_dtype(dtype: jnp.dtype | type | str) -> np.dtype:

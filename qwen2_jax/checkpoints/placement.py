@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Protocol
@@ -24,9 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-
-from qwen2_jax.parameters import ParamSpec
-from qwen2_jax.sharding import ModelMesh
 
 # Threads that read ahead. Where files are near they soon wait for each other; where they are far, for the network.
 NEAR_READERS = max(1, min(4, (os.cpu_count() or 1) // 4))
@@ -53,40 +50,16 @@ class LayerArray(Protocol):
 
 
 @dataclass(frozen=True)
-class ByHeads:
-    """How a parameter is handed over that has heads: with two axes, of heads and of H, for the `axis` that is both."""
-
-    shape: tuple[int, ...]
-    sharding: NamedSharding | None
-    axis: int
-
-
-@dataclass(frozen=True)
 class Placement:
     """A parameter, where its values come from and where they go.
 
     shape: (L, out, in) or (L, out) with L layers; (out, in) or (out,) with one and `stacked` false.
-    by_heads: the same values as the model has them, where that is another shape.
     """
 
     shape: tuple[int, ...]
     sharding: NamedSharding | None
     layers: tuple[LayerArray, ...]
     stacked: bool
-    by_heads: ByHeads | None = None
-
-    @classmethod
-    def of(cls, spec: ParamSpec, layers: tuple[LayerArray, ...], mesh: ModelMesh | None) -> Placement:
-        """Of the parameter that `spec` describes, laid out over `mesh` (None: on the default device)."""
-        matrix = spec.matrix
-
-        def sharding(of: ParamSpec) -> NamedSharding | None:
-            return None if mesh is None else mesh.sharding(of.axes)
-
-        by_heads = None
-        if matrix != spec:
-            by_heads = ByHeads(spec.shape, sharding(spec), axis=spec.axes.index("head_dim") - 1)
-        return cls(matrix.shape, sharding(matrix), layers, spec.stacked, by_heads)
 
 
 def place(placements: Mapping[str, Placement], dtype: np.dtype, *, is_far: bool = False) -> dict[str, jax.Array]:
@@ -207,28 +180,15 @@ class _Filling(ABC):
     def _unlayered(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         return sizes if self._placement.stacked else sizes[1:]
 
-    def _block_on_devices(self, parts: list[np.ndarray]) -> jax.Array:
-        """An array of one block a device."""
+    def _to_devices(self, parts: list[np.ndarray]) -> jax.Array:
+        """An array of one part a device, as large as these parts make it."""
         parts = [part.reshape(self._unlayered(part.shape)) for part in parts]
-        sizes = zip(self._placement.shape, self._unlayered(self._local), parts[0].shape, strict=True)
-        shape = tuple(size // local * part for size, local, part in sizes)
-        return self._on_devices(parts, shape, self._placement.sharding)
-
-    def _whole_on_devices(self, parts: list[np.ndarray]) -> jax.Array:
-        """The parameter as it is handed over, of all that each device holds of it."""
-        shape, sharding = self._handed_over
-        local = shape if sharding is None else sharding.shard_shape(shape)
-        return self._on_devices([part.reshape(local) for part in parts], shape, sharding)
-
-    @property
-    def _handed_over(self) -> tuple[tuple[int, ...], NamedSharding | None]:
-        placed = self._placement.by_heads or self._placement
-        return placed.shape, placed.sharding
-
-    def _on_devices(self, parts: list[np.ndarray], shape: tuple[int, ...], sharding: NamedSharding | None) -> jax.Array:
+        sharding = self._placement.sharding
         if sharding is None:
             return jax.device_put(parts[0])
         arrays = [jax.device_put(part, device) for part, device in zip(parts, self._slices, strict=True)]
+        sizes = zip(self._placement.shape, self._unlayered(self._local), parts[0].shape, strict=True)
+        shape = tuple(size // local * part for size, local, part in sizes)
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
@@ -238,17 +198,16 @@ class _DeviceFilling(_Filling):
     _array: jax.Array | None = None
 
     def write(self, start: tuple[int, ...], parts: list[np.ndarray]) -> None:
-        if self._block == self._local:
-            self._array = self._whole_on_devices(parts)
-            return
-        shape, sharding = self._handed_over
+        if self._array is None and self._block != self._local:
+            self._array = jnp.zeros(self._placement.shape, self._dtype, device=self._placement.sharding)
+        if self._array is not None:
+            self._array.block_until_ready()  # else blocks would pile up faster than the devices take them
+        block = self._to_devices(parts)
         if self._array is None:
-            self._array = jnp.zeros(shape, self._dtype, device=sharding)
-        self._array.block_until_ready()  # else blocks would pile up faster than the devices take them
-        offsets = np.array(self._unlayered(start), np.int32)
-        by_heads = self._placement.by_heads
-        write = _writer(sharding, self._placement.sharding, None if by_heads is None else by_heads.axis)
-        self._array = write(self._array, self._block_on_devices(parts), offsets)
+            self._array = block
+        else:
+            offsets = np.array(self._unlayered(start), np.int32)
+            self._array = _writer(self._placement.sharding)(self._array, block, offsets)
 
     def result(self) -> jax.Array:
         assert self._array is not None
@@ -270,7 +229,7 @@ class _HostFilling(_Filling):
             self._arrays[key][target] = part
 
     def result(self) -> jax.Array:
-        return self._whole_on_devices([self._arrays[key] for key in self._keys()])
+        return self._to_devices([self._arrays[key] for key in self._keys()])
 
     def _keys(self) -> list[tuple[int, ...]]:
         """Devices that hold the same part of the parameter share it."""
@@ -286,24 +245,19 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(memory, dtype).reshape(shape)
 
 
-def _update(array: jax.Array, block: jax.Array, start: jax.Array, heads: int | None) -> jax.Array:
-    """heads: the axis of the array that is one with the next in the block."""
-    shape = array.shape if heads is None else (*array.shape[:heads], -1, *array.shape[heads + 2 :])
-    written = jax.lax.dynamic_update_slice(array.reshape(shape), block, [start[axis] for axis in range(block.ndim)])
-    return written.reshape(array.shape)
+def _update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(array, block, [start[axis] for axis in range(array.ndim)])
 
 
 @lru_cache(maxsize=64)
-def _writer(
-    sharding: NamedSharding | None, of_block: NamedSharding | None, heads: int | None
-) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+def _writer(sharding: NamedSharding | None) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
     """Writes a block into an array in place, each device into its own part."""
-    if sharding is None or of_block is None:
-        return jax.jit(partial(_update, heads=heads), donate_argnums=0)
+    if sharding is None:
+        return jax.jit(_update, donate_argnums=0)
     update = jax.shard_map(
-        partial(_update, heads=heads),
+        _update,
         mesh=sharding.mesh,
-        in_specs=(sharding.spec, of_block.spec, PartitionSpec()),
+        in_specs=(sharding.spec, sharding.spec, PartitionSpec()),
         out_specs=sharding.spec,
     )
     return jax.jit(update, donate_argnums=0)

@@ -95,11 +95,10 @@ class WeightCache:
                 raise DamagedCacheError(f"{self.url}/{name} is missing or not as it was written")
         return complete
 
-    def write(self, params: Mapping[str, jax.Array], specs: Mapping[str, ParamSpec]) -> int:
+    def write(self, params: Mapping[str, jax.Array]) -> int:
         """Writes all parameters; returns the bytes. A cache that is there counts until the new one is complete."""
         name = uuid.uuid4().hex[:12]
-        matrices = {param: np.asarray(array).reshape(specs[param].matrix.shape) for param, array in params.items()}
-        _save(f"{self.url}/{name}", matrices)
+        _save(f"{self.url}/{name}", params)
         files = {
             path.removeprefix(f"{name}/"): (file.size, file.crc32c())
             for path, file in files_below(self.url).items()
@@ -109,7 +108,7 @@ class WeightCache:
             "format": _FORMAT,
             "dtype": self._dtype,
             "name": name,
-            "parameters": {param: list(array.shape) for param, array in matrices.items()},
+            "parameters": {param: list(array.shape) for param, array in params.items()},
             "files": files,
         }
         replace_file(f"{self.url}/{_MARKER}", json.dumps(marker, indent=1).encode())
@@ -128,10 +127,12 @@ class CompleteCache:
         stores = self._open(specs)
         placements = {}
         for name, spec in specs.items():
-            layers = range(spec.shape[0]) if spec.stacked else (None,)
-            chunk_rows = stores[name].shape[-2] if len(spec.matrix.shape) - spec.stacked == 2 else None
+            stacked = spec.stacked
+            layers = range(spec.shape[0]) if stacked else (None,)
+            chunk_rows = stores[name].shape[-2] if len(spec.axes) - stacked == 2 else None
             arrays = tuple(CachedArray(stores[name], layer, chunk_rows) for layer in layers)
-            placements[name] = Placement.of(spec, arrays, mesh)
+            sharding = None if mesh is None else mesh.sharding(spec.axes)
+            placements[name] = Placement(spec.shape, sharding, arrays, stacked)
         return place(placements, dtype, is_far=is_remote(self.url))
 
     def _open(self, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
@@ -142,9 +143,9 @@ class CompleteCache:
         opened = {}
         for name, spec in specs.items():
             whole = tuple(self.shapes.get(name, ()))
-            needed, first = spec.matrix.shape, int(spec.stacked)
-            if len(whole) != len(needed) or whole[first:] != needed[first:] or whole < needed:
-                raise DamagedCacheError(f"{self.url}: {name} has shape {whole} where {needed} is needed")
+            first = int(spec.stacked)
+            if len(whole) != len(spec.shape) or whole[first:] != spec.shape[first:] or whole < spec.shape:
+                raise DamagedCacheError(f"{self.url}: {name} has shape {whole} where {spec.shape} is needed")
             described = {"driver": "zarr3", "kvstore": {**kvstore, "path": f"{name}/"}}
             opened[name] = tensorstore.open(described, context=context, open=True, read=True)
         try:
@@ -166,10 +167,10 @@ def load_cached(
         return None
 
 
-def _save(url: str, matrices: Mapping[str, np.ndarray]) -> None:
+def _save(url: str, params: Mapping[str, jax.Array]) -> None:
     import orbax.checkpoint as ocp
 
-    arrays = {name: _chunked(array, name.startswith("layers.")) for name, array in matrices.items()}
+    arrays = {name: _chunked(np.asarray(array), name.startswith("layers.")) for name, array in params.items()}
     # All but the rows of a chunk and the columns are axes that Orbax is to cut to 1.
     args = {name: ocp.SaveArgs(shard_axes=tuple(range(array.ndim - 2))) for name, array in arrays.items()}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)

@@ -48,7 +48,15 @@ def load_parameters(
     tensors = CheckedTensors(source, family, config, table, head_optional=not with_head)
     kept = cut_config(config, n_layers)
     specs = parameter_specs(kept, with_final_norm=with_final_norm, with_head=with_head)
-    placements = {name: Placement.of(spec, tensors.layers(table[name], spec), mesh) for name, spec in specs.items()}
+    placements = {
+        name: Placement(
+            shape=spec.shape,
+            sharding=None if mesh is None else mesh.sharding(spec.axes),
+            layers=tensors.layers(table[name], spec),
+            stacked=spec.stacked,
+        )
+        for name, spec in specs.items()
+    }
     return place(placements, np.dtype(dtype), is_far=is_remote(source.url))
 
 
@@ -59,7 +67,7 @@ def cut_config(config: DecoderConfig, n_layers: int) -> DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LayerTensor:
-    """A layer of a parameter in a checkpoint: an array (out, in) or (out,), of which any part can be read."""
+    """One layer of one parameter in a checkpoint: an array (out, in) or (out,), of which any part can be read."""
 
     source: WeightSource
     name: str
@@ -123,7 +131,7 @@ def _expected_shapes(table: WeightTable, specs: Mapping[str, ParamSpec], n_layer
     shapes: dict[str, tuple[int, ...]] = {}
     for param, spec in specs.items():
         stored = table[param]
-        rows, *columns = spec.matrix.shape[1:] if spec.stacked else spec.shape
+        rows, *columns = spec.shape[1:] if spec.stacked else spec.shape
         for name in _tensor_names(stored, spec):
             before = shapes.get(name, (0, 0))[1 if stored.transposed else 0]
             shapes[name] = (*columns, before + rows) if stored.transposed else (before + rows, *columns)

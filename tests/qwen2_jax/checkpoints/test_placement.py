@@ -57,7 +57,7 @@ def test_several_parameters_keep_their_names(monkeypatch):
 
 def test_the_devices_own_buffer_is_written_in_place():
     """Donation holds on this platform: a parameter is not copied for each block."""
-    write = placement._writer(None, None, None)
+    write = placement._writer(None)
     array = jnp.zeros((4, 64, 32))
     address = array.unsafe_buffer_pointer()
     for layer in range(4):
@@ -77,7 +77,7 @@ def test_on_the_host_nothing_is_copied_for_the_device():
 def test_few_programs_write_all_blocks():
     """Blocks of one parameter have one shape, and equal parameters share their program."""
     params = {name: parameter((5, 37, 8), stacked=True) for name in "ab"}
-    writer = placement._writer(None, None, None)
+    writer = placement._writer(None)
     writer.clear_cache()
     with filled_by("device", 10 * 8 * 4):
         place(params, np.dtype(np.float32))
