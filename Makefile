@@ -4,12 +4,13 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-faults test-tpu test-gpu test-launchers lint bench clean
+.PHONY: help install demo test test-benchmarks test-faults test-tpu test-gpu test-launchers lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
 	@echo "make demo       real activations from a real model in two minutes"
 	@echo "make test       the test suite (installs torch, the reference)"
+	@echo "make test-benchmarks  every benchmark once, at a tiny size"
 	@echo "make test-faults  kills, pauses, races, lost replies, full disks: all counts"
 	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
 	@echo "make test-tpu   the TPU estimates against their baselines, by the TPU's compiler; no TPU needed"
@@ -38,11 +39,14 @@ demo: .venv/.installed-demo
 	PYTHON=$(BIN)/python scripts/demo.sh
 
 test: .venv/.installed-dev
-	$(PYTEST)
+	$(PYTEST) -m "not benchmark" --durations=10
+
+test-benchmarks: .venv/.installed-dev
+	$(PYTEST) -m benchmark tests/benchmarks
 
 # A selection of these is a part of `make test`.
 test-faults: .venv/.installed-dev
-	FAULTS=all $(PYTEST) tests/faults tests/runs/test_pod_slice.py
+	FAULTS=all $(PYTEST) tests/faults tests/runs/test_pod_slice.py tests/runs/test_kill_resume.py
 
 # In an environment of their own: these tools pin packages that the project uses too.
 build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt

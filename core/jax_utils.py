@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from core.base.errors import ModelError, UnsupportedError
+from core.base.errors import ModelError, UnsupportedError, UsageError
 from core.step.backend import StepOutput, StepRequest
 from core.step.device_mesh import device_bytes, device_share, model_parallelism
 from core.step.layout import StepArrays
@@ -143,6 +144,48 @@ class JaxBackend:
         )
         step.take_weights(model)
         return step
+
+
+# The programs of models that are held by somebody, by what they capture.
+_STEPS: WeakKeyDictionary[Decoder, dict[StepRequest, "ExtractionStep"]] = WeakKeyDictionary()
+
+
+def _put_on(mesh: ModelMesh, model: Decoder) -> Decoder:
+    """The same arrays, as arrays of a mesh of their one device."""
+    graphdef, state = nnx.split(model)
+    placed: Decoder = nnx.merge(graphdef, jax.device_put(state, NamedSharding(mesh.mesh, PartitionSpec())))
+    return placed
+
+
+class LoadedBackend(JaxBackend):
+    """A model that is loaded already, with the dtype it has and on the devices it lies on."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self._model = self._key = model
+
+    def _mesh(self, model: ModelShape, request: StepRequest) -> ModelMesh:
+        if self._model.mesh is not None:
+            return self._model.mesh
+        return ModelMesh.of(self._model.config, list(self._model.embedding[...].devices()))
+
+    def compute_dtype(self, name: str) -> str:
+        """That of its weights. Raises UsageError for another."""
+        has = self._model.embedding[...].dtype.name
+        if name not in ("auto", has):
+            raise UsageError(f"compute_dtype {name}: the model is loaded in {has}: load it in {name}")
+        return has
+
+    def load(self, path: str, revision: str | None, request: StepRequest) -> "ExtractionStep":
+        """A step with the weights that the model has now; one for the same request is compiled once."""
+        mesh = self._mesh(self._model.config, request)
+        if self._model.mesh is None:
+            self._model = _put_on(mesh, self._model)
+        steps = _STEPS.setdefault(self._key, {})
+        if request not in steps:
+            steps[request] = ExtractionStep(self._model, request, mesh)
+        steps[request].take_weights(self._model)
+        return steps[request]
 
 
 # Activations, peaks and norms by site.

@@ -4,9 +4,11 @@ import gzip
 import json
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -159,16 +161,15 @@ def test_a_full_disk_is_one_line_and_the_next_run_goes_on(model, tmp_path):
     assert committed_files(tmp_path / "out") == committed_files(tmp_path / "calm")
 
 
-def test_sigterm_commits_what_is_computed_and_the_next_run_goes_on(model, tmp_path):
+def test_sigterm_commits_what_is_computed_and_the_next_run_goes_on(model, tmp_path, forks):
     write_jsonl(tmp_path / "s.jsonl", token_lines(400))
     args = ("--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 256, "--shard_size_gb", 0.0001)
     assert extract(tmp_path, *args, "--output_dir", "calm").returncode == 0
-    child = subprocess.Popen(
-        command("extract_activations.py", *args, "--output_dir", "out"), cwd=tmp_path, env=environment()
-    )
+    child = forks.command("extract_activations.py", *args, "--output_dir", "out", cwd=tmp_path)
     while not (tmp_path / "out/tpu_0/shard_0002.json").exists():
-        assert child.poll() is None
-    child.terminate()
+        assert child.returncode is None, child.errors
+        time.sleep(0.005)
+    child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 143
     checkpoint = json.loads((tmp_path / "checkpoints/checkpoint_worker_0.json").read_text())
     assert checkpoint["status"] == "stopped"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forks import REPOSITORY, environment, shared
 from safetensors.numpy import save_file
 
 from core.run.config import RunConfig
 
-REPOSITORY = Path(__file__).parents[1]
 VOCAB, D_MODEL, N_LAYERS = 320, 32, 3
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -109,27 +109,15 @@ def arc_lines(n: int, *, seed: int = 0) -> list[dict[str, Any]]:
     return [{"task_id": f"task{i}", "train": [pair(), pair()], "test": [pair()]} for i in range(n)]
 
 
-def environment(**extra: str) -> dict[str, str]:
-    """The environment of a child: CPU, no hub, the repository importable, compiled programs shared between runs."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)} | extra
-
-
 def command(script: str, *args: object) -> list[str]:
     """The argv of one of the top-level commands."""
     return [sys.executable, str(REPOSITORY / script), *map(str, args)]
 
 
 def run(script: str, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end."""
-    return subprocess.run(
-        command(script, *args),
-        cwd=cwd,
-        env=environment(**env),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """Runs a command to its end, in a process of its own that has imported everything already."""
+    done = shared().command(script, *args, cwd=cwd, env=environment(**env))
+    return subprocess.CompletedProcess([script, *args], done.wait(300), done.output, done.errors)
 
 
 def extract(cwd: Path, *args: object, **env: str) -> subprocess.CompletedProcess[str]:

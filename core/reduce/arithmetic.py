@@ -40,7 +40,7 @@ class ReducedSite(NamedTuple):
         and the least cosine.
     """
 
-    arrays: dict[str, Shaped[Array, "L B U W"]]
+    arrays: dict[str, Shaped[Array, "L B U _"]]
     peaks: Float32[Array, "L B U"]
     losses: Float32[Array, "L B 2"]
 

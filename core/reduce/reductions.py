@@ -172,8 +172,8 @@ class Reduction:
 
 
 def restore(
-    arrays: Mapping[str, Shaped[np.ndarray, "N W"]], width: int, block: int | None
-) -> Float32[np.ndarray, "N {width}"]:
+    arrays: Mapping[str, Shaped[np.ndarray, "*rows _"]], width: int, block: int | None
+) -> Float32[np.ndarray, "*rows {width}"]:
     """The rows that stored arrays stand for: codes times their scales, at their indices, zero elsewhere.
 
     width: E. block: of the quantization; needed where there are scales.

@@ -296,11 +296,11 @@ class Extraction:
         key = f"committed/{window.index}"
         if self.session.hosts.is_first:
             record = None if stored is None else self.storage.commit(self._record(window, stored))
-            self.session.share(key, None if record is None else record.to_bytes().decode())
-            self.session.forget(f"committed/{window.index - 1}")
+            self.session.try_broadcast(key, None if record is None else record.to_bytes().decode())
+            self.session.delete(f"committed/{window.index - 1}")
         else:
-            shared = self.session.share(key, None)
-            record = None if shared is None else self.storage.believe(CommitRecord.from_bytes(shared.encode()))
+            shared = self.session.try_broadcast(key, None)
+            record = None if shared is None else self.storage.add_record(CommitRecord.from_bytes(shared.encode()))
         if record is not None:
             self.progress.committed(record)
             self.on_commit(record)

@@ -35,7 +35,7 @@ class WindowActivations:
 
     window: Window
     layers: dict[str, tuple[int, ...]]
-    arrays: dict[str, Shaped[np.ndarray, "L N W"]]
+    arrays: dict[str, Shaped[np.ndarray, "L N _"]]
     samples: list[TokenizedSample]
     steps_left: int
     part: int | None = None
@@ -58,7 +58,7 @@ class WindowActivations:
         }
         return cls(window, layers, arrays, list(window.samples), n_steps, part)
 
-    def scatter(self, fetch: Fetch, arrays: Mapping[str, Shaped[np.ndarray, "L B U W"]]) -> None:
+    def scatter(self, fetch: Fetch, arrays: Mapping[str, Shaped[np.ndarray, "L B U _"]]) -> None:
         """Copies the samples of one step to their places."""
         offsets = self.window.offsets
         for name, array in self.arrays.items():

@@ -166,7 +166,7 @@ def _step_rows(n_left: int, shape: BatchShape) -> int:
     return n_rows
 
 
-def step_arrays(layout: StepLayout, token_ids: Sequence[Int32[np.ndarray, "T"]]) -> StepArrays:
+def step_arrays(layout: StepLayout, token_ids: Sequence[Int32[np.ndarray, "_"]]) -> StepArrays:
     """The token, segment and position arrays of a step, (n_rows, length) each; `token_ids` is indexed by sample."""
     tokens, segments, positions = (np.zeros((layout.n_rows, layout.length), np.int32) for _ in range(3))
     for row_index, sample, start, stop in sample_spans(layout, [len(ids) for ids in token_ids]):

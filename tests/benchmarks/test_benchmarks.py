@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import time
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
 from benchmarks import generation, quantization, start, utilisation
+from benchmarks.common import engine as common_engine
 from benchmarks.common.engine import Engine
 from benchmarks.common.measuring import Ratio, Timings, alternate
 from benchmarks.common.workload import LONGEST, SHORTEST, Workload, build_workload
@@ -23,6 +25,7 @@ from benchmarks.storage import benchmark as storage
 from benchmarks.storage import codecs
 from core.base.errors import RunError, UsageError
 from core.object_store.stored_files import read_jsonl_lines
+from core.step.backend import StepOutput
 
 PROMPTS = 6
 
@@ -72,6 +75,7 @@ def test_the_seed_chooses_the_prompts_and_too_many_are_refused(source, workload,
         build_workload(tmp_path / "many", prompts=10, seed=0, source=tasks, model_path=model)
 
 
+@pytest.mark.benchmark
 @pytest.mark.parametrize(("case", "n_layers"), [("middle", 1), ("all", 3)])
 def test_utilisation_compares_the_same_steps_over_several_windows(case, n_layers, source, workload, capsys):
     result = result_of(utilisation, source, capsys, "--cases", case, "--windows", "3", "--repeats", "3")
@@ -86,6 +90,7 @@ def test_utilisation_compares_the_same_steps_over_several_windows(case, n_layers
     assert result["machine"]["cores"] >= 1
 
 
+@pytest.mark.benchmark
 def test_peers_agree_and_the_ratio_is_that_of_tokens_per_second(source, workload, capsys):
     names = ("hf", "hf_sorted", "hf_cut")
     # One thread: those of torch wait for each other actively, which costs seconds on a busy machine.
@@ -130,6 +135,7 @@ def test_the_verdict_is_that_over_the_fastest_peer_that_was_not_taken_apart():
     ]
 
 
+@pytest.mark.benchmark
 def test_a_peer_writes_the_shards_of_the_default_format(workload, tmp_path):
     samples = workload.samples
     two_shards = workload.n_tokens * D_MODEL * 2 // 2
@@ -146,6 +152,7 @@ def test_a_peer_writes_the_shards_of_the_default_format(workload, tmp_path):
         assert item["activation"].dtype == np.float16
 
 
+@pytest.mark.benchmark
 def test_generation_stores_the_same_activations_and_counts_what_it_generated(source, workload, capsys):
     flags = ["--new_tokens", "3", "--cases", "middle", "--threads", "1", "--repeats", "1"]
     (found,) = result_of(generation, source, capsys, *flags)["results"]
@@ -198,6 +205,7 @@ def test_no_time_counts_when_the_sides_differ(tmp_path):
         assert found == {dtype: pytest.approx(0.0099, rel=1e-2)}
 
 
+@pytest.mark.benchmark
 def test_storage_measures_every_way_and_reads_back_what_it_wrote(source, capsys, tmp_path):
     sizes = ["--all_prompts", "2", "--upload_shard_mb", "0.05", "--repeats", "1", "--work_dir", str(tmp_path)]
     ways = ["--dtypes", "bfloat16", "--link_mb_s", "50", "--cases", "middle", "--codecs", "gzip 6", "planes + zstd 1"]
@@ -242,6 +250,7 @@ def test_sides_take_turns_and_the_ratio_is_of_medians():
     assert (ratio.median, ratio.lowest, ratio.highest, ratio.cpu) == (2.5, 2.5, 4.0, 0.5)
 
 
+@pytest.mark.benchmark
 def test_every_way_to_share_scales_is_measured_and_finer_scales_lose_less(source, capsys):
     found = result_of(quantization, source, capsys, "--layers", "0", "2")["losses"]
     assert len(found) == 2 * (2 * len(quantization.BLOCKS) + 2)
@@ -252,6 +261,7 @@ def test_every_way_to_share_scales_is_measured_and_finer_scales_lose_less(source
         assert by_scale["int8, 16"]["bytes_per_value"] == 1.25
 
 
+@pytest.mark.benchmark
 def test_a_start_is_timed_stage_by_stage(source, tmp_path):
     model, _ = source
     stream = write_jsonl(tmp_path / "s.jsonl", [{"input_ids": [1, 2, 3]}])
@@ -265,6 +275,7 @@ def test_a_start_is_timed_stage_by_stage(source, tmp_path):
         start.one(model, tmp_path / "no_stream", tmp_path, tmp_path / "programs", tmp_path / "none")
 
 
+@pytest.mark.benchmark
 def test_starts_with_and_without_what_earlier_ones_left_take_turns(tmp_path, monkeypatch):
     calls = []
 
@@ -282,14 +293,29 @@ def test_starts_with_and_without_what_earlier_ones_left_take_turns(tmp_path, mon
     assert "compiled" in start.report(found)
 
 
-def test_the_forward_passes_alone_have_two_steps_under_way_as_a_run_has():
+class AtOnce(Executor):
+    """Runs what it is given before `submit` returns."""
+
+    def __init__(self, lanes: int) -> None:
+        assert lanes == 2
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_the_forward_passes_alone_have_two_steps_under_way_as_a_run_has(monkeypatch):
     events: list[str] = []
 
-    def step(name: str) -> SimpleNamespace:
+    def step(name: str) -> StepOutput:
         events.append(f"start {name}")
-        return SimpleNamespace(wait=lambda: events.append(f"wait {name}"))
+        return StepOutput({}, name)
 
-    engine = Engine(job=None, model=SimpleNamespace(step=step))
+    monkeypatch.setattr(common_engine, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(common_engine, "wait_for", lambda peaks: events.append(f"wait {peaks}"))
+    job = SimpleNamespace(backend=SimpleNamespace(lanes=lambda *_: 2), model=None, step_request=None)
+    engine = Engine(job=job, model=SimpleNamespace(step=step))
     engine.run_steps(["a", "b", "c"])
     assert events == ["start a", "start b", "wait a", "start c", "wait b", "wait c"]
     events.clear()

@@ -90,6 +90,7 @@ def test_nonsense_is_refused():
             replace(STORM, **change)
 
 
+@pytest.mark.benchmark
 def test_the_command_prints_and_draws(tmp_path, capsys):
     picture = tmp_path / "scaling.svg"
     flags = [

@@ -34,6 +34,7 @@ def measured(model, length, *flags):
     return gpu.measure(case, settings(*flags))
 
 
+@pytest.mark.benchmark
 def test_ours_alone_adds_up():
     found = measured("Qwen2.5-0.5B", 512, "--peers", "--samples_per_row", "2", "--peak_tflops", "0.5")
     ours = found.ours
@@ -53,6 +54,7 @@ def test_ours_alone_adds_up():
 
 
 @has_torch
+@pytest.mark.benchmark
 @pytest.mark.parametrize(
     ("model", "attention", "length", "samples"),
     [("gemma-2-2b", "eager", 512, "4"), ("Qwen2.5-0.5B", "sdpa", 512, "1")],
@@ -66,6 +68,7 @@ def test_transformers_computes_the_same_from_the_same_weights(model, attention, 
     assert peer.ratio_copied.median == pytest.approx(peer.copied_step_seconds / ours.copied_step_seconds, rel=1e-3)
 
 
+@pytest.mark.benchmark
 def test_a_layer_that_is_off_stops_the_benchmark_however_small_it_is():
     ours = np.ones((2, 1, 4, 8), np.float32)
     ours[1] *= 100
@@ -79,6 +82,7 @@ def test_a_layer_that_is_off_stops_the_benchmark_however_small_it_is():
         gpu._checked_distance("own", theirs * np.nan, ours)
 
 
+@pytest.mark.benchmark
 def test_the_tiles_that_are_told_are_those_of_the_step(monkeypatch):
     seen = []
     monkeypatch.setattr(gpu, "kernel_tiles", lambda *given: seen.append(given))
@@ -89,6 +93,7 @@ def test_the_tiles_that_are_told_are_those_of_the_step(monkeypatch):
 
 
 @has_torch
+@pytest.mark.benchmark
 def test_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
     from benchmarks.gpu import transformers_side as gpu_transformers
 
@@ -101,6 +106,7 @@ def test_a_peer_that_fails_is_left_out_with_a_line(capsys, monkeypatch):
     assert capsys.readouterr().err == failed
 
 
+@pytest.mark.benchmark
 def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     flags = [*TINY, "--models", "Qwen2.5-7B", "--peers", "--peak_tflops", "1e-9"]
     gpu.run(gpu.build_parser().parse_args(flags))
@@ -114,6 +120,7 @@ def test_the_command_prints_every_case_of_a_model_with_its_verdict(capsys):
     assert all(">= 0.60: yes" in line and "all logits" in line for line in lines)
 
 
+@pytest.mark.benchmark
 def test_json_holds_settings_and_cases(capsys, monkeypatch):
     ours = gpu.SideResult("ours", *[1.0] * 6, Ratio(1, 1, 1, 1), Ratio(1, 1, 1, 1), 0.0)
     result = gpu.GpuResult("case", UniformBatch(1, 128, 1), None, None, 1.0, 1, 1.0, ours, [], {})
@@ -166,6 +173,7 @@ def attention_alone(*flags):
     gpu_attention.run(gpu_attention.build_parser().parse_args(["--repeats", "1", *flags]))
 
 
+@pytest.mark.benchmark
 def test_attention_alone_compares_every_way_that_runs(capsys):
     attention_alone("--rehearse", "--models", "Qwen2.5-0.5B", "--samples_per_row", "2", "--json")
     told = capsys.readouterr()
@@ -178,6 +186,7 @@ def test_attention_alone_compares_every_way_that_runs(capsys):
     assert 0 < rows["64 x 32, 4 warps, 2 stages"]["distance"] < 1e-2
 
 
+@pytest.mark.benchmark
 def test_attention_alone_lists_the_fastest_and_what_a_run_tries():
     found = [gpu_attention.Found(str(n), tiles, n, 1.0, 0.0) for n, tiles in enumerate(gpu_attention.GRID)]
     found.append(gpu_attention.Found("cuDNN", None, 99, 1.0, 0.0))
@@ -286,6 +295,7 @@ def test_torch_without_cuda_is_no_peer_of_a_gpu(capsys, monkeypatch):
     assert capsys.readouterr().err == "transformers is left out: torch with CUDA not installed\n"
 
 
+@pytest.mark.benchmark
 def test_the_next_step_is_started_before_one_is_fetched(monkeypatch):
     events = []
 

@@ -47,9 +47,8 @@ def _is_whole(config) -> bool:
 
 
 @pytest.fixture(scope="session")
-def nursery():
-    with Nursery() as started:
-        yield started
+def nursery(forks) -> Nursery:
+    return Nursery(forks)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nursery import Nursery, Running, Worker
+from forks import Fork
+from nursery import Nursery, Worker
 from tiny_run import committed_files, token_lines, write_jsonl
 
 from analysis.verification.verify import verify
@@ -135,6 +136,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.002)
 
 
-def start_fleet(nursery: Nursery, data: Path, out: object, n: int, **options: Any) -> list[Running]:
+def start_fleet(nursery: Nursery, data: Path, out: object, n: int, **options: Any) -> list[Fork]:
     """`n` workers at once."""
     return [nursery.start(Worker(flags(data, out, number), **options)) for number in range(n)]

@@ -133,7 +133,7 @@ def test_a_successor_computes_nothing_that_is_committed(nursery, place):
     successor = nursery.start(Worker(flags(data, out, 1)))
     summary = successor.finish()
     assert (summary["samples"], summary["total_samples"]) == (30 - committed, 30)
-    assert f"going on at sample {committed}" in successor.errors
+    assert f"continuing at sample {committed}" in successor.errors
     check_finished(out, leave_alone(place / "calm/out"), n_lines=30)
 
 
@@ -223,11 +223,11 @@ def test_workers_may_come_and_go_from_one_to_eight_to_three_to_one(attempt, nurs
     wait_until(lambda: committed(0.35))
     rng.shuffle(fleet)
     for worker in fleet[3:]:
-        worker.signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        worker.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
     wait_until(lambda: committed(0.6))
     check_half_done(out, files)
     for worker in fleet[1:3]:
-        worker.signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+        worker.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
     assert fleet[0].finish()["status"] == "complete"
     # A worker that has not begun yet dies of SIGTERM like any process.
     assert {worker.wait() for worker in fleet} <= {0, 143, -signal.SIGKILL, -signal.SIGTERM}

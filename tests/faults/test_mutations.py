@@ -19,9 +19,10 @@ from changes import CHANGES
 from dict_store import DictStore
 from fake_gcs import CommitThenReset, gcs_environment
 from fleets import check_half_done, flags, wait_until
+from forks import Fork
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from nursery import Running, Worker
+from nursery import Worker
 from protocol_model import Protocol, file_name
 from test_lost_acknowledgements import PATIENT, lose_first
 
@@ -88,7 +89,7 @@ def check_races(store) -> None:
             store.delete(test_races.LEASE)
 
 
-def ended_by_kill(worker: Running) -> None:
+def ended_by_kill(worker: Fork) -> None:
     assert worker.wait() == -signal.SIGKILL, worker.errors
 
 
@@ -205,7 +206,7 @@ def test_leases_by_the_wall_clock_are_stolen_early(nursery, calm, place):
 
     class Changed:
         @staticmethod
-        def start(worker: Worker) -> Running:
+        def start(worker: Worker) -> Fork:
             return start(Worker(**vars(worker) | {"change": "leases_expire_by_the_wall_clock"}))
 
     with must_fail():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from fleets import check_committed, counts, flags, leave_alone, make_dataset, sample, sample_indices, wait_until
-from nursery import Running, Worker
+from forks import Fork
+from nursery import Worker
 from tally import ZOMBIES
 
 from analysis.verification.verify import verify
@@ -32,12 +33,12 @@ def fault_of(number: int) -> str:
     return f"{point}@{1 if once else random.Random(number).randint(1, 6)}=stop"
 
 
-def fall_asleep(worker: Running) -> None:
+def fall_asleep(worker: Fork) -> None:
     wait_until(lambda: worker.is_stopped() or worker.returncode is not None)
     assert worker.returncode is None, worker.errors
 
 
-def wake_up(worker: Running) -> None:
+def wake_up(worker: Fork) -> None:
     worker.signal(signal.SIGCONT)
     assert worker.finish()["status"] == "complete"
 

@@ -123,8 +123,8 @@ def test_rotation_activation_and_bias_round_once():
         for seed, shape in enumerate([(1, 50, 2, 64), (96, 64), (96,)])
     )
     x32 = x.astype(jnp.float32)
-    positions = np.arange(50)[None]
-    tables = rotary_tables(RopeConfig(1e4, 64), positions, np.ones_like(positions))
+    positions = jnp.arange(50)[None]
+    tables = rotary_tables(RopeConfig(1e4, 64), positions, jnp.ones_like(positions))
     np.testing.assert_array_equal(np.asarray(rotate(x, tables), np.float32), rounded(rotate(x32, tables)))
     for name, exact in ACTIVATIONS.items():
         np.testing.assert_array_equal(np.asarray(activate(name, x), np.float32), rounded(exact(x32)))

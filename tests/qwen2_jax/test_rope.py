@@ -1,6 +1,7 @@
 """Rotary frequencies against transformers' own buffers, at the sizes of published models."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -81,9 +82,9 @@ def reference_and_ours(kind, head_dim, rope) -> tuple[torch.nn.Module, RopeConfi
 def test_angles_match_transformers(kind, head_dim, rope):
     reference, ours = reference_and_ours(kind, head_dim, rope)
     np.testing.assert_allclose(rotary_frequencies(ours), reference.inv_freq.numpy(), rtol=2e-7)
-    positions = np.array([[0, 1, 17, 2047]])
-    cos, sin = rotary_tables(ours, positions, np.ones_like(positions))
-    theirs = reference(torch.zeros(1), torch.tensor(positions))
+    positions = jnp.array([[0, 1, 17, 2047]])
+    cos, sin = rotary_tables(ours, positions, jnp.ones_like(positions))
+    theirs = reference(torch.zeros(1), torch.tensor(np.asarray(positions)))
     for table, expected in zip((cos, sin), theirs, strict=True):
         np.testing.assert_allclose(table, expected.numpy()[..., : cos.shape[-1]], atol=2e-4)
 
@@ -113,7 +114,7 @@ def test_each_token_of_a_row_rotates_as_its_own_sample_does():
         ours = read_rope(fields, 64)
         segments = np.array([[1] * 8 + [2] * 9 + [0] * 3, [1] * 20])
         positions = np.array([[*range(8), *range(9), 0, 0, 0], list(range(20))])
-        cos, _ = rotary_tables(ours, positions, segments)
+        cos, _ = rotary_tables(ours, jnp.asarray(positions), jnp.asarray(segments))
         for row, span, length in ((0, slice(0, 8), 8), (0, slice(8, 17), 9), (1, slice(0, 20), 20)):
             alone = positions[row, span, None].astype(np.float32) * rotary_frequencies(ours, length)
             scale = getattr(ours.scaling, "attention_factor", 1.0)
@@ -126,7 +127,7 @@ def test_the_length_of_a_sample_is_known_to_each_of_its_tokens(lengths):
     padding = [0] * (30 - sum(lengths))
     segments = [number for number, length in enumerate(lengths, start=1) for _ in range(length)] + padding
     positions = [place for length in lengths for place in range(length)] + padding
-    found = sample_lengths(np.array([positions], np.int32), np.array([segments], np.int32))
+    found = sample_lengths(jnp.array([positions], np.int32), jnp.array([segments], np.int32))
     assert np.asarray(found)[0, : sum(lengths)].tolist() == [length for length in lengths for _ in range(length)]
 
 
@@ -140,9 +141,9 @@ def test_frequencies_that_do_not_go_by_length_are_constants_of_the_program():
 
 def test_dimensions_beyond_the_rotated_ones_pass_unchanged():
     rope = RopeConfig(1e4, 6)
-    positions = np.arange(4)[None]
+    positions = jnp.arange(4)[None]
     x = np.random.default_rng(0).normal(size=(1, 4, 2, 10)).astype(np.float32)
-    out = rotate(jax.numpy.asarray(x), rotary_tables(rope, positions, np.ones_like(positions)))
+    out = rotate(jnp.asarray(x), rotary_tables(rope, positions, jnp.ones_like(positions)))
     np.testing.assert_array_equal(out[..., 6:], x[..., 6:])
     as_complex = (x[..., :3] + 1j * x[..., 3:6]) * np.exp(1j * positions[0, :, None, None] * rotary_frequencies(rope))
     np.testing.assert_allclose(out[..., :6], np.concatenate([as_complex.real, as_complex.imag], -1), atol=1e-6)

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +14,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 from fake_gcs import FakeGcs, gcs_environment
+from forks import Fork, shared
 from tiny_run import (
     arc_lines,
     cache_dir,
-    command,
     committed_files,
     environment,
     extract,
@@ -35,7 +34,7 @@ from core.object_store import LocalStore
 from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.runner import run
-from core.run.sharded_run import ShardedSummary, is_fault_of_the_machine, is_shard_finished
+from core.run.sharded_run import ShardedSummary, is_machine_fault, is_shard_finished
 from core.streams.sharded_dataset import read_dataset, write_dataset
 
 N_LINES, N_SHARDS = 260, 6
@@ -77,23 +76,14 @@ def config(model: Path, data: Path, out: Path, **flags) -> RunConfig:
 
 def start(
     model: Path, data: object, out: object, cwd: Path, worker: int, *, changes: dict | None = None, **env: str
-) -> subprocess.Popen[str]:
+) -> Fork:
     """A worker as a process of its own."""
     flags = [part for name, value in (FLAGS | (changes or {})).items() for part in (f"--{name}", str(value))]
-    argv = command(
+    return shared().command(
         "extract_activations.py", "--model_path", model, "--use_sharded_dataset", "--sharded_dataset_dir", data,
         "--output_dir", out, "--worker_id", worker, "--compilation_cache_dir", cache_dir(), "--json", *flags,
+        cwd=cwd, env=environment(**env),
     )  # fmt: skip
-    return subprocess.Popen(
-        argv, cwd=cwd, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(worker: subprocess.Popen[str]) -> dict:
-    """The summary of a worker that must end well."""
-    out, err = worker.communicate(timeout=120)
-    assert worker.returncode == 0, err
-    return json.loads(out)
 
 
 def outputs(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -138,9 +128,9 @@ def test_three_workers_of_which_one_is_killed_leave_what_one_calm_worker_leaves(
     workers = {worker.pid: worker for worker in (start(model, data, out, tmp_path, number) for number in range(3))}
     victim = workers.pop(pause_midway(out, set(workers)))
     victim.send_signal(signal.SIGKILL)
-    victim.communicate()
+    victim.wait()
     replacement = start(model, data, out, tmp_path, 0)
-    summaries = [finish(worker) for worker in (*workers.values(), replacement)]
+    summaries = [worker.finish() for worker in (*workers.values(), replacement)]
     assert outputs(committed_files(out)) == outputs(committed_files(calm_out))
     report = verify(str(out))
     assert report.ok, report.lines()
@@ -162,7 +152,7 @@ def test_a_worker_that_wakes_up_after_its_shard_was_taken_over_changes_nothing(m
         before = outputs(committed_files(out))
     finally:
         zombie.send_signal(signal.SIGCONT)
-    assert finish(zombie)["status"] == "complete"
+    assert zombie.finish()["status"] == "complete"
     # What the zombie was writing when it was stopped is gone as well.
     assert len(list(out.glob("claims/*/000002.json"))) >= 1
     assert outputs(committed_files(out)) == outputs(committed_files(calm_out))
@@ -178,7 +168,7 @@ def test_two_workers_in_a_bucket_leave_what_one_calm_worker_leaves(model, calm, 
         # On a busy machine a worker may be held up for longer than a short TTL, or start when all is done.
         env = {"changes": {"claim_ttl_s": 60.0}} | gcs_environment(server)
         workers = [start(model, *gs, number, **env) for number in range(2)]
-        summaries = [finish(worker) for worker in workers]
+        summaries = [worker.finish() for worker in workers]
         stored = {name: blob for name, blob in server.objects().items() if name.startswith("out/")}
         rewritten = [name for name in stored if len(server.generations(name)) > 1]
     stored = {name.removeprefix("out/"): blob for name, blob in stored.items()}
@@ -193,10 +183,9 @@ def test_sigterm_gives_the_shard_back_and_the_next_worker_goes_on_at_once(model,
     data, out = dataset(tmp_path, token_lines(900, longest=100), 2), tmp_path / "out"
     worker = start(model, data, out, tmp_path, 0)
     wait_until(lambda: half_done_shard(out, {worker.pid}) is not None)
-    worker.terminate()
-    stdout, stderr = worker.communicate(timeout=20)
-    assert worker.returncode == 143, stderr
-    assert json.loads(stdout)["status"] == "stopped"
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(20) == 143, worker.errors
+    assert json.loads(worker.output)["status"] == "stopped"
     (released,) = (json.loads(path.read_text()) for path in out.glob("claims/*/*.released"))
     assert released["reason"] == "stopped"
     never = {"claim_heartbeat_s": 1000.0, "claim_ttl_s": 2000.0}
@@ -294,13 +283,13 @@ def test_faults_are_told_apart_by_what_caused_them():
         error.__cause__ = cause
         return error
 
-    assert is_fault_of_the_machine(caused(RunError("a"), caused(RunError("b"), OSError("c"))))
-    assert is_fault_of_the_machine(caused(RunError("a"), aiohttp.ClientPayloadError()))
-    assert is_fault_of_the_machine(MemoryError())
-    assert is_fault_of_the_machine(UsageError("a"))
-    assert not is_fault_of_the_machine(RunError("x.jsonl:3: broken"))
-    assert not is_fault_of_the_machine(KeyError("a"))
-    assert not is_fault_of_the_machine(caused(RunError("a"), EOFError("cut off")))
+    assert is_machine_fault(caused(RunError("a"), caused(RunError("b"), OSError("c"))))
+    assert is_machine_fault(caused(RunError("a"), aiohttp.ClientPayloadError()))
+    assert is_machine_fault(MemoryError())
+    assert is_machine_fault(UsageError("a"))
+    assert not is_machine_fault(RunError("x.jsonl:3: broken"))
+    assert not is_machine_fault(KeyError("a"))
+    assert not is_machine_fault(caused(RunError("a"), EOFError("cut off")))
 
 
 def test_another_dataset_or_plan_in_the_same_output_is_refused_before_anything_is_written(model, calm, tmp_path):
@@ -316,7 +305,7 @@ def test_another_dataset_or_plan_in_the_same_output_is_refused_before_anything_i
         replace(first, max_tasks=None),
         replace(first, dtype="float32"),
     ):
-        with pytest.raises(UsageError, match="holds another run"):
+        with pytest.raises(UsageError, match="belongs to another run"):
             run(changed)
     assert committed_files(out) == before
 

@@ -195,7 +195,7 @@ def test_a_site_that_the_model_lacks_leaves_nothing_behind(tmp_path):
         max_seq_length=64,
         activation_type=("resid_mid",),
     )
-    with pytest.raises(ModelError, match="resid_mid cannot be captured: attention and MLP run side by side"):
+    with pytest.raises(ModelError, match="resid_mid cannot be captured: attention and MLP run in parallel"):
         run(config)
     assert not (tmp_path / "out/run.json").exists()
 

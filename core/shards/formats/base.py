@@ -53,8 +53,8 @@ class ShardContent:
 
     site: str
     layers: tuple[int, ...]
-    arrays: Mapping[str, Shaped[np.ndarray, "L N W"]]
-    offsets: Int64[np.ndarray, "S+1"]
+    arrays: Mapping[str, Shaped[np.ndarray, "L N _"]]
+    offsets: Int64[np.ndarray, "S_plus_1"]
     samples: tuple[TokenizedSample, ...]
 
     @property
@@ -63,7 +63,7 @@ class ShardContent:
         return self.arrays[VALUES]
 
     @property
-    def more(self) -> dict[str, Shaped[np.ndarray, "L N W"]]:
+    def more(self) -> dict[str, Shaped[np.ndarray, "L N _"]]:
         """The arrays that belong to the same rows besides."""
         return {name: array for name, array in self.arrays.items() if name != VALUES}
 
@@ -77,14 +77,14 @@ class ShardContent:
         return any(sample.n_pools for sample in self.samples)
 
     @property
-    def token_ids(self) -> list[Int32[np.ndarray, "K"]] | None:
+    def token_ids(self) -> list[Int32[np.ndarray, "_"]] | None:
         """The ids of each sample's stored tokens; None where rows are no tokens."""
         if self.is_pooled:
             return None
         return [s.token_ids if s.reasons is None else s.token_ids[s.kept] for s in self.samples]
 
     @property
-    def positions(self) -> list[Int32[np.ndarray, "K"]] | None:
+    def positions(self) -> list[Int32[np.ndarray, "_"]] | None:
         """The places of each sample's stored tokens; None where all tokens are stored, or rows are no tokens."""
         if self.is_pooled or any(sample.reasons is None for sample in self.samples):
             return None
@@ -113,10 +113,10 @@ class StoredShard:
     """
 
     sample_idx: tuple[int, ...]
-    layers: dict[int, list[Shaped[np.ndarray, "K W"]]]
-    positions: list[Int32[np.ndarray, "K"]] | None = None
-    token_ids: list[Int32[np.ndarray, "K"]] | None = None
-    more: dict[str, dict[int, list[Shaped[np.ndarray, "K W"]]]] = field(default_factory=dict)
+    layers: dict[int, list[Shaped[np.ndarray, "_ D"]]]
+    positions: list[Int32[np.ndarray, "_"]] | None = None
+    token_ids: list[Int32[np.ndarray, "_"]] | None = None
+    more: dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]] = field(default_factory=dict)
 
     def outline(self) -> Outline:
         """What this file holds, whatever its rounding."""
@@ -128,7 +128,7 @@ def _shapes(layers: Mapping[int, list[np.ndarray]]) -> Shapes:
     return {layer: [(array.shape, array.dtype) for array in arrays] for layer, arrays in layers.items()}
 
 
-def _plain(positions: list[Int32[np.ndarray, "K"]] | None) -> list[list[int]] | None:
+def _plain(positions: list[Int32[np.ndarray, "_"]] | None) -> list[list[int]] | None:
     return None if positions is None else [places.tolist() for places in positions]
 
 

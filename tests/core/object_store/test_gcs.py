@@ -5,7 +5,6 @@ import itertools
 import json
 import pickle
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Reset, Status, 
 from tiny_run import (
     arc_lines,
     cache_dir,
-    command,
     committed_files,
     environment,
     extract,
@@ -79,16 +77,18 @@ def test_two_workers_with_their_own_streams_share_the_bucket(model, bucket, tmp_
     assert {name.split("/")[0] for name in objects(bucket)} == {"run.json", "tpu_0", "tpu_1"}
 
 
-def calm_run(model: Path, tmp_path: Path) -> tuple[tuple[object, ...], dict[str, bytes]]:
+@pytest.fixture(scope="module")
+def calm_run(model, tmp_path_factory) -> tuple[tuple[object, ...], dict[str, bytes]]:
     """The flags of a run of several windows, and what it leaves in a local folder."""
-    write_jsonl(tmp_path / "s.jsonl", token_lines(25))
-    args = ("--model_path", model, "--dataset_path", "s.jsonl", "--max_seq_length", 256, "--shard_size_gb", 0.0001)
-    assert extract(tmp_path, *args, "--output_dir", "calm").returncode == 0
-    return args, shard_objects(committed_files(tmp_path / "calm"))
+    folder = tmp_path_factory.mktemp("calm")
+    stream = write_jsonl(folder / "s.jsonl", token_lines(25))
+    args = ("--model_path", model, "--dataset_path", stream, "--max_seq_length", 256, "--shard_size_gb", 0.0001)
+    assert extract(folder, *args, "--output_dir", "calm").returncode == 0
+    return args, shard_objects(committed_files(folder / "calm"))
 
 
-def test_nothing_stays_on_the_local_disk_when_it_is_to_be_deleted(model, bucket, tmp_path):
-    args, calm = calm_run(model, tmp_path)
+def test_nothing_stays_on_the_local_disk_when_it_is_to_be_deleted(calm_run, bucket, tmp_path):
+    args, calm = calm_run
     upload = ("--gcs_bucket", "your-bucket", "--upload_to_gcs", "--delete_local_after_upload", "--output_dir", "spool")
     result = extract(tmp_path, *args, *upload, **gcs_environment(bucket))
     assert result.returncode == 0, result.stderr
@@ -96,9 +96,10 @@ def test_nothing_stays_on_the_local_disk_when_it_is_to_be_deleted(model, bucket,
     assert not [path for path in (tmp_path / "spool").rglob("*") if path.is_file()]
 
 
-def test_input_and_output_may_be_bucket_urls(model, bucket, tmp_path):
-    args, calm = calm_run(model, tmp_path)
-    bucket.state.insert("your-bucket", {"name": "in/s.jsonl"}, (tmp_path / "s.jsonl").read_bytes(), {})
+def test_input_and_output_may_be_bucket_urls(calm_run, bucket, tmp_path):
+    args, calm = calm_run
+    stream = Path(args[args.index("--dataset_path") + 1])
+    bucket.state.insert("your-bucket", {"name": "in/s.jsonl"}, stream.read_bytes(), {})
     where = ("--dataset_path", "gs://your-bucket/in/s.jsonl", "--output_dir", "gs://your-bucket/out")
     result = extract(tmp_path, *args, *where, **gcs_environment(bucket))
     assert result.returncode == 0, result.stderr
@@ -117,8 +118,8 @@ UPLOAD_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", UPLOAD_FAULTS)
-def test_faults_of_the_storage_change_nothing_in_the_result(fault, model, bucket, tmp_path):
-    args, calm = calm_run(model, tmp_path)
+def test_faults_of_the_storage_change_nothing_in_the_result(fault, calm_run, bucket, tmp_path):
+    args, calm = calm_run
     uploads = itertools.count()
     # Every other upload is hit, so every object is hit once and its second try goes through.
     bucket.faults.add(
@@ -132,8 +133,8 @@ def test_faults_of_the_storage_change_nothing_in_the_result(fault, model, bucket
     assert all(len(bucket.generations(f"activations/{name}", "your-bucket")) == 1 for name in shards)
 
 
-def test_an_upload_that_keeps_failing_ends_the_run_with_one_line_and_a_later_run_heals(model, bucket, tmp_path):
-    args, calm = calm_run(model, tmp_path)
+def test_an_upload_that_keeps_failing_ends_the_run_with_one_line_and_a_later_run_heals(calm_run, bucket, tmp_path):
+    args, calm = calm_run
     where = ("--output_dir", "gs://your-bucket/activations")
     committed = "activations/tpu_0/shard_0001.json"
     bucket.faults.add(
@@ -160,7 +161,7 @@ def test_a_bucket_that_does_not_exist_is_one_line(model, bucket, tmp_path):
     assert [line for line in result.stderr.splitlines() if line.startswith("error: ") and "no-such-bucket" in line]
 
 
-def test_the_multi_host_command_runs_as_written_on_two_hosts(model, bucket, tmp_path):
+def test_the_multi_host_command_runs_as_written_on_two_hosts(model, bucket, tmp_path, forks):
     write_jsonl(tmp_path / "s.jsonl", token_lines(40))
     env = gcs_environment(bucket)
     dataset = ("--dataset_name", "s.jsonl", "--sharded", "--num_shards", 4)
@@ -177,20 +178,15 @@ def test_the_multi_host_command_runs_as_written_on_two_hosts(model, bucket, tmp_
     )
     here = ("--model_path", model, "--max_seq_length", 256, "--compilation_cache_dir", cache_dir())
     hosts = [
-        subprocess.Popen(
-            command(
-                "extract_activations.py", *seed_flags.split(), "--host_id", host, *here, "--output_dir", f"host{host}"
-            ),
+        forks.command(
+            *("extract_activations.py", *seed_flags.split(), "--host_id", host, *here, "--output_dir", f"host{host}"),
             cwd=tmp_path,
             env=environment(TPU_WORKER_ID=str(host), **env),
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for host in range(2)
     ]
     for host in hosts:
-        _, stderr = host.communicate(timeout=200)
-        assert host.returncode == 0, stderr
+        assert host.wait() == 0, host.errors
     shards = {name.split("/")[0] for name in objects(bucket) if "/shard_0001_part_1.pkl.gz" in name}
     assert shards == {f"shard_00{i}" for i in range(4)}
     remote = ("verify", "gs://your-bucket/activations")
@@ -219,7 +215,7 @@ def test_the_local_copy_names_no_bytes_that_it_does_not_hold(model, bucket, tmp_
         (tmp_path / "activations/tpu_0" / name).unlink()
     again = extract(tmp_path, *args, "--no_pack", "--batch_size", 1, **env)
     assert again.returncode == 0, again.stderr
-    assert "is left out" in again.stderr
+    assert "not committed locally" in again.stderr
     assert not (tmp_path / "activations/tpu_0/shard_0001.json").exists()
     remote = ("verify", "gs://your-bucket/activations")
     assert run("analyze_activations.py", *remote, cwd=tmp_path, **env).returncode == 0

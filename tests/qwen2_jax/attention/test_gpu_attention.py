@@ -24,7 +24,7 @@ SMALL, LARGE = Tiles(64, 32, 4, 2), Tiles(128, 64, 4, 3)
 
 @partial(jax.jit, static_argnames=("softcap", "tiles"))
 def run(q, k, v, segment_ids, window=1 << 30, softcap=None, tiles=SMALL):
-    start = kv_start(segment_ids, window)
+    start = kv_start(segment_ids, jnp.int32(window))
     return triton_attention(q, k, v, start, None, scale=SCALE, softcap=softcap, tiles=tiles, interpret=True)
 
 
@@ -93,7 +93,7 @@ def test_queries_and_keys_are_rotated_first():
     k, v = jnp.asarray(rng.normal(size=(2, 1, 128, 1, 64)), jnp.float32)
     angles = rng.normal(size=(1, 128, 32)) * 100
     rotary = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    start = kv_start(np.ones((1, 128), np.int32))
+    start = kv_start(jnp.ones((1, 128), jnp.int32))
     attend = partial(triton_attention, scale=SCALE, softcap=None, tiles=SMALL, interpret=True)
     expected = attend(rotate(q, rotary), rotate(k, rotary), v, start, None)
     np.testing.assert_allclose(attend(q, k, v, start, rotary), expected, rtol=0, atol=1e-6)

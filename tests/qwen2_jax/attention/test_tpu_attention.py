@@ -65,7 +65,7 @@ def test_rotation_in_the_kernels_layout_is_that_of_every_other_path(head_dim, n_
     k, v = jnp.asarray(rng.normal(size=(2, 2, 128, 2, head_dim)), jnp.float32)
     angles = rng.normal(size=(2, 128, n_pairs)) * 100
     rotary = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    start = kv_start(np.ones((2, 128), np.int32))
+    start = kv_start(jnp.ones((2, 128), jnp.int32))
     attend = partial(splash_attention, scale=SCALE, softcap=None, interpret=True)
     expected = attend(rotate(q, rotary), rotate(k, rotary), v, start, None)
     np.testing.assert_allclose(attend(q, k, v, start, rotary), expected, rtol=0, atol=1e-5)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from core.base.errors import ModelError
-from qwen2_jax import load_config, load_model, load_tokenizer, model_identity
+from qwen2_jax import load_config, load_model, model_identity
 from qwen2_jax.checkpoints.files import LocalFile
 from qwen2_jax.checkpoints.gguf_file import GgufContainer
 
@@ -228,30 +228,6 @@ def test_two_gguf_files_in_a_folder_are_ambiguous(tmp_path):
         small_file(tmp_path / name, **COMPLETE)
     with pytest.raises(ModelError, match=r"2 \.gguf files, a\.gguf first; name the one to use"):
         load_config(str(tmp_path))
-
-
-PROMPTS = [
-    "The capital of France is",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
-    "### Input\n```grid shape: 3x3\n1 007\n2 070\n3 700\n```\n\n### Output\n```grid shape: 3x3\n1",
-    " ".join(f"{i} times {i} is {i * i}." for i in range(2, 20)) + " 20 times 20 is",
-]
-
-
-def test_smollm2_matches_transformers_on_real_prompts(smollm2, transformers_smollm2):
-    decoder, tokenizer = load_model(str(smollm2)), load_tokenizer(str(smollm2))
-    prompts = [np.array(tokenizer.encode(prompt)) for prompt in PROMPTS]
-    length = max(map(len, prompts))
-    tokens = np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts])
-    in_prompt = np.arange(length) < np.array([[len(prompt)] for prompt in prompts])
-    ours = forward(decoder, tokens, everything(decoder), in_prompt.astype(int))
-    for row, prompt in enumerate(prompts):
-        theirs = hf_activations(transformers_smollm2, prompt[None])
-        for site in theirs.keys() - {"logits"}:
-            assert worst_token(ours[site][:, row, : len(prompt)], theirs[site][:, 0]) < 1e-4, (row, site)
-        next_token = ours["logits"][row, len(prompt) - 1].argmax()
-        assert next_token == theirs["logits"][0, -1].argmax()
-    assert tokenizer.decode([ours["logits"][0, len(prompts[0]) - 1].argmax()]) == " Paris"
 
 
 def test_smollm2_is_itself_wherever_it_lies(smollm2, tmp_path):
