@@ -8,7 +8,7 @@ from core.run.progress import format_bytes
 from core.step.capture import existing_layer, site_bytes
 from core.step.model_shape import ModelShape, check_sample_length
 from qwen2_jax.families import FAMILIES
-from qwen2_jax.hook_names import hugging_face_name, transformer_lens_name
+from qwen2_jax.mapping.hook_names import hugging_face_name, transformer_lens_name
 from qwen2_jax.taps import SITES, Capture
 
 

@@ -240,13 +240,14 @@ def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepP
         return x.astype(dtype), _peaks(x, over), _norms(x, over) if site in request.norm_sites else None
 
     def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
-        outputs = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split, on_tap)
+        model = nnx.merge(graphdef, state)
+        outputs = model.forward(tokens, segment_ids, positions, request.capture, split, on_tap)
         stored, peaks, norms = ({site: parts[i] for site, parts in outputs.items()} for i in range(3))
         return stored, peaks, {site: norms[site] for site in request.norm_sites}
 
-    rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
-    sites = {site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites}
-    weights = jax.tree.map(lambda array: array.sharding.spec, state)
+    rows, layers_rows = mesh.rows, PartitionSpec(None, DATA_AXIS)
+    sites = {site: mesh.output_spec(site) for site in request.capture.sites}
+    weights = mesh.parameter_specs(state)
     out_specs = (sites, layers_rows, layers_rows)
     mapped = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
     return StepProgram(

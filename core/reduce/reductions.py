@@ -59,7 +59,7 @@ class Pool:
         return self.kind != "max"
 
     def weights(self, n_tokens: int) -> Float64[np.ndarray, "T"]:
-        """The weight of each of `n_tokens` >= 1 tokens; the sum is 1. For `max` all are equal, so that all are fetched."""
+        """The weight of each of `n_tokens` >= 1 tokens; the sum is 1. For `max` all are equal: all are fetched."""
         if self.kind in ("first", "last"):
             return np.eye(1, n_tokens, 0 if self.kind == "first" else n_tokens - 1)[0]
         if self.half_life is None:

@@ -74,7 +74,7 @@ def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
 def prepare_stream(
     job: Job, storage: ActivationStorage, broadcast: Callable[[str, Callable[[], Any]], Any] | None = None
 ) -> PreparedStream:
-    """Reads the first missing window. Raises RunError when the stream starts with a bad record or the disk is too small.
+    """Reads the first missing window. Raises RunError if the stream starts with a bad record or the disk is too small.
 
     broadcast: sends a result of host 0 to all hosts: `Hosts.broadcast` (None) or `HostSession.broadcast`.
     """

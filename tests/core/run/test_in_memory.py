@@ -131,7 +131,6 @@ def test_paths_and_numbers_of_numpy_are_taken(model, tmp_path):
         "checkpoint_dir": tmp_path / "ck",
         "batch_size": np.int32(2),
         "output_dir": tmp_path / "out",
-        "quiet": True,
     }
     summary = extract(Path(model), Path(stream), layers_to_extract=np.arange(2), quiet=True, **flags)
     assert verify(tmp_path / "out").ok
