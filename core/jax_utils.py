@@ -36,7 +36,7 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def resolve_compute_dtype(name: str) -> str:
-    """`auto` is bfloat16 where matrix units want it, and float32 on the CPU, where it is both exact and faster."""
+    """`auto` is bfloat16 on devices with matrix units and float32 on the CPU, where it is more exact and faster."""
     if name not in ("auto", *COMPUTE_DTYPES):
         raise UsageError(f"--compute_dtype {name}: must be one of auto, {', '.join(COMPUTE_DTYPES)}")
     if name != "auto":
@@ -70,8 +70,10 @@ def _report_split(mesh: ModelMesh, share: int) -> None:
     if n_devices > 1:
         split = {"attention": mesh.split.heads, "MLP": mesh.split.mlp}
         whole = " and ".join(part for part, axes in split.items() if not axes)
-        alike = f"; {whole} of this model cannot be divided so, and all of them compute it" if whole else ""
-        logging.info("a copy of the model lies on %d devices, %.2f GB on each%s", n_devices, share / 1e9, alike)
+        alike = (
+            f"; {whole} of this model cannot be divided by that number, and every device computes it" if whole else ""
+        )
+        logging.info("a copy of the model is split over %d devices, %.2f GB on each%s", n_devices, share / 1e9, alike)
 
 
 class JaxBackend:
@@ -91,11 +93,11 @@ class JaxBackend:
         return jax.default_backend() == "cpu"
 
     def lanes(self, model: ModelShape, request: StepRequest) -> int:
-        """More than one on a CPU alone."""
+        """More than one only on a CPU."""
         return _lanes(self._mesh(model, request).mesh)
 
     def row_multiple(self, model: ModelShape, request: StepRequest) -> int:
-        """The batch is split over so many devices, or groups of devices that hold the model together."""
+        """The number of devices, or of groups of devices with one copy of the model, that the batch is split over."""
         return self._mesh(model, request).mesh.shape[DATA_AXIS]
 
     def _mesh(self, model: ModelShape, request: StepRequest) -> ModelMesh:
@@ -153,14 +155,14 @@ _STEPS: WeakKeyDictionary[Decoder, dict[StepRequest, "ExtractionStep"]] = WeakKe
 
 
 def _put_on(mesh: ModelMesh, model: Decoder) -> Decoder:
-    """The same arrays, as arrays of a mesh of their one device."""
+    """The same arrays, on a mesh of their single device."""
     graphdef, state = nnx.split(model)
     placed: Decoder = nnx.merge(graphdef, jax.device_put(state, NamedSharding(mesh.mesh, PartitionSpec())))
     return placed
 
 
 class LoadedBackend(JaxBackend):
-    """A model that is loaded already, with the dtype it has and on the devices it lies on."""
+    """A model that is loaded already, with its dtype and on its devices."""
 
     def __init__(self, model: Decoder) -> None:
         super().__init__()
@@ -176,14 +178,14 @@ class LoadedBackend(JaxBackend):
         return self._model.config
 
     def compute_dtype(self, name: str) -> str:
-        """That of its weights. Raises UsageError for another."""
+        """The dtype of its weights. Raises UsageError for another."""
         has = self._model.embedding[...].dtype.name
         if name not in ("auto", has):
             raise UsageError(f"compute_dtype {name}: the model is loaded in {has}: load it in {name}")
         return has
 
     def load(self, path: str, revision: str | None, request: StepRequest) -> "ExtractionStep":
-        """A step with the weights that the model has now; one for the same request is compiled once."""
+        """A step with the current weights of the model; it is compiled once per request."""
         mesh = self._mesh(self._model.config, request)
         if self._model.mesh is None:
             self._model = _put_on(mesh, self._model)
@@ -210,7 +212,7 @@ def _norms(x: Float[Array, "B T D"], over: MeshAxes) -> Float[Array, "B T"]:
 
 
 def _lanes(mesh: Mesh) -> int:
-    """A CPU runs a step at a time for each thread that calls it. Devices that work together need steps in one order."""
+    """A CPU runs one step per calling thread. Devices that communicate must run the steps in the same order."""
     return _CPU_LANES if mesh.size == 1 and mesh.devices.flat[0].platform == "cpu" else 1
 
 
@@ -220,7 +222,7 @@ class StepProgram:
 
     Attributes:
       state: the model's arrays, or their shapes (`Decoder.abstract` on a mesh), which are enough to lower `forward`.
-      forward: (state, tokens, segment_ids, positions) -> `Outputs`, jitted; the arrays are (B, T) and lie on `rows`.
+      forward: (state, tokens, segment_ids, positions) -> `Outputs`, jitted; the arrays are (B, T), sharded as `rows`.
       out_specs: the specs of the outputs: activations by site, all peaks, all norms.
     """
 
@@ -231,7 +233,7 @@ class StepProgram:
 
 
 def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepProgram:
-    """The forward pass split over `mesh`: the batch over its data axis, the model as its parameters lie."""
+    """The forward pass over `mesh`: the batch is split over its data axis, the model as its parameters are."""
     graphdef, state = nnx.split(model)
     dtype, split = jnp.dtype(request.stored_dtype), mesh.split
 
@@ -264,11 +266,11 @@ class ExtractionStep:
     The batch is split over the mesh's data axis. With the whole model on every device each computes its rows alone, and
     the program has no collectives. One compilation for each (rows, row length).
 
-    It may be made of a model that has shapes for arrays (`Decoder.abstract`), so that it is compiled while the weights
-    are read; `take_weights` comes before the first call then.
+    It can be made of a model with shapes instead of arrays (`Decoder.abstract`), to be compiled while the weights are
+    read; then `take_weights` must be called before the first step.
 
-    The hosts of a slice run this one program, each over its own devices and rows. Nothing crosses hosts, so that none
-    waits for another, and one that stops or fails in the middle leaves no step half launched elsewhere.
+    The hosts of a slice run this one program, each over its own devices and rows. No data crosses hosts: no host
+    waits for another, and a host that stops or fails leaves no step half launched on the others.
     """
 
     def __init__(self, model: Decoder, request: StepRequest, mesh: ModelMesh) -> None:
@@ -277,10 +279,10 @@ class ExtractionStep:
         self._ahead: dict[tuple[int, ...], Future[jax.stages.Compiled]] = {}
 
     def compile_ahead(self, rows: int, length: int) -> None:
-        """Begins to compile for steps of this shape, and returns.
+        """Starts to compile for steps of this shape, and returns.
 
-        What holds Python's lock, tracing and lowering, is done here: in a thread it would slow down the reading of
-        weights, whose many small array operations would wait for the lock one by one.
+        Tracing and lowering hold Python's lock, so they are done here: in a thread they would slow down the reading of
+        weights, whose many small array operations would each wait for the lock.
         """
         program = self._program
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=program.rows)
@@ -290,11 +292,11 @@ class ExtractionStep:
         thread.shutdown(wait=False)
 
     def take_weights(self, model: Decoder) -> None:
-        """The arrays of `model`, in the place of their shapes."""
+        """Replaces the shapes by the arrays of `model`."""
         self._program = replace(self._program, state=nnx.state(model))
 
     def __call__(self, arrays: StepArrays) -> StepOutput:
-        """Starts one step; returns at once with arrays that fill when the device is done, on a CPU when it is done."""
+        """Starts one step; returns at once, while the arrays are computing; on a CPU when they are computed."""
         program = self._program
         inputs = jax.device_put((arrays.tokens, arrays.segment_ids, arrays.positions), program.rows)
         ahead = self._ahead.get(arrays.tokens.shape)

@@ -1,8 +1,8 @@
 """The step of the torch backend: a batch of rows in, the captured sites in the stored dtype out.
 
-Rows hold one sample each and are padded on the right; where padding would change the result each row runs alone.
+Rows hold one sample each and are padded on the right; if padding would change the result, each row runs alone.
 
-Axis letters: L layers stored for the site, B rows, T tokens of a row, K tokens that are fetched, D width of the site.
+Axis letters: L layers stored for the site, B rows, T tokens of a row, K fetched tokens, D width of the site.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 
 @dataclass(frozen=True)
 class HostCopy:
-    """A tensor on its way to the host; `numpy.asarray` of it waits.
+    """A tensor that is being copied to the host; `numpy.asarray` of it waits.
 
-    done: a mark after the copy in what is queued on the device; None on the CPU, which queues nothing.
+    done: an event after the copy in the device's queue; None on the CPU, which has no queue.
     """
 
     tensor: Tensor
@@ -45,7 +45,7 @@ class HostCopy:
 
 @begin_copy.register
 def _(tensor: Tensor) -> HostCopy:
-    """From CUDA into pinned memory, which the GPU writes by itself."""
+    """From CUDA into pinned memory, which the GPU writes directly."""
     if not tensor.is_cuda:
         return HostCopy(tensor, None)
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -116,7 +116,7 @@ def _maxima(
 def quantize(
     rows: Float32[Array, "*rows W"], quantization: Quantization
 ) -> tuple[Num[Array, "*rows W"], Float32[Array, "*rows G"], Float32[Array, "*rows W"]]:
-    """Codes, the scale of each block, and the rows that they stand for: code times scale.
+    """Codes, the scale of each block, and the restored rows: code times scale.
 
     The largest magnitude of a block gets the largest code. A block of zeros has scale 0.
     """

@@ -24,7 +24,7 @@ from core.object_store import open_store
 
 _MATRIX, _MEAN = "matrix", "mean"
 _BFLOAT16 = DTYPES["bfloat16"]
-# numpy has no kind of its own for the floats of ml_dtypes.
+# The floats of ml_dtypes, which do not have numpy's kind "f".
 _FLOATS_BESIDE_NUMPY = (_BFLOAT16, CODE_DTYPES["float8_e4m3fn"])
 # What numpy, zipfile, its decompressors and the reader of safetensors raise for damaged files.
 _UNREADABLE = (
@@ -53,7 +53,7 @@ class Projection:
     Attributes:
       matrix: (M, D, E), M = 1 or L, the layers in their stored order.
       mean: (N, D), N = 1 or L.
-      name: what messages call it.
+      name: its name in messages.
     """
 
     matrix: Float32[np.ndarray, "M D E"]
@@ -62,11 +62,11 @@ class Projection:
 
     @property
     def out_width(self) -> int:
-        """E."""
+        """E, the width of a projected row."""
         return self.matrix.shape[2]
 
     def check(self, site: str, width: int, n_layers: int) -> None:
-        """Raises UsageError when it is not for `n_layers` layers of a site of that width."""
+        """Raises UsageError if it does not fit `n_layers` layers of a site of that width."""
         rows = self.matrix.shape[1]
         if rows != width:
             raise UsageError(f"--project {self.name}: its matrix has {rows} rows, {site} is {width} wide")

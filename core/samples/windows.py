@@ -29,7 +29,7 @@ class TokenizedSample:
       position: of its record among the lines of the stream; samples_per_record: how many samples the record makes.
       token_ids: (T,) what the model sees, after truncation.
       full_length: tokens before truncation.
-      text_preview: at most 200 characters, for people.
+      text_preview: the first characters of the text, at most 200, for readers of the output.
       labels: the record's other keys, as they were in the stream.
       reasons: (T,) why each token is not stored, 0 for one that is (`core.samples.selection`); None: all are stored.
       most_stored: maximum number of stored tokens among those without a reason, until norms have decided; None: all.
