@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         self.q = Linear("BTD,QD->BTQ", parameters.of("q"))
         self.k = Linear("BTD,CD->BTC", parameters.of("k"))
         self.v = Linear("BTD,CD->BTC", parameters.of("v"))
-        # I, J, K stand for K, G, H: einsum sums in the order of the alphabet, and another than that in memory costs 10%.
+        # I, J, K for K, G, H: einsum sums over axes in the order of their letters, which then is that in memory.
         self.o = Linear("BTIJK,DIJK->BTD", parameters.of("o"))
         self.q_norm, self.k_norm = (
             None if config.qk_norm is None else Norm(config.norm, config.norm_eps, parameters.of(name))
@@ -116,7 +116,7 @@ class Block(nnx.Module):
 
         self.parallel = config.parallel
         self.attn_norm = norm("attn_norm", exists=config.pre_norm)
-        self.attention = Attention(config, parameters.of("attention"))
+        self.attn = Attention(config, parameters.of("attn"))
         self.attn_post_norm = norm("attn_post_norm", exists=config.post_norm)
         self.mlp_norm = norm("mlp_norm", exists=config.pre_norm)
         self.mlp = Mlp(config, parameters.of("mlp"))
@@ -125,7 +125,7 @@ class Block(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], ctx: LayerContext) -> tuple[Float[Array, "B T D"], Taps]:
         """Returns the new residual stream and what each site of `taps.SITES` saw."""
         taps = {"resid_pre": x}
-        taps |= self.attention(_normed(x, self.attn_norm), ctx)
+        taps |= self.attn(_normed(x, self.attn_norm), ctx)
         taps["attn"] = _normed(taps["attn_proj"], self.attn_post_norm)
         middle = x if self.parallel else x + taps["attn"]
         taps |= self.mlp(self._mlp_input(middle), ctx.split)

@@ -89,12 +89,12 @@ def parameter_specs(
 def _attention_axes(config: DecoderConfig) -> Axes:
     axes: Axes = {}
     for name, heads in {"q": "heads", "k": "kv_heads", "v": "kv_heads"}.items():
-        axes |= _linear(f"attention.{name}", (heads, "embed"), has_bias=config.qkv_bias)
+        axes |= _linear(f"attn.{name}", (heads, "embed"), has_bias=config.qkv_bias)
     if config.qk_norm == "head":
-        axes |= {"attention.q_norm.weight": ("head_dim",), "attention.k_norm.weight": ("head_dim",)}
+        axes |= {"attn.q_norm.weight": ("head_dim",), "attn.k_norm.weight": ("head_dim",)}
     if config.qk_norm == "full":
-        axes |= {"attention.q_norm.weight": ("heads",), "attention.k_norm.weight": ("kv_heads",)}
-    return axes | _linear("attention.o", ("embed", "heads"), has_bias=config.o_bias)
+        axes |= {"attn.q_norm.weight": ("heads",), "attn.k_norm.weight": ("kv_heads",)}
+    return axes | _linear("attn.o", ("embed", "heads"), has_bias=config.o_bias)
 
 
 def _mlp_axes(config: DecoderConfig) -> Axes:

@@ -28,12 +28,12 @@ _NOT_WEIGHTS = {ROPE_DIVISORS, LONG_DIVISORS, SHORT_DIVISORS}  # part of the con
 _BLOCK = "blk.{layer}."
 _STEMS = {
     "layers.attn_norm": _BLOCK + "attn_norm",
-    "layers.attention.q": _BLOCK + "attn_q",
-    "layers.attention.k": _BLOCK + "attn_k",
-    "layers.attention.v": _BLOCK + "attn_v",
-    "layers.attention.q_norm": _BLOCK + "attn_q_norm",
-    "layers.attention.k_norm": _BLOCK + "attn_k_norm",
-    "layers.attention.o": _BLOCK + "attn_output",
+    "layers.attn.q": _BLOCK + "attn_q",
+    "layers.attn.k": _BLOCK + "attn_k",
+    "layers.attn.v": _BLOCK + "attn_v",
+    "layers.attn.q_norm": _BLOCK + "attn_q_norm",
+    "layers.attn.k_norm": _BLOCK + "attn_k_norm",
+    "layers.attn.o": _BLOCK + "attn_output",
     "layers.attn_post_norm": _BLOCK + "post_attention_norm",
     "layers.mlp_norm": _BLOCK + "ffn_norm",
     "layers.mlp.gate": _BLOCK + "ffn_gate",
@@ -112,7 +112,7 @@ def _fused_qkv(config: DecoderConfig) -> dict[str, Stored]:
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     rows = {"q": Rows(0, q), "k": Rows(q, q + kv), "v": Rows(q + kv, q + 2 * kv)}
     return {
-        f"layers.attention.{part}.{kind}": Stored(f"{_BLOCK}attn_qkv.{kind}", of_part)
+        f"layers.attn.{part}.{kind}": Stored(f"{_BLOCK}attn_qkv.{kind}", of_part)
         for part, of_part in rows.items()
         for kind in ("weight", "bias")
     }

@@ -24,7 +24,7 @@ WEIGHTS = plain(
         "position_embedding": "transformer.wpe.weight",
         "layers.attn_norm.weight": LAYER + "ln_1.weight",
         "layers.attn_norm.bias": LAYER + "ln_1.bias",
-        "layers.attention.o.bias": LAYER + "attn.c_proj.bias",
+        "layers.attn.o.bias": LAYER + "attn.c_proj.bias",
         "layers.mlp_norm.weight": LAYER + "ln_2.weight",
         "layers.mlp_norm.bias": LAYER + "ln_2.bias",
         "layers.mlp.up.bias": LAYER + "mlp.c_fc.bias",
@@ -34,7 +34,7 @@ WEIGHTS = plain(
         "lm_head.weight": "lm_head.weight",
     }
 ) | {
-    "layers.attention.o.weight": Stored(LAYER + "attn.c_proj.weight", transposed=True),
+    "layers.attn.o.weight": Stored(LAYER + "attn.c_proj.weight", transposed=True),
     "layers.mlp.up.weight": Stored(LAYER + "mlp.c_fc.weight", transposed=True),
     "layers.mlp.down.weight": Stored(LAYER + "mlp.c_proj.weight", transposed=True),
 }
@@ -77,8 +77,7 @@ def gpt2_weights(config: DecoderConfig) -> WeightTable:
     fused, width = LAYER + "attn.c_attn.", config.d_model
     thirds = {param: Rows(i * width, (i + 1) * width) for i, param in enumerate("qkv")}
     weights = {
-        f"layers.attention.{param}.weight": Stored(fused + "weight", rows, transposed=True)
-        for param, rows in thirds.items()
+        f"layers.attn.{param}.weight": Stored(fused + "weight", rows, transposed=True) for param, rows in thirds.items()
     }
-    biases = {f"layers.attention.{param}.bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
+    biases = {f"layers.attn.{param}.bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
     return WEIGHTS | weights | biases

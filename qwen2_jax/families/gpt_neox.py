@@ -15,8 +15,8 @@ WEIGHTS = plain(
         "embedding": "gpt_neox.embed_in.weight",
         "layers.attn_norm.weight": LAYER + "input_layernorm.weight",
         "layers.attn_norm.bias": LAYER + "input_layernorm.bias",
-        "layers.attention.o.weight": LAYER + "attention.dense.weight",
-        "layers.attention.o.bias": LAYER + "attention.dense.bias",
+        "layers.attn.o.weight": LAYER + "attention.dense.weight",
+        "layers.attn.o.bias": LAYER + "attention.dense.bias",
         "layers.mlp_norm.weight": LAYER + "post_attention_layernorm.weight",
         "layers.mlp_norm.bias": LAYER + "post_attention_layernorm.bias",
         "layers.mlp.up.weight": LAYER + "mlp.dense_h_to_4h.weight",
@@ -78,6 +78,6 @@ def gpt_neox_weights(config: DecoderConfig) -> WeightTable:
     fused = LAYER + "attention.query_key_value."
     size = config.head_dim
     thirds = {param: Rows(i * size, (i + 1) * size, groups=config.n_heads) for i, param in enumerate("qkv")}
-    weights = {f"layers.attention.{param}.weight": Stored(fused + "weight", rows) for param, rows in thirds.items()}
-    biases = {f"layers.attention.{param}.bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
+    weights = {f"layers.attn.{param}.weight": Stored(fused + "weight", rows) for param, rows in thirds.items()}
+    biases = {f"layers.attn.{param}.bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
     return WEIGHTS | weights | biases

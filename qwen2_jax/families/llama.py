@@ -17,14 +17,14 @@ WEIGHTS = plain(
     {
         "embedding": "model.embed_tokens.weight",
         "layers.attn_norm.weight": LAYER + "input_layernorm.weight",
-        "layers.attention.q.weight": ATTENTION + "q_proj.weight",
-        "layers.attention.q.bias": ATTENTION + "q_proj.bias",
-        "layers.attention.k.weight": ATTENTION + "k_proj.weight",
-        "layers.attention.k.bias": ATTENTION + "k_proj.bias",
-        "layers.attention.v.weight": ATTENTION + "v_proj.weight",
-        "layers.attention.v.bias": ATTENTION + "v_proj.bias",
-        "layers.attention.o.weight": ATTENTION + "o_proj.weight",
-        "layers.attention.o.bias": ATTENTION + "o_proj.bias",
+        "layers.attn.q.weight": ATTENTION + "q_proj.weight",
+        "layers.attn.q.bias": ATTENTION + "q_proj.bias",
+        "layers.attn.k.weight": ATTENTION + "k_proj.weight",
+        "layers.attn.k.bias": ATTENTION + "k_proj.bias",
+        "layers.attn.v.weight": ATTENTION + "v_proj.weight",
+        "layers.attn.v.bias": ATTENTION + "v_proj.bias",
+        "layers.attn.o.weight": ATTENTION + "o_proj.weight",
+        "layers.attn.o.bias": ATTENTION + "o_proj.bias",
         "layers.mlp_norm.weight": LAYER + "post_attention_layernorm.weight",
         "layers.mlp.gate.weight": MLP + "gate_proj.weight",
         "layers.mlp.gate.bias": MLP + "gate_proj.bias",
@@ -39,8 +39,8 @@ WEIGHTS = plain(
 # Norms of queries and keys, in the families that have them.
 QK_NORMS = plain(
     {
-        "layers.attention.q_norm.weight": ATTENTION + "q_norm.weight",
-        "layers.attention.k_norm.weight": ATTENTION + "k_norm.weight",
+        "layers.attn.q_norm.weight": ATTENTION + "q_norm.weight",
+        "layers.attn.k_norm.weight": ATTENTION + "k_norm.weight",
     }
 )
 

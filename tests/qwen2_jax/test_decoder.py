@@ -177,7 +177,7 @@ def test_sites_and_parameters_follow_the_block(tmp_path):
     }
     names = parameter_specs(olmo2)
     assert "layers.attn_norm.weight" not in names
-    assert names["layers.attention.q_norm.weight"].axes == ("layers", "heads")
+    assert names["layers.attn.q_norm.weight"].axes == ("layers", "heads")
     assert parameter_specs(parallel)["layers.mlp_norm.bias"].shape == (4, 48)
     assert "final_norm.weight" not in parameter_specs(olmo2, with_final_norm=False, with_head=False)
 
@@ -188,7 +188,7 @@ def test_the_abstract_decoder_has_the_shapes_of_the_loaded_one(decoder):
         for each in (decoder, Decoder.abstract(decoder.config, jnp.float32))
     ]
     assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
-    assert parameter_specs(decoder.config)["layers.attention.q.weight"].shape == (4, 48, 48)
+    assert parameter_specs(decoder.config)["layers.attn.q.weight"].shape == (4, 48, 48)
 
 
 ON_A_MESH = """

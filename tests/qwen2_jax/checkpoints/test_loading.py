@@ -93,7 +93,7 @@ def test_rounding_to_bf16_is_to_nearest_even(folder):
 
 def test_an_early_cut_reads_only_its_layers_and_computes_the_same(folder, pristine):
     cut = load_model(str(folder), n_layers=2)
-    assert parameters(cut)["layers.attention.q.weight"].shape[0] == 2
+    assert parameters(cut)["layers.attn.q.weight"].shape[0] == 2
     assert "lm_head.weight" not in parameters(cut)
     ours = forward(cut, TOKENS, everything(cut, logits=False))
     whole = forward(load_model(str(pristine)), TOKENS, Capture((0, 1)))

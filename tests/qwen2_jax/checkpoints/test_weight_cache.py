@@ -66,7 +66,7 @@ def warnings(monkeypatch):
     return said
 
 
-Q = "layers.attention.q.weight"
+Q = "layers.attn.q.weight"
 PARTS = [{}, {"n_layers": 2}, {"with_head": False}, {"with_head": False, "with_final_norm": False}]
 
 
