@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
+from core.backends import BACKENDS, choose_backend
+from core.base.arguments import path_text
 from core.base.command_line import CommandParser, run_command
 from core.base.dtypes import DTYPES
-from core.step.backends import BACKENDS, choose_backend
 
 if TYPE_CHECKING:
     from analysis.certificate.fidelity import FidelityReport
@@ -50,7 +51,7 @@ def verify(dir: str, *, allow_unfinished: bool = False) -> "VerificationReport":
     """
     from analysis.verification import verify as verification
 
-    return verification.verify(dir, allow_unfinished=allow_unfinished)
+    return verification.verify(path_text(dir, "dir"), allow_unfinished=allow_unfinished)
 
 
 def certify(
@@ -67,21 +68,23 @@ def certify(
     from analysis.certificate.certified_outputs import certify_output
     from torch_models.loading import ModelSource
 
-    return certify_output(dir, ModelSource(model_path, revision, trust_remote_code), samples)
+    return certify_output(
+        path_text(dir, "dir"), ModelSource(path_text(model_path, "model_path"), revision, trust_remote_code), samples
+    )
 
 
 def status(dir: str) -> "FleetStatus":
     """The status of a whole fleet: shards, owners, progress, throughput and time left."""
     from analysis.fleet_status import status as fleet
 
-    return fleet.status(dir)
+    return fleet.status(path_text(dir, "dir"))
 
 
-def retry(dir: str, shards: Sequence[str]) -> dict[str, int]:
+def retry(dir: str, shards: str | Sequence[str]) -> dict[str, int]:
     """Makes workers retry dataset shards that were set aside; returns the number of deleted failures of each."""
     from analysis.fleet_status import status as fleet
 
-    return fleet.retry(dir, shards)
+    return fleet.retry(path_text(dir, "dir"), [shards] if isinstance(shards, str) else shards)
 
 
 def list_hooks(
@@ -97,6 +100,7 @@ def list_hooks(
     """The sites of a model that can be captured, with names and sizes; its weights are not read."""
     from analysis.hook_table import hook_table
 
+    model_path = path_text(model_path, "model_path")
     found = choose_backend(backend, model_path, revision, trust_remote_code=trust_remote_code)
     shape = found.model_shape(model_path, revision)
     return hook_table(model_path, shape, layers=layers, dtype=dtype, max_seq_length=max_seq_length)

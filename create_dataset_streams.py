@@ -72,7 +72,9 @@ def create_streams(
     """
     from core.streams import writing
 
-    return writing.create_streams(_options(dataset_name, output_dir, num_streams=num_streams, **options))
+    _refuse(options, "num_shards", "chunk_size_mb", since="`create_sharded_dataset` makes dataset shards")
+    named = {"dataset_name": dataset_name, "output_dir": output_dir, "num_streams": num_streams}
+    return writing.create_streams(_options(**named, **options))
 
 
 def create_sharded_dataset(
@@ -81,18 +83,23 @@ def create_sharded_dataset(
     """Writes a sharded dataset, whose shards workers claim; arguments and errors as of `create_streams`."""
     from core.streams import writing
 
-    return writing.create_sharded_dataset(_options(dataset_name, output_dir, num_shards=num_shards, **options))
+    _refuse(options, "num_streams", since="`create_streams` makes streams")
+    named = {"dataset_name": dataset_name, "output_dir": output_dir, "num_shards": num_shards}
+    return writing.create_sharded_dataset(_options(**named, **options))
 
 
-def _options(dataset_name: str, output_dir: str, **options: Any) -> "StreamOptions":
+def _refuse(options: dict[str, Any], *names: str, since: str) -> None:
     from core.base.errors import UsageError
+
+    if unused := [name for name in names if name in options]:
+        raise UsageError(f"{unused[0]}: not used here: {since}")
+
+
+def _options(**options: Any) -> "StreamOptions":
+    from core.base.arguments import checked_arguments
     from core.streams.writing import StreamOptions
 
-    if unknown := options.keys() - StreamOptions.__dataclass_fields__.keys():
-        raise UsageError(f"{min(unknown)}: no such flag (--help lists them)")
-    if "drop_columns" in options:
-        options["drop_columns"] = tuple(options["drop_columns"])
-    return StreamOptions(dataset_name, output_dir, **options)
+    return StreamOptions(**checked_arguments(StreamOptions, options))
 
 
 def run_flags(args: argparse.Namespace) -> None:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from core.base.command_line import CommandParser, log_to_file, run_command
+from core.backends import BACKENDS
+from core.base.command_line import CommandParser, configure_logging, log_to_file, run_command
 from core.base.dtypes import DTYPES
 from core.reduce.reductions import QUANTIZATIONS
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS
 from core.shards.formats import FORMATS
-from core.step.backends import BACKENDS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def extract(
     layers_to_extract: int | Iterable[int] | None = None,
     activation_type: str | Iterable[str] = "residual",
     output_dir: str = "./activations",
+    quiet: bool = False,
     **flags: Any,
 ) -> "Summary | HostExit":
     """Extracts activations into files, as the command does, and returns a summary: counts, rates and the output.
@@ -182,6 +183,7 @@ def extract(
       model_path: a Hugging Face folder, hub id or .gguf file.
       dataset_path: the stream; None with `use_sharded_dataset=True, sharded_dataset_dir=…`.
       layers_to_extract: block numbers from 0; None: all.
+      quiet: without the progress lines that the command writes to stderr.
       flags: every other flag of the command by its name, with the types and defaults of `core.run.config.RunConfig`.
 
     Raises UsageError for invalid arguments, ModelError for the model, RunError for data, disk and storage.
@@ -190,6 +192,8 @@ def extract(
 
     if flags.keys() & {"plan", "tpu_topology"}:
         raise UsageError("plan, tpu_topology: call `price` to price a run")
+    if not quiet:
+        configure_logging()
     named = {"layers_to_extract": layers_to_extract, "activation_type": activation_type, "output_dir": output_dir}
     return _extract(run_config(model_path=model_path, dataset_path=dataset_path, **named, **flags))
 
@@ -216,26 +220,15 @@ def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "Pl
 
     With `tpu_topology="v5e:8x8"`: the price of a step on these TPUs, by their compiler.
     """
-    return _price(run_config(model_path=model_path, dataset_path=dataset_path, plan=True, **flags))
+    return _price(run_config(**{"model_path": model_path, "dataset_path": dataset_path} | flags | {"plan": True}))
 
 
 def run_config(**flags: Any) -> "RunConfig":
-    """The flags as one checked value: lists become tuples, and a single value becomes a tuple of one.
-
-    Raises UsageError for a flag that does not exist.
-    """
-    from core.base.errors import UsageError
+    """The flags as one checked value. Raises UsageError for a flag that does not exist or cannot have this value."""
+    from core.base.arguments import checked_arguments
     from core.run.config import RunConfig
 
-    fields_by_name = {field.name: field for field in fields(RunConfig)}
-    if unknown := flags.keys() - fields_by_name.keys():
-        raise UsageError(f"{min(unknown)}: no such flag (--help lists them)")
-    values: dict[str, Any] = {}
-    for name, value in flags.items():
-        is_many = str(fields_by_name[name].type).startswith("tuple")
-        single = is_many and isinstance(value, int | str)
-        values[name] = (value,) if single else tuple(value) if is_many and value is not None else value
-    return RunConfig(**values)
+    return RunConfig(**checked_arguments(RunConfig, flags))
 
 
 def _extract(config: "RunConfig") -> "Summary | HostExit":

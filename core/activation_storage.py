@@ -28,9 +28,9 @@ from core.commit.output_identity import RUN_FILE, STREAM_FILE, check_identity, w
 from core.commit.record import CommitRecord, StoredFile
 from core.commit.stored_records import METADATA_FILE, committed_records, folder_metadata
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
+from core.object_store.sinks import digest_stream
 from core.shards.encoding import SpooledFile
 from core.shards.names import shard_stem
-from core.shards.sinks import digest_stream
 
 
 class ActivationStorage:

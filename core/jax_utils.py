@@ -37,6 +37,8 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def resolve_compute_dtype(name: str) -> str:
     """`auto` is bfloat16 where matrix units want it, and float32 on the CPU, where it is both exact and faster."""
+    if name not in ("auto", *COMPUTE_DTYPES):
+        raise UsageError(f"--compute_dtype {name}: must be one of auto, {', '.join(COMPUTE_DTYPES)}")
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -168,6 +170,10 @@ class LoadedBackend(JaxBackend):
         if self._model.mesh is not None:
             return self._model.mesh
         return ModelMesh.of(self._model.config, list(self._model.embedding[...].devices()))
+
+    def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
+        """Its config."""
+        return self._model.config
 
     def compute_dtype(self, name: str) -> str:
         """That of its weights. Raises UsageError for another."""

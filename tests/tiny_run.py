@@ -115,7 +115,13 @@ def command(script: str, *args: object) -> list[str]:
 
 
 def run(script: str, *args: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end, in a process of its own that has imported everything already."""
+    """Runs a command to its end, in a process of its own that has imported everything already.
+
+    Unless `env` says where to import from: then Python itself is started.
+    """
+    if "PYTHONPATH" in env:
+        argv = command(script, *args)
+        return subprocess.run(argv, cwd=cwd, env=environment(**env), capture_output=True, text=True, check=False)
     done = shared().command(script, *args, cwd=cwd, env=environment(**env))
     return subprocess.CompletedProcess([script, *args], done.wait(300), done.output, done.errors)
 

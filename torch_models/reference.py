@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from qwen2_jax.taps import Capture
@@ -71,7 +71,7 @@ class Reference:
         return output.logits[0].argmax(-1).cpu().numpy()
 
     @torch.no_grad()
-    def next_tokens_of(self, final: Float32[np.ndarray, "T D"], *, normed: bool) -> Int64[np.ndarray, " T"]:
+    def next_tokens_of(self, final: Float[np.ndarray, "T D"], *, normed: bool) -> Int64[np.ndarray, " T"]:
         """The most likely next tokens by this model's output head, from another implementation's final values.
 
         final: the residual stream after the last block or, if `normed`, the output of the final norm.

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64, Int32, Shaped
+from jaxtyping import Float64, Int, Int32, Shaped
 
 YARDSTICKS = 2.0
 FLOOR = 3e-5
@@ -42,7 +42,7 @@ class CertifiedSample:
 
     name: str
     token_ids: Int32[np.ndarray, "T"]
-    kept: Int32[np.ndarray, "K"]
+    kept: Int[np.ndarray, "K"]
     ours: Mapping[str, Shaped[np.ndarray, "L K _"]]
     final: FinalValues | None = None
 

@@ -16,11 +16,11 @@ from core.base.errors import RunError
 from core.base.json_types import Kinds, require_all, require_types
 from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredSite
 from core.object_store import LocalStore, ObjectStore
+from core.object_store.sinks import DigestWriter, FileDigest, digest_stream
 from core.reduce.reductions import INDICES, SCALE, VALUES
 from core.samples.selection import count_reasons, reasons_from_ranges
 from core.shards.formats import StoredShard, read_shard
 from core.shards.names import shard_stem
-from core.shards.sinks import DigestWriter, FileDigest, digest_stream
 
 # Files from a bucket are kept in memory up to this size, and in a temporary file beyond it.
 _SPOOL_BYTES = 64 << 20

@@ -66,7 +66,7 @@ def run_command(
     """
 
     def main(args: argparse.Namespace) -> int:
-        _configure_logging(args.verbose)
+        configure_logging(verbose=args.verbose)
         try:
             _refuse_plaintext_hub()
             return run(args) or 0
@@ -91,7 +91,7 @@ def _refuse_plaintext_hub(environment: Mapping[str, str] = os.environ) -> None:
         raise UsageError(f"HF_ENDPOINT={environment['HF_ENDPOINT']}: http is for loopback only: use https")
 
 
-def _configure_logging(verbose: bool) -> None:
+def configure_logging(*, verbose: bool = False) -> None:
     """Sends log messages to stderr, as time and text."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)

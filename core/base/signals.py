@@ -39,13 +39,16 @@ def stop_on_signals(
     """An event that SIGTERM or Ctrl-C sets: the run should commit what it can, then stop.
 
     If the block has not ended `grace_s` later, or at a second signal, `abandon` is called, for at most a few seconds,
-    and the process exits with 128 + the signal's number: files without a commit record do not count. Must be entered
-    in the main thread.
+    and the process exits with 128 + the signal's number: files without a commit record do not count. Python
+    delivers signals to the main thread alone: entered in another one, as a notebook may, the event is never set.
 
     peer_stopping: polled every second; True when another host is stopping, which counts as SIGTERM here. The signal
     itself may follow.
     """
     stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     thread = _SignalThread(stop, grace_s, abandon, log, peer_stopping)
     before = {signum: signal.signal(signum, _ignore) for signum in _SIGNALS}
     try:

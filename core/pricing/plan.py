@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core.commit.record import CommitRecord
+from core.object_store.sinks import deflate_block
 from core.reduce.pooling import fetch_rows
 from core.run.config import RunConfig
 from core.run.extraction import is_complete, resume_place
@@ -23,7 +24,6 @@ from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, ty
 from core.samples.selection import count_reasons
 from core.samples.windows import Window
 from core.shards.formats import FORMATS
-from core.shards.sinks import deflate_block
 from core.step.backend import StepOutput
 from core.step.gathering import gather
 from core.step.host_copies import begin_copies, on_host

@@ -6,6 +6,7 @@ from functools import partial
 
 from absl import logging
 
+from core.backends import choose_backend
 from core.base.dtypes import DTYPES
 from core.base.errors import ModelError, UsageError
 from core.commit.identity import RunIdentity, StreamIdentity
@@ -23,7 +24,6 @@ from core.run.stores import open_stores
 from core.samples.prompts import PromptOptions, Tokenizer
 from core.samples.selection import NORM_SITES, Selection, TokenFacts
 from core.step.backend import Backend
-from core.step.backends import choose_backend
 from core.step.capture import resolve_capture
 from core.step.model_shape import ModelShape, check_sample_length
 from core.streams.sharded_dataset import DatasetShard, find_shard, read_dataset

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from arc24.encoders import DEFAULT_GRID_ENCODER
 from arc24.prompting import DEFAULT_PROMPT_VERSION
+from core.backends import BACKENDS
 from core.base.dtypes import DTYPES
 from core.base.errors import UsageError
 from core.reduce.reductions import DEFAULT_BLOCK, QUANTIZATIONS, Quantization, parse_pool
@@ -18,6 +19,11 @@ from core.step.mesh_flag import is_mesh
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
 BYTES_PER_GB = 1 << 30
+_CHOICES = {
+    "backend": BACKENDS,
+    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "overlong": ("truncate", "refuse"),
+}
 MAX_WAIT_S = 365 * 24 * 3600.0
 """Limit of all wait flags: locks accept at most a few hundred years, and a lease stores its times as JSON numbers."""
 
@@ -103,6 +109,8 @@ class RunConfig:
         self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
         self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
+        for name, choices in _CHOICES.items():
+            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
         self._require(is_mesh(self.mesh), "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")

@@ -1,24 +1,28 @@
 """Activations in memory: what a run computes, with nothing written."""
 
 import itertools
+import operator
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 from tqdm import tqdm
 
+from core.backends import choose_backend
+from core.base.arguments import path_text
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
-from core.jax_utils import LoadedBackend
+from core.jax_utils import LoadedBackend, enable_compilation_cache
 from core.reduce.reductions import Reduction
+from core.run.config import RunConfig
 from core.samples.windows import TokenizedSample, Window
 from core.shards.window_activations import WindowActivations
-from core.step.backend import Step, StepOutput, StepRequest, batch_shape
-from core.step.backends import choose_backend
+from core.step.backend import Backend, Step, StepOutput, StepRequest, batch_shape
 from core.step.capture import resolve_capture
 from core.step.fetching import Fetch, fetch_of
 from core.step.gathering import gather
@@ -27,7 +31,8 @@ from core.step.layout import BatchShape, StepArrays, lay_out_steps, step_arrays
 from core.step.model_shape import ModelShape
 from qwen2_jax import Capture, Decoder, load_tokenizer
 
-Activations = dict[str, dict[int, list[Shaped[np.ndarray, "T D"]]]]
+# Of each sample (T, D).
+Activations = dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]]
 Sample = str | Sequence[int] | np.ndarray
 DEFAULT_BATCH_SIZE = 4
 
@@ -44,6 +49,7 @@ def capture(
     backend: str = "auto",
     compute_dtype: str = "auto",
     mesh: str = "auto",
+    trust_remote_code: bool = False,
     max_seq_length: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     pack: bool = True,
@@ -64,7 +70,8 @@ def capture(
       dtype: of the arrays, "float32", "float16" or "bfloat16".
       tokenizer: a transformers tokenizer; None: that of `model`, which has to be a path then.
       max_seq_length: what rows are laid out for; None: the longest sample. With that of a run the bits are its bits.
-      revision, backend, compute_dtype, mesh, batch_size, pack: as the flags of extract_activations.py.
+      revision, backend, compute_dtype, mesh, trust_remote_code, batch_size, pack: as the flags of
+        extract_activations.py.
       progress: shows a bar on stderr.
 
     Raises UsageError for arguments that cannot be, ModelError for the model, RunError for values that are not finite or
@@ -72,9 +79,20 @@ def capture(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    engine = LoadedBackend(model) if isinstance(model, Decoder) else choose_backend(backend, model, revision, mesh=mesh)
-    shape = model.config if isinstance(model, Decoder) else engine.model_shape(model, revision)
-    name = model if isinstance(model, str) else f"this {shape.family} model"
+    engine: Backend
+    if isinstance(model, Decoder):
+        if (revision, trust_remote_code, backend, mesh) != (None, False, "auto", "auto"):
+            raise UsageError(
+                "revision, trust_remote_code, backend, mesh: `load_model` has decided these of a loaded model"
+            )
+        engine, name = LoadedBackend(model), f"this {model.config.family} model"
+    else:
+        name = path_text(model, "model")
+        engine = choose_backend(backend, name, revision, mesh=mesh, trust_remote_code=trust_remote_code)
+        model = name
+    if engine.name == "jax" and jax.config.values["jax_compilation_cache_dir"] is None:
+        enable_compilation_cache(RunConfig.compilation_cache_dir)
+    shape = engine.model_shape(name, revision)
     tokenized = _tokenized(_as_many(samples), model, tokenizer, revision)
     _check_tokens(tokenized, shape, name)
     captured = _resolved(sites, layers, shape, name)
@@ -89,7 +107,9 @@ def _as_many(samples: Sample | Sequence[Sample]) -> list[Any]:
     """A text, or the token ids of one, is a single sample."""
     if not hasattr(samples, "__len__"):
         raise UsageError("samples: a text, a list of token ids, or a list of such")
-    is_one = isinstance(samples, str) or (len(samples) > 0 and isinstance(samples[0], int | np.integer))
+    if isinstance(samples, str):
+        return [samples]
+    is_one = len(samples) > 0 and not isinstance(samples[0], str) and np.ndim(samples[0]) == 0
     return [samples] if is_one else list(samples)
 
 
@@ -103,12 +123,14 @@ def _resolved(sites: str | Sequence[str], layers: int | Sequence[int] | None, sh
 
 
 def _as_list(values: Any) -> list[Any]:
-    return [values] if isinstance(values, str | int) else list(values)
+    """Texts, or numbers as Python's."""
+    many = [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)
+    return [value if isinstance(value, str) else operator.index(value) for value in many]
 
 
 def _tokenized(
     samples: Sequence[Sample], model: str | Decoder, tokenizer: Any, revision: str | None
-) -> list[Int32[np.ndarray, "T"]]:
+) -> list[Int32[np.ndarray, "_"]]:
     texts = [sample for sample in samples if isinstance(sample, str)]
     encoded = iter(_encoded(texts, model, tokenizer, revision) if texts else ())
     ids = [next(encoded) if isinstance(sample, str) else sample for sample in samples]
@@ -129,16 +151,16 @@ def _encoded(texts: list[str], model: str | Decoder, tokenizer: Any, revision: s
     return encoded
 
 
-def _check_tokens(tokenized: Sequence[Int32[np.ndarray, "T"]], shape: ModelShape, name: str) -> None:
+def _check_tokens(tokenized: Sequence[Int32[np.ndarray, "_"]], shape: ModelShape, name: str) -> None:
     for place, ids in enumerate(tokenized):
         if not 0 <= int(ids.min()) <= int(ids.max()) < shape.vocab_size:
             raise UsageError(f"samples[{place}]: its token ids are not all in 0..{shape.vocab_size - 1}")
-        if shape.max_positions is not None and len(ids) > shape.max_positions:
+        if len(ids) > shape.max_positions:
             raise UsageError(f"samples[{place}]: {len(ids)} tokens, and {name} knows {shape.max_positions} positions")
 
 
 def _run(
-    tokenized: Sequence[Int32[np.ndarray, "T"]],
+    tokenized: Sequence[Int32[np.ndarray, "_"]],
     step: Step,
     request: StepRequest,
     shape: ModelShape,

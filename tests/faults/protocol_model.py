@@ -26,11 +26,11 @@ from core.commit.identity import RunIdentity, StreamIdentity
 from core.commit.record import RECORD_NAME, CommitRecord, StoredFile, StoredSite
 from core.commit.stored_records import METADATA_FILE, committed_records, folder_metadata
 from core.object_store import LocalStore
+from core.object_store.sinks import DigestWriter
 from core.run.sharded_run import is_shard_finished
 from core.samples.windows import StreamPlace
 from core.shards.encoding import SpooledFile
 from core.shards.names import shard_stem
-from core.shards.sinks import DigestWriter
 
 SHARDS = ("shard_000", "shard_001")
 WINDOWS, WORKERS, TTL_S = 3, 3, 90.0

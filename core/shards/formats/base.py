@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
+from core.object_store.sinks import Sink
 from core.reduce.reductions import VALUES
 from core.samples.windows import TokenizedSample
-from core.shards.sinks import Sink
 
 UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES | CODE_DTYPES, 1.0))
 """`ShardFormat.usual_share` of a format that keeps values as they are."""

@@ -1,12 +1,16 @@
 """`extract_activations.capture`: the activations of a run, in memory."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from tiny_run import D_MODEL, N_LAYERS, token_lines, write_jsonl, write_model
 
+from analyze_activations import verify
 from core.base.errors import RunError, UsageError
-from extract_activations import capture, extract
+from create_dataset_streams import create_streams
+from extract_activations import capture, extract, price
 from qwen2_jax import load_model, load_tokenizer
 
 LINES = token_lines(20, seed=3)
@@ -103,8 +107,34 @@ def test_values_that_do_not_fit_the_dtype_are_refused(tmp_path):
         capture(str(loud), [3, 4], sites="embedding", dtype="float16")
 
 
-def test_flags_that_do_not_exist_are_refused_by_the_functions_too(tmp_path):
-    with pytest.raises(UsageError, match="layer: there is no such flag"):
-        extract("m", "s", layer=3)
-    with pytest.raises(UsageError, match="`price` is the function"):
-        extract("m", "s", plan=True)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"layer": 3}, "layer: no such argument: did you mean layers_to_extract"),
+        ({"plan": True}, "call `price` to price a run"),
+        ({"batch_size": "4"}, "batch_size='4': must be a whole number"),
+        ({"max_seq_length": 2.5}, r"max_seq_length=2\.5: must be a whole number"),
+        ({"layers_to_extract": [True]}, "layers_to_extract=True: must be a whole number"),
+        ({"pack": 1}, "pack=1: must be True or False"),
+        ({"backend": "tf"}, "--backend tf: must be one of auto, jax, torch"),
+        ({"compute_dtype": "float64"}, "--compute_dtype float64: must be one of"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_by_name(flags, message):
+    with pytest.raises(UsageError, match=message):
+        extract("m", "s", **flags)
+
+
+def test_paths_and_numbers_of_numpy_are_taken(model, tmp_path):
+    stream = create_streams(write_jsonl(tmp_path / "s.jsonl", LINES[:3]), tmp_path / "streams").streams[0].path
+    flags = {
+        "checkpoint_dir": tmp_path / "ck",
+        "batch_size": np.int32(2),
+        "output_dir": tmp_path / "out",
+        "quiet": True,
+    }
+    summary = extract(Path(model), Path(stream), layers_to_extract=np.arange(2), quiet=True, **flags)
+    assert verify(tmp_path / "out").ok
+    assert summary.samples == 3
+    assert list(capture(Path(model), np.array([3, 4]), layers=np.int64(1))["residual"]) == [1]
+    assert price(model, stream, output_dir=tmp_path / "out", layers_to_extract=[0, 1], batch_size=2).samples == 0

@@ -393,7 +393,7 @@ def test_another_selection_in_the_same_folder_is_refused_by_name(full, tmp_path)
 def test_kinds_of_tokens_need_a_tokenizer_and_norms_a_residual_stream(full, tmp_path):
     bare = write_model(tmp_path / "bare", tokenizer=False)
     config = replace(full, model_path=str(bare), output_dir=str(tmp_path / "out"))
-    with pytest.raises(UsageError, match=r"--exclude_tokens eos: only a tokenizer .*--tokenizer_path"):
+    with pytest.raises(UsageError, match=r"--exclude_tokens eos needs a tokenizer .*--tokenizer_path"):
         run(replace(config, exclude_tokens=("eos",)))
     with pytest.raises(UsageError, match=r"--exclude_norm_outliers needs .*resid_pre, resid_mid, residual"):
         run(replace(config, activation_type=("mlp",), exclude_norm_outliers=4.0))
