@@ -198,7 +198,7 @@ def _forward(
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-) -> dict[str, Float[Array, ...]]:
+) -> dict[str, Float[Array, "..."]]:
     """`Decoder.forward`; on a mesh each device computes its rows with its share of the weights."""
     mesh = nnx.merge(graph, state).mesh
     split = WHOLE if mesh is None else mesh.split

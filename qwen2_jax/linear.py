@@ -36,7 +36,7 @@ class Linear(nnx.Module):
 
 
 def product(
-    einsum: str, x: Float[Array, "B T *I"], weight: Float[Array, O * I], *, unrounded: bool = False
+    einsum: str, x: Float[Array, "B T *I"], weight: Float[Array, "O *I"], *, unrounded: bool = False
 ) -> Float[Array, "B T O"]:
     """Summed in float32; in the dtype of x or (`unrounded`) in float32.
 

@@ -103,7 +103,7 @@ class ModelMesh:
         return PartitionSpec(*([] if name == "logits" else [None]), DATA_AXIS, None, over)
 
 
-def sum_over(x: Float[Array, ...], axes: MeshAxes) -> Float[Array, ...]:
+def sum_over(x: Float[Array, "..."], axes: MeshAxes) -> Float[Array, "..."]:
     """The sum of every device's part, inside `jax.shard_map`."""
     return jax.lax.psum(x, axes) if axes else x
 

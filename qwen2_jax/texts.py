@@ -51,7 +51,7 @@ class Texts:
             tokens[row, : len(text)], segment_ids[row, : len(text)] = text, 1
         return tokens, segment_ids, np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
 
-    def without_padding(self, out: Mapping[str, Float[Array, ...]]) -> Any:
+    def without_padding(self, out: Mapping[str, Float[Array, "..."]]) -> Any:
         """What `Decoder.forward` gave of the rows, as `Decoder.__call__` hands it out."""
         if self.kind == "list":
             return [_part(out, row, len(text)) for row, text in enumerate(self.token_ids)]
@@ -59,7 +59,7 @@ class Texts:
         return _part(out, 0 if self.kind == "text" else slice(len(self.token_ids)), length)
 
 
-def _part(out: Mapping[str, Float[Array, ...]], rows: int | slice, length: int) -> dict[str, Float[Array, ...]]:
+def _part(out: Mapping[str, Float[Array, "..."]], rows: int | slice, length: int) -> dict[str, Float[Array, "..."]]:
     return {name: x[rows, :length] if name == "logits" else x[:, rows, :length] for name, x in out.items()}
 
 

@@ -8,6 +8,10 @@ import pytest
 
 pytest.importorskip("torch")
 
+# They name types of torch_models, which are imported where torch is installed alone.
+NEED_TORCH = {
+    f"analysis.certificate.certification.{name}" for name in ("_activations", "_require_alike", "_next_tokens")
+}
 PACKAGES = ("analysis", "arc24", "core", "qwen2_jax", "torch_models")
 
 
@@ -35,7 +39,7 @@ def test_every_annotation_with_an_array_resolves():
         if name.partition(".")[0] not in PACKAGES:
             continue
         for function in functions_of(importlib.import_module(name.removesuffix(".__init__"))):
-            if names_arrays(function):
+            if names_arrays(function) and f"{name}.{function.__qualname__}" not in NEED_TORCH:
                 seen += 1
                 try:
                     typing.get_type_hints(function, include_extras=True)

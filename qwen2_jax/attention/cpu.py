@@ -62,7 +62,7 @@ def _row(
     return out.reshape(-1, *q.shape[1:])[:length]
 
 
-def _whole_blocks(x: Shaped[Array, T * rest], block: int) -> Shaped[Array, "C S *rest"]:
+def _whole_blocks(x: Shaped[Array, "T *rest"], block: int) -> Shaped[Array, "C S *rest"]:
     """Fills the last block by repeating the last token: as a query it needs no key that is not visited anyway."""
     padding = [(0, -len(x) % block)] + [(0, 0)] * (x.ndim - 1)
     return jnp.pad(x, padding, mode="edge").reshape(-1, block, *x.shape[1:])

@@ -43,7 +43,7 @@ def masked_logits(
     return jnp.where(visible, logits, MASK_VALUE)
 
 
-def einsum_f32(subscripts: str, x: Float[Array, ...], y: Float[Array, ...]) -> Float32[Array, ...]:
+def einsum_f32(subscripts: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float32[Array, "..."]:
     """Accumulates in float32. float32 asks for full precision: accelerators otherwise multiply it in bf16 or TF32."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -18,12 +17,10 @@ from qwen2_jax.checkpoints.files import is_remote
 from qwen2_jax.checkpoints.placement import Placement, place
 from qwen2_jax.checkpoints.weight_source import WeightSource
 from qwen2_jax.config import DecoderConfig
+from qwen2_jax.families import Family
 from qwen2_jax.mapping.weight_table import Rows, Stored, WeightTable
 from qwen2_jax.parameters import ParamSpec, parameter_specs
 from qwen2_jax.sharding import ModelMesh
-
-if TYPE_CHECKING:
-    from qwen2_jax.families import Family
 
 _COMPARED_BYTES = 8 << 20
 
