@@ -174,7 +174,7 @@ def test_the_facts_are_those_of_the_tokenizer(smollm2):
     encoded = tokenizer("a\nb\n\nc d", add_special_tokens=False)["input_ids"]
     text = [tokenizer.decode([token]) for token in encoded]
     assert [facts.ends_line(token) for token in encoded] == [piece[-1] == "\n" for piece in text]
-    first = Selection(exclude=("newline_first",)).before(np.array(encoded), 0, facts)
+    first = Selection(exclude=("newline_first",)).before(np.array(encoded, np.int32), 0, facts)
     assert [text[i] for i in np.flatnonzero(first)] == [
         text[i + 1] for i in range(len(text) - 1) if text[i][-1] == "\n"
     ]
