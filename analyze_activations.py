@@ -1,4 +1,4 @@
-"""Works on committed shards, and says how far a run is and what can be captured. See README.md.
+"""Verifies and certifies committed shards, and shows the status of a run and the sites of a model. See README.md.
 
 In Python: `verify(dir)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`, `list_hooks(model_path)`.
 """
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
+from core.backends import BACKENDS, choose_backend
+from core.base.arguments import path_text
 from core.base.command_line import CommandParser, run_command
 from core.base.dtypes import DTYPES
-from core.step.backends import BACKENDS, choose_backend
 
 if TYPE_CHECKING:
     from analysis.certificate.fidelity import FidelityReport
@@ -22,35 +23,35 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> CommandParser:
-    """One subcommand for each job on shards."""
+    """The subcommands and their flags."""
     parser = CommandParser(description=__doc__)
     parser.set_defaults(verbose=False)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("verify", help="check every committed shard; exit code 0 when nothing is wrong, else 1")
     check.add_argument("dir", help="the output folder, local or gs://, or one worker's folder in it")
-    check.add_argument("--allow_unfinished", action="store_true", help="a run that is not at its end yet is no problem")
+    check.add_argument("--allow_unfinished", action="store_true", help="an unfinished run is not a problem")
     check.set_defaults(run=verify_command)
     certificate = _add_certify(commands)
     hooks = _add_list_hooks(commands)
     fleet = _add_status(commands)
-    again = commands.add_parser("retry", help="let workers try shards again that were set aside for an error")
-    again.add_argument("dir", help="the output folder, local or gs://")
-    again.add_argument("shard", nargs="+", help="such as shard_007; status names them")
-    again.set_defaults(run=retry_command)
-    for command in (check, certificate, hooks, fleet, again):
+    retrying = commands.add_parser("retry", help="make workers retry dataset shards that were set aside for an error")
+    retrying.add_argument("dir", help="the output folder, local or gs://")
+    retrying.add_argument("shard", nargs="+", help="such as shard_007; status lists them")
+    retrying.set_defaults(run=retry_command)
+    for command in (check, certificate, hooks, fleet, retrying):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--verbose", action="store_true", help="debug messages, and stack traces of errors")
     return parser
 
 
 def verify(dir: str, *, allow_unfinished: bool = False) -> "VerificationReport":
-    """Checks every committed shard of an output: `report.ok`, `report.problems`, and what was checked.
+    """Checks every committed shard of an output: `report.ok`, `report.problems`, and counts.
 
-    allow_unfinished: a run that is not at its end yet is no problem. Raises UsageError where there is no output.
+    allow_unfinished: an unfinished run is not a problem. Raises UsageError where there is no output.
     """
     from analysis.verification import verify as verification
 
-    return verification.verify(dir, allow_unfinished=allow_unfinished)
+    return verification.verify(path_text(dir, "dir"), allow_unfinished=allow_unfinished)
 
 
 def certify(
@@ -58,7 +59,7 @@ def certify(
 ) -> "FidelityReport":
     """Compares `samples` committed samples, evenly chosen, with transformers in float32; writes fidelity.json.
 
-    Raises RunError without torch, UsageError or ModelError for what cannot be compared.
+    Raises RunError without torch, UsageError or ModelError if the run and the model cannot be compared.
     """
     from analysis.certificate.certification import require_reference
 
@@ -67,21 +68,23 @@ def certify(
     from analysis.certificate.certified_outputs import certify_output
     from torch_models.loading import ModelSource
 
-    return certify_output(dir, ModelSource(model_path, revision, trust_remote_code), samples)
+    return certify_output(
+        path_text(dir, "dir"), ModelSource(path_text(model_path, "model_path"), revision, trust_remote_code), samples
+    )
 
 
 def status(dir: str) -> "FleetStatus":
-    """How far a whole fleet is: shards, owners, progress, throughput and time left."""
+    """The status of a whole fleet: shards, owners, progress, throughput and time left."""
     from analysis.fleet_status import status as fleet
 
-    return fleet.status(dir)
+    return fleet.status(path_text(dir, "dir"))
 
 
-def retry(dir: str, shards: Sequence[str]) -> dict[str, int]:
-    """Lets workers try dataset shards again that were set aside; the failures forgotten of each."""
+def retry(dir: str, shards: str | Sequence[str]) -> dict[str, int]:
+    """Makes workers retry dataset shards that were set aside; returns the number of deleted failures of each."""
     from analysis.fleet_status import status as fleet
 
-    return fleet.retry(dir, shards)
+    return fleet.retry(path_text(dir, "dir"), [shards] if isinstance(shards, str) else shards)
 
 
 def list_hooks(
@@ -94,9 +97,10 @@ def list_hooks(
     max_seq_length: int | None = None,
     dtype: str = "float16",
 ) -> "HookTable":
-    """What can be captured of a model, under which names and at what size; its weights are not read."""
+    """The sites of a model that can be captured, with names and sizes; its weights are not read."""
     from analysis.hook_table import hook_table
 
+    model_path = path_text(model_path, "model_path")
     found = choose_backend(backend, model_path, revision, trust_remote_code=trust_remote_code)
     shape = found.model_shape(model_path, revision)
     return hook_table(model_path, shape, layers=layers, dtype=dtype, max_seq_length=max_seq_length)
@@ -105,19 +109,19 @@ def list_hooks(
 def _add_status(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     fleet = commands.add_parser("status", help="shards, owners, progress, throughput and time left of a whole fleet")
     fleet.add_argument("dir", help="the output folder, local or gs://")
-    fleet.add_argument("--watch", action="store_true", help="again and again, until nothing is left to do")
-    fleet.add_argument("--interval", type=float, default=30.0, metavar="S", help="between two looks (default 30)")
+    fleet.add_argument("--watch", action="store_true", help="repeat until nothing is left to do")
+    fleet.add_argument("--interval", type=float, default=30.0, metavar="S", help="seconds between two (default 30)")
     fleet.set_defaults(run=status_command)
     return fleet
 
 
 def status_command(args: argparse.Namespace) -> None:
-    """Prints how far a fleet is; with --json one object for each look."""
+    """Prints the status of a fleet; with --json as one object each time."""
     from analysis.fleet_status.status import watch
     from core.base.errors import UsageError
-    from core.run.config import LONGEST_WAIT_S
+    from core.run.config import MAX_WAIT_S
 
-    if not 0 < args.interval <= LONGEST_WAIT_S:
+    if not 0 < args.interval <= MAX_WAIT_S:
         raise UsageError(f"--interval {args.interval}: must be above 0 and at most a year")
     for fleet in watch(args.dir, args.interval) if args.watch else [status(args.dir)]:
         for line in fleet.lines():
@@ -127,10 +131,10 @@ def status_command(args: argparse.Namespace) -> None:
 
 
 def retry_command(args: argparse.Namespace) -> None:
-    """Has shards tried again that were set aside."""
+    """Makes workers retry shards that were set aside."""
     cleared = retry(args.dir, args.shard)
     for shard, failures in cleared.items():
-        done = f"{failures} failures forgotten: workers claim it again" if failures else "no failures to forget"
+        done = f"{failures} failures deleted: workers will claim it again" if failures else "it had no failures"
         logging.info("%s: %s", shard, done)
     if args.json:
         print(json.dumps(cleared))
@@ -146,19 +150,19 @@ def _add_certify(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
     )
     certificate.add_argument("--revision", help="hub revision: a branch, tag or commit")
     certificate.add_argument("--samples", type=int, default=4, metavar="N", help="how many, evenly chosen (default 4)")
-    certificate.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings")
+    certificate.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     certificate.set_defaults(run=certify_command)
     return certificate
 
 
 def certify_command(args: argparse.Namespace) -> int:
-    """Prints the certificate of a run; returns 0 when its activations are those of the model."""
+    """Prints the certificate of a run; returns 0 when its activations are faithful to the model."""
     options = {"revision": args.revision, "samples": args.samples, "trust_remote_code": args.trust_remote_code}
     return _print_report(certify(args.dir, args.model_path, **options), args)
 
 
 def verify_command(args: argparse.Namespace) -> int:
-    """Prints what is wrong with the shards of a run; returns 0 when nothing is."""
+    """Prints the problems of a run's shards; returns 0 when there are none."""
     return _print_report(verify(args.dir, allow_unfinished=args.allow_unfinished), args)
 
 
@@ -171,14 +175,14 @@ def _print_report(report: "VerificationReport | FidelityReport", args: argparse.
 
 
 def _add_list_hooks(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    hooks = commands.add_parser("list-hooks", help="what can be captured of a model, under which names, at what size")
+    hooks = commands.add_parser("list-hooks", help="the sites of a model that can be captured, with names and sizes")
     hooks.add_argument("model", help="HF folder, .gguf file or hub id; its weights are not read")
     hooks.add_argument("--revision", help="hub revision: a branch, tag or commit")
     hooks.add_argument(
         "--backend", choices=BACKENDS, default="auto", help="as of extract_activations.py (default auto)"
     )
-    hooks.add_argument("--trust_remote_code", action="store_true", help="run the code that the model brings")
-    hooks.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="count these blocks alone (default all)")
+    hooks.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    hooks.add_argument("--layers", type=int, nargs="+", metavar="LAYER", help="count only these blocks (default all)")
     hooks.add_argument("--max_seq_length", type=int, metavar="N", help="also the size of a sample of N tokens")
     hooks.add_argument("--dtype", choices=tuple(DTYPES), default="float16", help="stored dtype (default float16)")
     hooks.set_defaults(run=list_hooks_command)
@@ -193,7 +197,7 @@ def list_hooks_command(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """The console command."""
     run_command(lambda args: args.run(args), build_parser)
 
 

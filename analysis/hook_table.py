@@ -1,4 +1,4 @@
-"""What can be captured of a model, under which names and at what cost. Reads its config, no weights."""
+"""The sites of a model that can be captured, with their names and sizes. Reads its config, no weights."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from core.run.progress import format_bytes
 from core.step.capture import existing_layer, site_bytes
 from core.step.model_shape import ModelShape, check_sample_length
 from qwen2_jax.families import FAMILIES
-from qwen2_jax.hook_names import hugging_face_name, transformer_lens_name
+from qwen2_jax.mapping.hook_names import hugging_face_name, transformer_lens_name
 from qwen2_jax.taps import SITES, Capture
 
 
@@ -17,10 +17,10 @@ class HookRow:
     """One site of a model. Bytes are those of the stored arrays, before compression.
 
     Attributes:
-      transformer_lens, hugging_face: other names that are accepted, `{i}` for the layer; None where there is none.
+      transformer_lens, hugging_face: other accepted names, with `{i}` for the layer; None where there is none.
       layers: the layer numbers under which it is stored; width: values of a token in each of them.
       bytes_per_token: in one layer; bytes_per_token_all_layers: in `layers`.
-      bytes_per_sample: of a sample as long as was asked for.
+      bytes_per_sample: of a sample of `max_seq_length` tokens; None without a length.
     """
 
     site: str
@@ -37,7 +37,7 @@ class HookRow:
 
 @dataclass(frozen=True)
 class HookTable:
-    """The sites of a model, in the order in which a forward pass meets them."""
+    """The sites of a model, in the order of the forward pass."""
 
     model: str
     family: str
@@ -52,15 +52,15 @@ class HookTable:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The table for people."""
+        """The table as lines of text."""
         head = ["site", "TransformerLens", "Hugging Face", "shape", "layers", "a token", "all layers", "1M tokens"]
         sample = [] if self.max_seq_length is None else [f"{self.max_seq_length} tokens"]
         cells = [head + sample, *(self._cells(row) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        numbers_from = 3
+        first_numeric = 3
         table = [
             "  ".join(
-                cell.rjust(width) if column >= numbers_from else cell.ljust(width)
+                cell.rjust(width) if column >= first_numeric else cell.ljust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in cells
@@ -96,13 +96,13 @@ def hook_table(
     dtype: str = "float16",
     max_seq_length: int | None = None,
 ) -> HookTable:
-    """Every site of `model` at `layers` (None: all). Raises UsageError for a layer or a length that cannot be."""
+    """Every site of `model` at `layers` (None: all). Raises UsageError for an invalid layer or length."""
     if max_seq_length is not None:
         check_sample_length(max_seq_length, model, path)
     wanted = sorted({existing_layer(layer, f"--layers {layer}", model, path) for layer in layers or ()})
     capture = Capture(tuple(wanted) or tuple(range(model.n_layers)), tuple(model.site_widths))
     sizes = site_bytes(capture, model, dtype)
-    # How other families name their modules is not known here.
+    # Module names of other families are unknown.
     is_known = model.family in FAMILIES
 
     def row(site: str, width: int) -> HookRow:

@@ -14,7 +14,7 @@ def main() -> None:
     over = {"interpreter": time.time()}
     import threading
 
-    from core.hosts.pod_slice import ALONE
+    from core.hosts.pod_slice import SINGLE_HOST
     from core.hosts.session import HostSession
     from core.run.checks import backend_of, prepare_job
     from core.run.config import RunConfig
@@ -32,7 +32,7 @@ def main() -> None:
     over["first window"] = time.time()
     model = load(job, prepared.first_shape)
     over["load"] = time.time()
-    run_stream(prepared, model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
+    run_stream(prepared, model, HostSession(SINGLE_HOST, "run", threading.Event()), log=lambda line: None)
     over["first shard"] = time.time()
     print(json.dumps(over))
 

@@ -19,9 +19,9 @@ from benchmarks.common.engine import Engine
 from benchmarks.common.measuring import machine, table
 from benchmarks.common.workload import add_workload_flags, workload_of
 from core.base.command_line import CommandParser, run_command
+from core.object_store.sinks import deflate_block
 from core.reduce.arithmetic import quantize
 from core.reduce.reductions import QUANTIZATIONS, Quantization
-from core.shards.sinks import deflate_block
 from core.step.host_copies import begin_copies, on_host
 from core.step.layout import sample_spans, step_arrays
 

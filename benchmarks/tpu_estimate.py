@@ -39,7 +39,7 @@ def estimate(case: Case, topology: str) -> StepEstimate:
     config = shape_of(case.model)
     request = StepRequest(Capture(case.layers_of(config)), "bfloat16", "bfloat16")
     rows = case.rows or TOKENS // case.length
-    return estimate_step(config, request, topology, rows=rows, length=case.length, layout=case.layout)
+    return estimate_step(config, request, topology, rows=rows, length=case.length, mesh_shape=case.layout)
 
 
 def build_parser() -> argparse_flags.ArgumentParser:

@@ -1,18 +1,18 @@
-"""The output folder: shard files, commit records and the index, written so that no crash can lose or repeat a sample.
+"""The output folder: shards, commit records and metadata, written so that no crash can lose or repeat a sample.
 
     <out>/run.json                    the identity of the run; create-only
     <out>/tpu_0/stream.json           which samples this folder holds; create-only
     <out>/tpu_0/shard_0001.pkl.gz     a window's activations; create-only (several sites: tpu_0/<site>/shard_0001.…)
     <out>/tpu_0/samples_0001.jsonl.gz its sample table: token ids, lengths, previews, labels; create-only
     <out>/tpu_0/shard_0001.json       the commit record, written after the files it names; create-only
-    <out>/tpu_0/metadata.json         an index derived from the records; may be rebuilt at any time
-    <out>/dataset.json                of a sharded dataset: its shards, each with a folder shard_000 …; create-only
+    <out>/tpu_0/metadata.json         totals and shards, derived from the records; may be rebuilt at any time
+    <out>/dataset.json                for a sharded dataset: its shards, each with a folder shard_000 …; create-only
 
-Where several hosts share each window, every part of it has files of its own, shard_0001_part_0.pkl.gz and so on, and
+Where several hosts share each window, every part of it has its own files, shard_0001_part_0.pkl.gz and so on, and
 the record names those of all parts.
 
-A window is committed when its record exists, and readers believe only what a record names. Every byte follows from
-identity, stream and window, so a second writer of a name writes the same content or steps back.
+A window is committed when its record exists, and readers use only files that a record names. Every byte follows from
+identity, stream and window, so a second writer of a name writes the same content, or keeps the first one's.
 """
 
 import threading
@@ -24,25 +24,25 @@ from core.base.canonical_json import content_hash, sealed_json
 from core.base.errors import RunError
 from core.base.fault_points import fault_point
 from core.commit.identity import RunIdentity, StreamIdentity
-from core.commit.output_identity import RUN_FILE, STREAM_FILE, declare, refuse_other
+from core.commit.output_identity import RUN_FILE, STREAM_FILE, check_identity, write_identity
 from core.commit.record import CommitRecord, StoredFile
-from core.commit.stored_records import INDEX_FILE, committed_records, index_of
+from core.commit.stored_records import METADATA_FILE, committed_records, folder_metadata
 from core.object_store import Created, LocalStore, ObjectInfo, ObjectStore
+from core.object_store.sinks import digest_stream
 from core.shards.encoding import SpooledFile
 from core.shards.names import shard_stem
-from core.shards.sinks import digest_stream
 
 
 class ActivationStorage:
     """One worker's folder in the output.
 
     Args:
-      identity, stream: what the folder is for.
+      identity, stream: of the run, and of the samples in this folder.
       folder: the worker's folder, such as `tpu_0`.
-      primary: where a commit counts.
-      mirror: a local copy kept beside a remote primary, or None.
+      primary: where a record commits a window.
+      mirror: a local copy of a remote primary, or None.
       spool: where files are written before they are stored.
-      index_extra: further fields of metadata.json.
+      extra_metadata: further fields of metadata.json.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ActivationStorage:
         primary: ObjectStore,
         spool: LocalStore,
         mirror: ObjectStore | None = None,
-        index_extra: dict[str, Any] | None = None,
+        extra_metadata: dict[str, Any] | None = None,
     ) -> None:
         self.plan_hash = content_hash(identity.to_json())
         self.stream_hash = content_hash(stream.to_json())
@@ -64,7 +64,7 @@ class ActivationStorage:
         self._stream = stream
         self._primary = primary
         self._mirror = mirror
-        self._index_extra = index_extra or {}
+        self._extra_metadata = extra_metadata or {}
         self._records: list[CommitRecord] = []
         self._lock = threading.Lock()
         self._claimed = False
@@ -91,26 +91,26 @@ class ActivationStorage:
 
     @property
     def url(self) -> str:
-        """Where the worker's folder is."""
+        """The path or URL of the worker's folder."""
         return f"{self._primary.url}/{self.folder}"
 
     def open(self, n_windows: int | None = None) -> list[CommitRecord]:
-        """What is committed in the folder, in window order; nothing is written before the first `store`.
+        """The records in the folder, in window order; nothing is written before the first `store`.
 
-        n_windows: how many another host has found there: the rest is left out.
-        Raises UsageError when the folder holds another run or stream, RunError when it holds fewer windows.
+        n_windows: how many windows host 0 has found; later ones are ignored.
+        Raises UsageError when the folder belongs to another run or stream, RunError when it has fewer windows.
         """
         for store in self._stores():
             for name, wanted in self._identities():
-                refuse_other(store, name, wanted)
+                check_identity(store, name, wanted)
         self._records = committed_records(self._primary, self.folder)
         for record in self._records:
             if (record.plan_hash, record.stream_hash) != (self.plan_hash, self.stream_hash):
                 raise RunError(f"{self.url}/{shard_stem(record.window)}.json was written by another run: verify it")
         if n_windows is not None and len(self._records) < n_windows:
             raise RunError(
-                f"{self.url} holds {len(self._records)} committed windows here, {n_windows} on host 0: "
-                "the hosts need one --output_dir, on a shared disk or gs://"
+                f"{self.url} has {len(self._records)} committed windows here, {n_windows} on host 0: "
+                "all hosts need the same --output_dir, on a shared disk or gs://"
             ) from OSError("the hosts see different folders")
         self._records = self._records[:n_windows]
         return list(self._records)
@@ -119,18 +119,18 @@ class ActivationStorage:
         return [(RUN_FILE, self._identity.to_json()), (f"{self.folder}/{STREAM_FILE}", self._stream.to_json())]
 
     def _claim(self) -> None:
-        """Writes what the folder is for, once; raises UsageError when another run did so first."""
+        """Writes the identity files, once; raises UsageError when another run did so first."""
         with self._lock:
             if self._claimed:
                 return
             for store in self._stores():
                 for name, wanted in self._identities():
-                    declare(store, name, wanted)
+                    write_identity(store, name, wanted)
             self._complete_mirror()
             self._claimed = True
 
     def _complete_mirror(self) -> None:
-        """Writes the local records that a crash right behind a remote commit left out; their files are there."""
+        """Writes the local records that are missing after a crash right after a remote commit; their files exist."""
         if self._mirror is None:
             return
         present = set(self._mirror.list(f"{self.folder}/"))
@@ -139,87 +139,89 @@ class ActivationStorage:
                 self._mirror_record(record)
 
     def _mirror_record(self, record: CommitRecord) -> None:
-        """Commits a window in the local copy too, when the files there are those that the record names."""
+        """Commits a window in the local copy, too, when the files there match the record."""
         if self._mirror is None:
             return
-        held = (self._mirror.info(f"{self.folder}/{file.name}") for file in record.files)
+        found = (self._mirror.info(f"{self.folder}/{file.name}") for file in record.files)
         fault_point("mirror.before")
-        if list(held) == [ObjectInfo(file.bytes, file.crc32c) for file in record.files]:
+        if list(found) == [ObjectInfo(file.bytes, file.crc32c) for file in record.files]:
             self._mirror.create_bytes(self._record_name(record.window), record.to_bytes())
             fault_point("mirror.after")
         else:
-            logging.warning("the local copy of window %d is not what the bucket holds: it is left out", record.window)
+            logging.warning(
+                "window %d: the local files differ from those in the bucket: not committed locally", record.window
+            )
 
     def _record_name(self, window: int) -> str:
         return f"{self.folder}/{shard_stem(window)}.json"
 
     def store(self, window: int, file: SpooledFile) -> StoredFile:
-        """Stores one finished file under its name, and returns what stands there now.
+        """Stores one finished file under its name, and returns the file that is there afterwards.
 
-        Another file may already stand there without a commit record: a worker on other hardware, whose rounding
-        differs, died before it could commit. When it holds the same samples it is kept, and the record names it;
-        otherwise RunError is raised.
+        A different file may exist there without a commit record: a worker on other hardware, whose rounding differs,
+        died before it could commit. When it has the same samples it is kept, and the record names it; otherwise
+        RunError is raised.
         """
         self._claim()
         name = f"{self.folder}/{file.name}"
         fault_point("store.before")
         info = ObjectInfo(file.digest.bytes, file.digest.crc32c)
         mine = StoredFile(file.name, file.site, file.digest.bytes, file.digest.crc32c, file.digest.sha256)
-        named = self._named(window, file.name)
-        if named is not None and named != mine and self._primary.info(name) is None:
+        recorded = self._recorded_file(window, file.name)
+        if recorded is not None and recorded != mine and self._primary.info(name) is None:
             raise RunError(
-                f"{self._primary.url}/{name} was lost, and this machine's rounding gives other bytes than "
-                f"{shard_stem(window)}.json names: remove that record and the files it names, then run again"
+                f"{self._primary.url}/{name} was lost, and the bytes computed on this machine differ from those in "
+                f"{shard_stem(window)}.json: remove that record and the files it names, then run again"
             )
         if self._primary.create_file(name, file.path, info) is Created.ALREADY_DIFFERENT:
-            return self._standing(window, file)
+            return self._existing_file(window, file)
         fault_point("store.after")
         if self._mirror is not None:
             self._mirror.create_file(name, file.path, info)
         return mine
 
     def commit(self, record: CommitRecord) -> CommitRecord:
-        """Writes the commit record, then the index. Returns the record that stands: mine, or an earlier one."""
+        """Writes the commit record. Returns the record that is stored: this one, or another worker's earlier one."""
         name = self._record_name(record.window)
         data = record.to_bytes()
-        standing = CommitRecord.from_bytes(data)  # what could not be read must not be written: nothing would replace it
+        stored = CommitRecord.from_bytes(data)  # an unreadable record must not be written: nothing would replace it
         fault_point("commit.before")
         if self._primary.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
-            standing = CommitRecord.from_bytes(self._primary.read_bytes(name))
+            stored = CommitRecord.from_bytes(self._primary.read_bytes(name))
         fault_point("commit.after")
-        if standing.next_place != record.next_place:
+        if stored.next_place != record.next_place:
             raise RunError(f"{self.url}: window {record.window} was committed with other samples: verify the folder")
-        self._mirror_record(standing)
-        self._records.append(standing)
-        return standing
+        self._mirror_record(stored)
+        self._records.append(stored)
+        return stored
 
-    def believe(self, record: CommitRecord) -> CommitRecord:
-        """Takes note of what another host has committed."""
+    def add_record(self, record: CommitRecord) -> CommitRecord:
+        """Adds a record that another host has committed."""
         self._records.append(record)
         return record
 
-    def commit_nothing(self) -> None:
-        """Commits that the stream has no sample for this folder: its share of a short stream is empty."""
+    def commit_empty(self) -> None:
+        """Commits a folder without samples: a short stream has no line for this machine."""
         self._claim()
-        self.commit(CommitRecord.of_nothing(self.plan_hash, self.stream_hash, self._identity.dtype))
+        self.commit(CommitRecord.empty(self.plan_hash, self.stream_hash, self._identity.dtype))
 
-    def write_index(self) -> None:
+    def write_metadata(self) -> None:
         """Rebuilds metadata.json from the records."""
-        data = sealed_json(index_of(self._records) | self._index_extra)
+        data = sealed_json(folder_metadata(self._records) | self._extra_metadata)
         fault_point("index.before")
         for store in self._stores():
-            store.replace_bytes(f"{self.folder}/{INDEX_FILE}", data)
+            store.replace_bytes(f"{self.folder}/{METADATA_FILE}", data)
         fault_point("index.after")
 
     def _stores(self) -> list[ObjectStore]:
         return [self._primary, *([self._mirror] if self._mirror is not None else [])]
 
-    def _standing(self, window: int, file: SpooledFile) -> StoredFile:
-        """What stands under a name whose content is not ours: as its record says, else as the bytes are."""
-        return self._named(window, file.name) or self._adopt(file)
+    def _existing_file(self, window: int, file: SpooledFile) -> StoredFile:
+        """The different file that exists under a name: as its record lists it, else from its bytes."""
+        return self._recorded_file(window, file.name) or self._adopt(file)
 
-    def _named(self, window: int, name: str) -> StoredFile | None:
-        """The file as the window's record names it; None when there is no record, or it does not."""
+    def _recorded_file(self, window: int, name: str) -> StoredFile | None:
+        """The file as the window's record lists it; None when there is no record, or it does not list the file."""
         try:
             record = CommitRecord.from_bytes(self._primary.read_bytes(self._record_name(window)))
         except FileNotFoundError:
@@ -229,10 +231,10 @@ class ActivationStorage:
     def _adopt(self, file: SpooledFile) -> StoredFile:
         name = f"{self.folder}/{file.name}"
         with self._primary.open(name) as stream:
-            is_ours = file.is_equivalent is not None and file.is_equivalent(stream)
-        if not is_ours:
+            is_equivalent = file.is_equivalent is not None and file.is_equivalent(stream)
+        if not is_equivalent:
             raise RunError(
-                f"{self._primary.url}/{name} stands there without a commit record and does not hold this window: "
+                f"{self._primary.url}/{name} exists without a commit record and does not contain this window: "
                 "remove it, or use another --output_dir"
             )
         with self._primary.open(name) as stream:

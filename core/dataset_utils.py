@@ -1,9 +1,9 @@
 """Streams: JSON Lines files of samples, read in flat memory.
 
-A line's position, counted from 0, is its identity: it is the same for every worker, selection and resume.
+A line's position, counted from 0, identifies it: it is the same for every worker, selection and resume.
 
-The folder of a dataset shard (see `core.streams.sharded_dataset`) is a stream too: its positions go on from shard to
-shard.
+The folder of a dataset shard (see `core.streams.sharded_dataset`) is a stream, too: its positions count from the start
+of the whole dataset.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import Any
 from core.base.errors import RunError, UsageError
 from core.object_store.stored_files import filesystem, is_file, read_jsonl_lines, storage_errors, stored_info
 from core.streams.lines import Kind, kind_of, parse_json_line, parse_object
-from core.streams.sharded_dataset import DatasetShard, check_chunk, find_shard, is_dataset
+from core.streams.sharded_dataset import SHARD_FILE, DatasetShard, check_chunk, find_shard, is_dataset
 
 _NUMBERED_STREAM = re.compile(r"(.*stream_)([0-9]+)(\.jsonl(?:\.gz|\.zst)?)")
 
@@ -28,9 +28,9 @@ class StreamRecord:
     """
 
     position: int
-    """Place among the lines of the stream, from 0; for a shard: of the whole dataset."""
+    """Position in the stream, from 0; for a dataset shard: in the whole dataset."""
     line: int
-    """Line of the file (for a shard: of the chunk), from 1."""
+    """Line number in the file (for a dataset shard: in the chunk), from 1."""
     kind: Kind
     payload: Any
     task_id: str | None
@@ -39,7 +39,7 @@ class StreamRecord:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """One line that is no sample, and why."""
+    """One line that is not a sample, and why."""
 
     position: int
     line: int
@@ -57,18 +57,18 @@ def read_stream(
     """The lines of a stream that belong to this machine, in order, from `start_position` on.
 
     `path` is a file or the folder of a dataset shard. A line belongs to the machine when
-    `position % total_machines == machine_id`. `max_tasks` keeps the first that many
-    lines of the machine, bad ones and those before `start_position` counted, so that a resumed reading ends where an
-    uninterrupted one does. Lines that are not yielded are not parsed, except until the stream's kind is known: it is
-    that of the first line that has one, and a line of another kind is a bad record. Blank lines at the end are ignored.
+    `position % total_machines == machine_id`. `max_tasks` limits the lines of the machine; bad ones and those before
+    `start_position` count, so that a resumed read ends where an uninterrupted one does. Lines that are not yielded are
+    not parsed once the stream's kind is known: the first line that has a kind decides it, and a line of another kind
+    is a bad record. Blank lines at the end are ignored.
 
-    Raises UsageError for a missing file or a selection that cannot be, and RunError, while reading, for an empty stream
-    or a damaged .gz or .zst.
+    Raises UsageError for a missing file or an invalid selection, and RunError, while reading, for an empty stream or a
+    damaged .gz or .zst.
     """
     if total_machines < 1 or not 0 <= machine_id < total_machines:
-        raise UsageError(f"machine id {machine_id} is not one of the {total_machines} machines 0..{total_machines - 1}")
+        raise UsageError(f"machine_id {machine_id}: must lie in 0..{total_machines - 1}, for {total_machines} machines")
     if max_tasks is not None and max_tasks < 1:
-        raise UsageError(f"the number of tasks to read is at least 1, not {max_tasks}")
+        raise UsageError(f"max_tasks {max_tasks}: must be at least 1")
     return _read_selected(resolve_stream_path(path), machine_id, total_machines, max_tasks, start_position)
 
 
@@ -91,7 +91,7 @@ def _read_selected(
         if selected:
             yield record
     if position < 0:
-        raise RunError(f"{path}: the stream is empty: a stream holds one JSON object a line")
+        raise RunError(f"{path}: the stream is empty: a stream has one JSON object per line")
 
 
 def first_selected(first_position: int, machine_id: int, total_machines: int) -> int:
@@ -102,7 +102,7 @@ def first_selected(first_position: int, machine_id: int, total_machines: int) ->
 def survey_records(
     path: str, machine_id: int, total_machines: int, max_tasks: int | None, *, wanted: int
 ) -> tuple[int, list[StreamRecord | BadRecord]]:
-    """How many records `read_stream` yields, and from `wanted` to twice as many of them, spread evenly, in one pass."""
+    """The number of records that `read_stream` yields, and `wanted` to 2 * `wanted` of them, evenly spread."""
     shard = find_shard(path)
     first = first_selected(shard.first_task if shard else 0, machine_id, total_machines)
     count, stride = 0, 1
@@ -123,7 +123,7 @@ def survey_records(
 
 
 def _numbered_lines(path: str, shard: DatasetShard | None) -> Iterator[tuple[int, int, bytes]]:
-    """Position, line of its file, and bytes of each line."""
+    """Position, line number in its file, and bytes of each line."""
     if shard is None:
         for position, raw in enumerate(read_jsonl_lines(path)):
             yield position, position + 1, raw
@@ -137,7 +137,9 @@ def _numbered_lines(path: str, shard: DatasetShard | None) -> Iterator[tuple[int
                 yield position, line, raw
                 position += 1
         if line != chunk.num_tasks:
-            raise RunError(f"{path}/{chunk.name}: {line} lines, its metadata says {chunk.num_tasks}: make it again")
+            raise RunError(
+                f"{path}/{chunk.name} has {line} lines, {SHARD_FILE} lists {chunk.num_tasks}: make the dataset again"
+            )
 
 
 def _parse_line(raw: bytes, position: int, line: int, stream_kind: Kind | None) -> StreamRecord | BadRecord:
@@ -151,7 +153,7 @@ def _parse_line(raw: bytes, position: int, line: int, stream_kind: Kind | None) 
 
 
 def _kind_of_line(raw: bytes, record: StreamRecord | BadRecord) -> Kind | None:
-    """The kind that a line gives its stream: a bad line's keys count too, so that one bad grid changes nothing else."""
+    """The kind of a line, by its keys where it is bad: one bad grid must not change the kind of its stream."""
     if isinstance(record, StreamRecord):
         return record.kind
     try:
@@ -161,14 +163,14 @@ def _kind_of_line(raw: bytes, record: StreamRecord | BadRecord) -> Kind | None:
 
 
 def samples_per_record(kind: Kind, predictions: int) -> int:
-    """How many samples one line makes: an ARC task is augmented `predictions` times, anything else is used once."""
+    """The number of samples of one line: an ARC task is augmented `predictions` times, other lines make one sample."""
     return predictions if kind == "arc" else 1
 
 
 def sample_index(record: StreamRecord, prediction: int, predictions: int) -> int:
-    """The `sample_idx` of one sample: its place in the stream if every line, bad ones too, made its samples.
+    """The `sample_idx` of one sample: its index in the stream, counting the samples that bad lines would have made.
 
-    Raises ValueError if the record makes no such prediction.
+    Raises ValueError if the record has no such prediction.
     """
     count = samples_per_record(record.kind, predictions)
     if not 0 <= prediction < count:
@@ -177,7 +179,7 @@ def sample_index(record: StreamRecord, prediction: int, predictions: int) -> int
 
 
 def format_bad(path: str, bad: BadRecord) -> str:
-    """`file:line: reason`, as compilers write it; the file is the chunk when the stream is a shard."""
+    """`file:line: reason`, as compilers write it; the file is the chunk when the stream is a dataset shard."""
     shard = find_shard(path)
     file = f"{path}/{shard.chunk_at(bad.position).name}" if shard else path
     return f"{file}:{bad.line}: {bad.reason}"
@@ -198,7 +200,7 @@ def resolve_stream_path(path: str) -> str:
         if not fs.isdir(location):
             raise UsageError(f"{path}: no such file")
         advice = ": pass --use_sharded_dataset --sharded_dataset_dir" if is_dataset(path) else ""
-        raise UsageError(f"{path}: is a folder, not a stream{advice}")
+        raise UsageError(f"{path} is a folder, not a stream{advice}")
 
 
 def _other_spellings(path: str) -> list[str]:
@@ -213,7 +215,7 @@ def _other_spellings(path: str) -> list[str]:
 def stream_identity(path: str) -> dict[str, Any]:
     """`name`, `bytes` and `crc32c` (8 hex digits) of the stored file: the same for a local and a remote copy.
 
-    A bucket is asked for the checksum that it keeps, a shard's metadata for those of its chunks; other files are read.
+    A bucket stores the checksum, and a dataset shard's metadata those of its chunks; other files are read.
     """
     path = resolve_stream_path(path)
     with storage_errors(f"{path}: cannot read"):

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from core.base.errors import ModelError, UnsupportedError
+from core.base.errors import ModelError, UnsupportedError, UsageError
 from core.step.backend import StepOutput, StepRequest
 from core.step.device_mesh import device_bytes, device_share, model_parallelism
 from core.step.layout import StepArrays
@@ -36,6 +37,8 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 def resolve_compute_dtype(name: str) -> str:
     """`auto` is bfloat16 where matrix units want it, and float32 on the CPU, where it is both exact and faster."""
+    if name not in ("auto", *COMPUTE_DTYPES):
+        raise UsageError(f"--compute_dtype {name}: must be one of auto, {', '.join(COMPUTE_DTYPES)}")
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -145,6 +148,52 @@ class JaxBackend:
         return step
 
 
+# The programs of models that are held by somebody, by what they capture.
+_STEPS: WeakKeyDictionary[Decoder, dict[StepRequest, "ExtractionStep"]] = WeakKeyDictionary()
+
+
+def _put_on(mesh: ModelMesh, model: Decoder) -> Decoder:
+    """The same arrays, as arrays of a mesh of their one device."""
+    graphdef, state = nnx.split(model)
+    placed: Decoder = nnx.merge(graphdef, jax.device_put(state, NamedSharding(mesh.mesh, PartitionSpec())))
+    return placed
+
+
+class LoadedBackend(JaxBackend):
+    """A model that is loaded already, with the dtype it has and on the devices it lies on."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self._model = self._key = model
+
+    def _mesh(self, model: ModelShape, request: StepRequest) -> ModelMesh:
+        if self._model.mesh is not None:
+            return self._model.mesh
+        return ModelMesh.of(self._model.config, list(self._model.embedding[...].devices()))
+
+    def model_shape(self, path: str, revision: str | None) -> DecoderConfig:
+        """Its config."""
+        return self._model.config
+
+    def compute_dtype(self, name: str) -> str:
+        """That of its weights. Raises UsageError for another."""
+        has = self._model.embedding[...].dtype.name
+        if name not in ("auto", has):
+            raise UsageError(f"compute_dtype {name}: the model is loaded in {has}: load it in {name}")
+        return has
+
+    def load(self, path: str, revision: str | None, request: StepRequest) -> "ExtractionStep":
+        """A step with the weights that the model has now; one for the same request is compiled once."""
+        mesh = self._mesh(self._model.config, request)
+        if self._model.mesh is None:
+            self._model = _put_on(mesh, self._model)
+        steps = _STEPS.setdefault(self._key, {})
+        if request not in steps:
+            steps[request] = ExtractionStep(self._model, request, mesh)
+        steps[request].take_weights(self._model)
+        return steps[request]
+
+
 # Activations, peaks and norms by site.
 Outputs = tuple[dict[str, Array], dict[str, Array], dict[str, Array]]
 
@@ -191,13 +240,14 @@ def step_program(model: Decoder, request: StepRequest, mesh: ModelMesh) -> StepP
         return x.astype(dtype), _peaks(x, over), _norms(x, over) if site in request.norm_sites else None
 
     def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> Outputs:
-        kept = nnx.merge(graphdef, state)(tokens, segment_ids, positions, request.capture, split, keep)
+        model = nnx.merge(graphdef, state)
+        kept = model.forward(tokens, segment_ids, positions, request.capture, split, keep)
         stored, peaks, norms = ({site: parts[i] for site, parts in kept.items()} for i in range(3))
         return stored, peaks, {site: norms[site] for site in request.norm_sites}
 
-    rows, layers_rows = PartitionSpec(DATA_AXIS), PartitionSpec(None, DATA_AXIS)
-    sites = {site: PartitionSpec(None, DATA_AXIS, None, split.of_site(site) or None) for site in request.capture.sites}
-    weights = jax.tree.map(lambda array: array.sharding.spec, state)
+    rows, layers_rows = mesh.rows, PartitionSpec(None, DATA_AXIS)
+    sites = {site: mesh.output_spec(site) for site in request.capture.sites}
+    weights = mesh.parameter_specs(state)
     out_specs = (sites, layers_rows, layers_rows)
     mapped = partial(jax.shard_map, mesh=mesh.mesh, check_vma=False)
     return StepProgram(

@@ -11,19 +11,10 @@ from typing import Any
 
 from core.base.errors import RunError, UsageError
 from fleet.bundle import build_bundle
-from fleet.decisions import (
-    Action,
-    Decision,
-    Machine,
-    Slot,
-    Wishes,
-    decide,
-    existing_slots,
-    require_machines,
-    wanted_slots,
-)
+from fleet.decisions import Action, Decision, Wishes, decide, existing_slots, require_machines, wanted_slots
 from fleet.gcloud.calls import Gcloud, Patience
 from fleet.gcloud.listing import Inventory, Resource
+from fleet.gcloud.machines import Machine, Slot
 from fleet.gcloud.naming import require_name
 from fleet.gcloud.parallel import each
 from fleet.launching import ExtractionCommand, Launched, launch, require_flags

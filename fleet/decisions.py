@@ -9,6 +9,7 @@ from types import MappingProxyType
 from core.base.errors import RunError, UsageError
 from fleet.gcloud.accelerators import DEFAULT_TYPE, require_tpu_type, runtime_of
 from fleet.gcloud.listing import WORKER_LABEL, Inventory, Kind, Resource
+from fleet.gcloud.machines import Machine, Slot
 from fleet.gcloud.naming import require_name, require_runtime
 
 
@@ -60,30 +61,6 @@ QUEUE_ACTIONS: Mapping[str, tuple[Action, str]] = {
     "DELETING": _LEAVING_THE_QUEUE,
 }
 ABSENT = "ABSENT"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A TPU that the fleet wants, whether it exists or not."""
-
-    name: str
-    zone: str
-    worker_id: int
-
-
-@dataclass(frozen=True, order=True)
-class Machine:
-    """The configuration that a TPU is created with."""
-
-    tpu_type: str
-    runtime: str
-    spot: bool
-    queued: bool
-
-    @property
-    def label(self) -> str:
-        """In words."""
-        return f"{self.tpu_type} {self.runtime} {'spot' if self.spot else 'on demand'}{', queued' * self.queued}"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,10 @@ from enum import StrEnum
 from typing import Any
 
 from core.base.errors import RunError
-from fleet.decisions import ABSENT, Action, Decision, Slot, required_action
+from fleet.decisions import ABSENT, Action, Decision, required_action
 from fleet.gcloud.calls import Failure, Gcloud, GcloudError
 from fleet.gcloud.listing import Kind, Resource
+from fleet.gcloud.machines import Slot
 from fleet.gcloud.parallel import each
 
 

@@ -1,13 +1,12 @@
-"""The decoder all families share, with its taps.
+"""The decoder that all families share, with its taps.
 
-Axes: B rows, T tokens, D d_model, L layers, V vocab.
-Weights lie (out, in), with a leading L where there is one per layer.
+Axes: B rows, T tokens, D d_model, L captured layers, V vocab, S texts, W width of a site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,57 +16,42 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from core.base.errors import ModelError
-from qwen2_jax.block import BlockContext, decoder_block, linear
+from qwen2_jax.attention.logits import Scale
+from qwen2_jax.block import Block, LayerContext
 from qwen2_jax.config import DecoderConfig
-from qwen2_jax.norms import norm
-from qwen2_jax.parameters import ParamSpec, parameter_specs
-from qwen2_jax.rope import rotary_tables
-from qwen2_jax.sharding import WHOLE, ModelMesh, ModelSplit, rows_of
+from qwen2_jax.layers import Keep, LayerNumber, run_layers
+from qwen2_jax.linear import Linear, product
+from qwen2_jax.norms import Norm
+from qwen2_jax.parameters import Parameters, ParamSpec, parameter_specs
+from qwen2_jax.rope import Tables, rotary_tables
+from qwen2_jax.sharding import DATA_AXIS, WHOLE, ModelMesh, ModelSplit, rows_of
 from qwen2_jax.taps import Capture
+from qwen2_jax.texts import Found, Texts, TokenIds
 
 NO_WINDOW = np.iinfo(np.int32).max
-HEAD = ("final_norm", "final_norm_bias", "lm_head")
 
-Keep = Callable[[str, Float[Array, "B T W"]], Any]
-
-
-def layer_runs(captured: tuple[int, ...], end: int) -> Iterator[tuple[range, bool]]:
-    """Cut layers 0..end-1 into runs that are captured throughout or not at all."""
-    for is_captured, run in groupby(range(end), key=set(captured).__contains__):
-        layers = list(run)
-        yield range(layers[0], layers[-1] + 1), is_captured
-
-
-def layer_constants(config: DecoderConfig) -> dict[str, Array]:
-    """What the config, not the checkpoint, says of every layer and a block has to be told: name -> (L,)."""
-    constants: dict[str, Array] = {}
-    if any(config.windows):
-        constants["window"] = jnp.asarray([window or NO_WINDOW for window in config.windows], jnp.int32)
-    if config.local_rope is not None:
-        constants["is_local"] = jnp.asarray([window is not None for window in config.windows])
-    if config.scale_by_inverse_layer:
-        constants["number"] = jnp.arange(1, config.n_layers + 1, dtype=jnp.float32)
-    return constants
-
-
-def _one_layer(kept: Any) -> Any:
-    return jax.tree.map(lambda array: array[None], kept)
+_LOGITS = Capture((), (), logits=True)
+# For layers with a window, and for those without one.
+_Rotary = tuple[Tables | None, Tables | None]
 
 
 class Decoder(nnx.Module):
-    """A decoder whose forward pass returns what was asked for and computes nothing behind it.
+    """A language model to look into: call it on token ids, or run `forward` on packed rows.
 
-    Split it with `nnx.split` and pass the state through `jax.jit`; `Capture` must be static there.
-    `params` are the arrays of `parameter_specs(config)`; their dtype is the compute dtype.
+    embedding (V, D), layers (every parameter with a leading layer axis), final_norm and lm_head, where they are loaded
+    and the model has them. `nnx.Param`s all; `out_sharding` of each names its axes. Their dtype is the compute dtype.
     """
 
-    def __init__(self, config: DecoderConfig, params: Mapping[str, Any]) -> None:
-        self.config = config
-        self.embedding = nnx.Param(params["embedding"])
-        self.position_embedding = nnx.Param(params["position_embedding"]) if config.learned_positions else None
-        stacked = {name.removeprefix("layers."): a for name, a in params.items() if name.startswith("layers.")}
-        self.layers = nnx.Dict({name: nnx.Param(array) for name, array in stacked.items()})
-        self.head = nnx.Dict({name: nnx.Param(params[name]) for name in HEAD if name in params})
+    def __init__(self, config: DecoderConfig, params: Mapping[str, Any], mesh: ModelMesh | None = None) -> None:
+        """params: the arrays, or shapes, of `parameter_specs(config)`, by name. mesh: where they lie, if on several."""
+        parameters = Parameters(params, parameter_specs(config))
+        self.config, self.mesh = config, mesh
+        self.embedding = parameters.require("embedding")
+        self.position_embedding = parameters.get("position_embedding")
+        self.layers = Block(config, parameters.of("layers"))
+        norm, head = parameters.of("final_norm"), parameters.of("lm_head")
+        self.final_norm = Norm(config.norm, config.norm_eps, norm) if norm else None
+        self.lm_head = Linear("BTD,VD->BTV", head) if head else None
 
     @classmethod
     def abstract(
@@ -86,9 +70,34 @@ class Decoder(nnx.Module):
             return jax.ShapeDtypeStruct(spec.shape, dtype, sharding=sharding)
 
         specs = parameter_specs(config, with_final_norm=with_final_norm, with_head=with_head)
-        return cls(config, {name: shape(spec) for name, spec in specs.items()})
+        return cls(config, {name: shape(spec) for name, spec in specs.items()}, mesh)
 
-    def __call__(
+    def __call__(self, token_ids: TokenIds | Sequence[TokenIds], capture: Capture | None = None) -> Found | list[Found]:
+        """What the model computes of a text, or of several that do not see each other.
+
+        token_ids: of one text, a list or array of T integers; or of several, a list of such or an (S, T) array.
+        capture: what to return; None for the logits alone.
+
+        Returns the next-token logits of a text, (T, V); with `capture` a dict: site -> (L, T, W), L being the layers
+        `capture.layers_of(site, n_layers)` and W `config.site_widths[site]`, and "logits" -> (T, V) where it asks for
+        them. Of a list of texts a list of the same, without padding; of an (S, T) array the same with S before T. All
+        are in the compute dtype, on the device.
+
+        Each text is a row of its own. Compiled anew for another capture, number of texts, or length of the longest,
+        which is rounded up. Raises `ModelError` for token ids that the model does not have, for a text that is too
+        long, and as `forward` does.
+        """
+        asked = _LOGITS if capture is None else capture
+        self._check(asked)
+        texts = Texts.of(token_ids, self.config.vocab_size, self.config.max_positions)
+        graph, state = nnx.split(self)
+        rows = texts.rows(1 if self.mesh is None else self.mesh.mesh.shape[DATA_AXIS])
+        found = texts.without_padding(_forward(graph, asked, state, *rows))
+        if capture is not None:
+            return found
+        return [of_text["logits"] for of_text in found] if isinstance(found, list) else found["logits"]
+
+    def forward(
         self,
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
@@ -97,24 +106,30 @@ class Decoder(nnx.Module):
         split: ModelSplit = WHOLE,
         keep: Keep = lambda site, tap: tap,
     ) -> dict[str, Any]:
-        """Site -> (layers, B, T, width) in the compute dtype; "logits" -> (B, T, V) only when asked.
+        """The pass over packed rows, to be traced: `nnx.split` the decoder and pass its state through `jax.jit`.
 
-        layers are `capture.layers_of(site, n_layers)`, width is `config.site_widths[site]`.
+        Returns site -> (L, B, T, W) in the compute dtype, as of `__call__`; "logits" -> (B, T, V) only when asked.
+        Nothing after what is asked for is computed.
+
         segment_ids: 0 is padding, whose outputs mean nothing. positions: restart at 0 with every segment.
-        split: inside `jax.shard_map`, which parameters are a device's share; what is split (`ModelSplit.of_site`) comes
-        out as its share too.
-        keep: what becomes of a captured (B, T, width) array; what it returns is stacked along a leading layer axis. It
-        is part of the layer, so that nothing has to be read again for it.
+        split: inside `jax.shard_map` (with check_vma=False), which parameters are a device's share; what is split
+        (`ModelSplit.of_site`) comes out as its share too.
+        keep: what becomes of a captured (B, T, W) array; what it returns is stacked along a leading layer axis. It is
+        part of the layer, so that nothing has to be read again for it.
         Raises `ModelError` for a layer or site that does not exist and for what was not loaded.
         """
         self._check(capture)
         embedded = self._embed(tokens, split)
         x = embedded if self.position_embedding is None else embedded + self.position_embedding[...][positions]
-        x, out = self._blocks(x, segment_ids, positions, capture, split, keep)
+        contexts = partial(self._context, segment_ids, self._rotary(positions, segment_ids), split)
+        captured = capture.layers if capture.block_sites else ()
+        n_run = capture.layers_run(self.config.n_layers)
+        x, out = run_layers(self.layers, x, contexts, n_run, captured, capture.block_sites, keep)
         if "embedding" in capture.sites:
             out["embedding"] = _one_layer(keep("embedding", embedded))
         if capture.needs_final_norm:
-            x = norm(x, {name: param[...] for name, param in self.head.items()}, "final_norm", self.config)
+            assert self.final_norm is not None
+            x = self.final_norm(x)
         if "final_norm" in capture.sites:
             out["final_norm"] = _one_layer(keep("final_norm", x))
         if capture.logits:
@@ -128,10 +143,10 @@ class Decoder(nnx.Module):
         if absent := [site for site in capture.sites if site not in config.site_widths]:
             has = ", ".join(config.site_widths)
             raise ModelError(f"site {absent[0]!r} does not exist in a {config.family} block: choose from {has}")
-        has_head = config.tie_embeddings or "lm_head" in self.head
-        if capture.logits and not ("final_norm" in self.head and has_head):
+        has_head = config.tie_embeddings or self.lm_head is not None
+        if capture.logits and (self.final_norm is None or not has_head):
             raise ModelError("logits need the final norm and the output head: load all layers with with_head=True")
-        if capture.needs_final_norm and "final_norm" not in self.head:
+        if capture.needs_final_norm and self.final_norm is None:
             raise ModelError("the final norm is not loaded: load all layers with with_final_norm=True")
 
     def _embed(self, tokens: Int[Array, "B T"], split: ModelSplit) -> Float[Array, "B T D"]:
@@ -139,53 +154,61 @@ class Decoder(nnx.Module):
         scale = self.config.embedding_scale
         return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
-    def _blocks(
-        self,
-        x: Float[Array, "B T D"],
-        segment_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        capture: Capture,
-        split: ModelSplit,
-        keep: Keep,
-    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """As many blocks as have to run, and the sites of those that are captured."""
-        rotary, local_rotary = (
-            None if rope is None else rotary_tables(rope, positions, segment_ids)
-            for rope in (self.config.rope, self.config.local_rope)
-        )
-        ctx = BlockContext(segment_ids, rotary, local_rotary, split)
-        captured = capture.layers if capture.block_sites else ()
-        kept: list[dict[str, Any]] = []
-        for layers, is_captured in layer_runs(captured, capture.layers_run(self.config.n_layers)):
-            x, taps = self._run(x, layers, ctx, capture.block_sites if is_captured else (), keep)
-            if is_captured:
-                kept.append(taps)
-        return x, jax.tree.map(lambda *runs: jnp.concatenate(runs), *kept) if kept else {}
+    def _rotary(self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> _Rotary:
+        rope, local = self.config.rope, self.config.local_rope
+        tables = None if rope is None else rotary_tables(rope, positions, segment_ids)
+        return tables if local is None else rotary_tables(local, positions, segment_ids), tables
 
-    def _run(
-        self, x: Float[Array, "B T D"], layers: range, ctx: BlockContext, sites: tuple[str, ...], keep: Keep
-    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Apply consecutive layers, keeping the named sites of each.
-
-        The stacked weights are indexed inside the scan, never sliced for it: a slice may be a copy of the weights.
-        A single layer is inlined, so that what nobody reads (the MLP of the last layer when only `attn` is kept) is
-        dead code to the compiler.
-        """
-        stacked = {name: param[...] for name, param in self.layers.items()} | layer_constants(self.config)
-
-        def step(x: Array, layer: int | Array) -> tuple[Array, dict[str, Any]]:
-            weights = {name: jax.lax.dynamic_index_in_dim(p, layer, keepdims=False) for name, p in stacked.items()}
-            x, taps = decoder_block(x, weights, ctx, self.config)
-            return x, {site: keep(site, taps[site]) for site in sites}
-
-        if len(layers) == 1:
-            x, taps = step(x, layers[0])
-            return x, _one_layer(taps)
-        return jax.lax.scan(step, x, jnp.arange(layers.start, layers.stop))
+    def _context(
+        self, segment_ids: Int[Array, "B T"], rotary: _Rotary, split: ModelSplit, layer: LayerNumber
+    ) -> LayerContext:
+        """What the config says of one layer, whose number may be traced."""
+        config = self.config
+        local, tables = rotary
+        if config.local_rope is not None:
+            assert local is not None
+            assert tables is not None
+            is_local = jnp.asarray([window is not None for window in config.windows])[layer]
+            cos, sin = (jnp.where(is_local, *pair) for pair in zip(local, tables, strict=True))
+            tables = cos, sin
+        window = None
+        if any(config.windows):
+            window = jnp.asarray([window or NO_WINDOW for window in config.windows], jnp.int32)[layer]
+        scale: Scale = config.query_scale
+        if config.scale_by_inverse_layer:
+            scale = scale / jnp.arange(1, config.n_layers + 1, dtype=jnp.float32)[layer]
+        return LayerContext(segment_ids, tables, window, scale, split)
 
     def _logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """x: what the final norm gave."""
-        unembedding = self.embedding if self.config.tie_embeddings else self.head["lm_head"]
-        logits = linear(x, {"lm_head": unembedding[...]}, "lm_head")
+        logits = product("BTD,VD->BTV", x, self.embedding[...]) if self.lm_head is None else self.lm_head(x)
         cap = self.config.final_softcap
         return logits if cap is None else (cap * jnp.tanh(logits.astype(jnp.float32) / cap)).astype(logits.dtype)
+
+
+def _one_layer(kept: Any) -> Any:
+    return jax.tree.map(lambda array: array[None], kept)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _forward(
+    graph: nnx.GraphDef[Decoder],
+    capture: Capture,
+    state: nnx.State,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+) -> dict[str, Float[Array, "..."]]:
+    """`Decoder.forward`; on a mesh each device computes its rows with its share of the weights."""
+    mesh = nnx.merge(graph, state).mesh
+    split = WHOLE if mesh is None else mesh.split
+
+    def forward(state: nnx.State, tokens: Array, segment_ids: Array, positions: Array) -> dict[str, Array]:
+        return nnx.merge(graph, state).forward(tokens, segment_ids, positions, capture, split)
+
+    if mesh is None:
+        return forward(state, tokens, segment_ids, positions)
+    in_specs = (mesh.parameter_specs(state), mesh.rows, mesh.rows, mesh.rows)
+    specs = {name: mesh.output_spec(name) for name in (*capture.sites, *(["logits"] if capture.logits else []))}
+    mapped = jax.shard_map(forward, mesh=mesh.mesh, in_specs=in_specs, out_specs=specs, check_vma=False)
+    return mapped(state, tokens, segment_ids, positions)

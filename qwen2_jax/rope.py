@@ -133,3 +133,10 @@ def rotate(x: Float[Array, "B T *heads H"], tables: Tables) -> Float[Array, "B T
     first, second = (part.astype(jnp.float32) for part in (x[..., :n_pairs], x[..., n_pairs : 2 * n_pairs]))
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate([*(part.astype(x.dtype) for part in rotated), x[..., 2 * n_pairs :]], axis=-1)
+
+
+def rotate_q_k(
+    q: Float[Array, "B T K G H"], k: Float[Array, "B T K H"], tables: Tables | None
+) -> tuple[Float[Array, "B T K G H"], Float[Array, "B T K H"]]:
+    """Both by `rotate`, or as they are where nothing rotates."""
+    return (q, k) if tables is None else (rotate(q, tables), rotate(k, tables))

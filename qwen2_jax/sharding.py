@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -87,8 +88,22 @@ class ModelMesh:
         """Of a parameter whose dimensions carry these logical names."""
         return NamedSharding(self.mesh, self.split.spec(axes))
 
+    def parameter_specs(self, state: nnx.State) -> nnx.State:
+        """How each parameter lies on the mesh, by the logical axes that are beside it."""
+        return jax.tree.map(self.split.spec, nnx.get_partition_spec(state))
 
-def sum_over(x: Float[Array, ...], axes: MeshAxes) -> Float[Array, ...]:
+    @property
+    def rows(self) -> PartitionSpec:
+        """Of (B, T) arrays of tokens."""
+        return PartitionSpec(DATA_AXIS)
+
+    def output_spec(self, name: str) -> PartitionSpec:
+        """Of what `Decoder.forward` gives under this name: (L, B, T, W) of a site, (B, T, V) of "logits"."""
+        over = self.split.of_site(name) or None
+        return PartitionSpec(*([] if name == "logits" else [None]), DATA_AXIS, None, over)
+
+
+def sum_over(x: Float[Array, "..."], axes: MeshAxes) -> Float[Array, "..."]:
     """The sum of every device's part, inside `jax.shard_map`."""
     return jax.lax.psum(x, axes) if axes else x
 

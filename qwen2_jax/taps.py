@@ -40,6 +40,8 @@ SITES = {
     "final_norm": Site("residual stream after the last block, normalised: what the output head sees", False),
 }
 EMBEDDING_LAYER = -1
+# The sites whose values are known before the MLP of their block runs.
+BEFORE_MLP = frozenset({"resid_pre", "q", "k", "v", "attn_heads", "attn_proj", "attn", "resid_mid"})
 
 
 class Capturable(Protocol):

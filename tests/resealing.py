@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from core.base.canonical_json import read_sealed_json, sealed_json
-from core.shards.sinks import digest_stream
+from core.object_store.sinks import digest_stream
 
 
 def write_and_reseal(path: Path, data: bytes, folder: Path) -> None:

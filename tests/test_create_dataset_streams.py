@@ -213,10 +213,10 @@ def test_max_samples_stops_the_source(tmp_path):
         ("s.jsonl", '{"text": "a"}\n', {"id_column": "key"}, "s.jsonl:1: no column 'key'"),
         ("s.jsonl", '{"body": "a", "text": "b"}\n', {"column_name": "body"}, "s.jsonl:1: the column 'text' would be"),
         ("s.jsonl", '{"body": "a", "examples": 1}\n', {"column_name": "body"}, "the column 'examples' would"),
-        ("s.jsonl", '{"body": 5}\n', {"column_name": "body"}, "s.jsonl:1: the column holds 5"),
+        ("s.jsonl", '{"body": 5}\n', {"column_name": "body"}, "s.jsonl:1: the column is 5"),
         ("s.jsonl", '{"examples": [[[[1]], [[2]]]]}\n', {}, "s.jsonl:1: 1 [input, output] pairs"),
         ("s.jsonl", '{"examples": [[[[1]], [[2]]], [[[1], []], [[2]]]]}\n', {}, "s.jsonl:1: test[0].input row 1"),
-        ("s.jsonl", "", {}, "no samples in it"),
+        ("s.jsonl", "", {}, "it has no samples"),
         ("t.json", '{"train": [], "test": []}', {}, "t.json: the task has no train pairs"),
         ("t.json", '{\n"train": [', {}, "t.json:2: broken JSON"),
         ("t.json", '[{"input": [[1]], "output": [[1]]}]', {}, "t.json:item 0: no sample"),
@@ -244,7 +244,7 @@ def test_a_bad_row_is_named_and_nothing_is_written(tmp_path, name, content, opti
         ({"max_samples": 0}, "--max_samples"),
         ({"dataset_name": "nosuch.jsonl"}, "nosuch.jsonl: no such file"),
         ({"dataset_name": "/nosuch/folder"}, "/nosuch/folder: no such file"),
-        ({"dataset_name": str(COMMAND)}, "cannot tell what it holds"),
+        ({"dataset_name": str(COMMAND)}, "unknown file type"),
     ],
 )
 def test_what_cannot_be_is_a_usage_error_and_nothing_is_written(tmp_path, options, message):
@@ -449,6 +449,6 @@ def test_a_stream_that_somebody_else_writes_meanwhile_is_not_replaced(tmp_path, 
     source = write_lines(tmp_path / "s.jsonl", [{"text": "a"}])
     put(bucket, "in/stream_000.jsonl", b"theirs")
     monkeypatch.setattr(GcsStore, "list", lambda *_: [])
-    with pytest.raises(RunError, match=r"gs://bucket/in/stream_000\.jsonl: someone else is writing"):
+    with pytest.raises(RunError, match=r"gs://bucket/in/stream_000\.jsonl: another process is writing"):
         make(source, "gs://bucket/in")
     assert bucket.objects() == {"in/stream_000.jsonl": b"theirs"}

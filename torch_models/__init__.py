@@ -1,6 +1,6 @@
-"""Causal language models of transformers whose forward pass gives the activations that `qwen2_jax.taps` names.
+"""Causal language models of transformers, with activations of the sites in `qwen2_jax.taps`.
 
-torch is an extra: nothing here is imported before somebody asks for it, and `require_torch` says what to install.
+torch is an optional dependency: the modules are imported only when needed, and `require_torch` says what to install.
 """
 
 import importlib.util

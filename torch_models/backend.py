@@ -1,4 +1,4 @@
-"""The torch backend (`core.step.backend.Backend`): any causal language model that transformers knows."""
+"""The torch backend (`core.step.backend.Backend`): any causal language model that transformers supports."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LENGTH_SCALINGS = {"dynamic", "longrope", "su"}
 class TorchBackend:
     """transformers on one device: CUDA where there is one, else the CPU.
 
-    trust_remote_code: run the code that a model brings.
+    trust_remote_code: run code that comes with a model.
     """
 
     trust_remote_code: bool = False
@@ -58,7 +58,7 @@ class TorchBackend:
         return "bfloat16" if best_device() == "cuda" else "float32"
 
     def model_digest(self, path: str, revision: str | None) -> str:
-        """What tells models apart by their content."""
+        """A digest of the model's content."""
         return model_digest(ModelSource(path, revision, self.trust_remote_code))
 
     def model_shape(self, path: str, revision: str | None) -> TorchModelShape:
@@ -66,19 +66,19 @@ class TorchBackend:
         return shape_without_weights(ModelSource(path, revision, self.trust_remote_code))
 
     def load(self, path: str, revision: str | None, request: StepRequest) -> TorchStep:
-        """Loads the blocks up to the last one that is captured, and checks what is claimed of each site.
+        """Loads the blocks up to the last captured one, and checks numerically where each site is.
 
-        Raises ModelError for a site that cannot be found, or whose numbers are not what the site means.
+        Raises ModelError for a site that cannot be found, or whose values contradict its definition.
         """
         source, capture = ModelSource(path, revision, self.trust_remote_code), request.capture
         shape = self.model_shape(path, revision)
-        # At least one block: without any there is nothing to check the embedding against.
+        # At least one block, because the embedding is checked against its input.
         kept = max(1, capture.layers_run(shape.n_layers))
         loaded = load_causal_lm(source, request.compute_dtype, n_layers=kept, device=best_device())
         taps = find_model_taps(loaded)
         rows_alone = taps.rows_alone or depends_on_length(loaded)
         if rows_alone:
-            logging.info("%s: a row's values depend on the other rows' lengths, so rows run one at a time", path)
+            logging.info("%s: a row's values depend on the lengths of other rows, so rows run one at a time", path)
         return TorchStep(
             Reader(loaded.model, wanted_taps(taps, capture, shape, path)),
             capture,
@@ -91,40 +91,40 @@ class TorchBackend:
 
 
 def wanted_taps(taps: Taps, capture: Capture, shape: TorchModelShape, path: str) -> dict[tuple[str, int], Tap]:
-    """The taps of everything that is captured. Raises ModelError naming the first site that the model lacks."""
+    """The taps of all captured sites. Raises ModelError naming the first site that the model lacks."""
     wanted = {}
     for site in capture.sites:
         for layer in capture.layers_of(site, shape.n_layers):
             tap = taps.found.get((site, layer))
             if tap is None:
-                raise ModelError(f"{path}: {site} cannot be captured: {why_missing(taps, site)}")
+                raise ModelError(f"{path}: {site} cannot be captured: {missing_reason(taps, site)}")
             if taps.widths[site] != shape.site_widths[site]:
                 raise ModelError(
-                    f"{path}: {site} cannot be captured: it is {taps.widths[site]} wide, not {shape.site_widths[site]}"
+                    f"{path}: {site} cannot be captured: width {taps.widths[site]} is not {shape.site_widths[site]}"
                 )
             wanted[site, layer] = tap
     return wanted
 
 
-def why_missing(taps: Taps, site: str) -> str:
-    """One clause for people."""
+def missing_reason(taps: Taps, site: str) -> str:
+    """Why the model lacks a site, as one clause."""
     if site in taps.missing:
         return taps.missing[site]
     if site == "resid_mid":
-        return "attention and MLP run side by side, so there is nothing between them"
+        return "attention and MLP run in parallel, so there is nothing between them"
     if site in ("attn_proj", "mlp_proj"):
-        return f"no norm is behind the projection, so it is {site.removesuffix('_proj')}"
+        return f"no norm follows the projection, so it is the same as {site.removesuffix('_proj')}"
     return f"the model has no {SITES[site].meaning}"
 
 
 def depends_on_length(loaded: LoadedModel) -> bool:
-    """Whether the rotary angles follow the longest row of a batch."""
+    """Whether the rotary angles depend on the longest row of a batch."""
     return bool(_LENGTH_SCALINGS & set(_scalings(loaded.model.config.to_dict())))
 
 
 def _scalings(fields: Any) -> list[str]:
-    """Every `rope_type` (or `type`) that a config states, at any depth."""
+    """Every `rope_type` (or `type`) in a config, at any depth."""
     if not isinstance(fields, Mapping):
         return []
-    stated = [fields[name] for name in ("rope_type", "type") if isinstance(fields.get(name), str)]
-    return stated + [scaling for value in fields.values() for scaling in _scalings(value)]
+    here = [fields[name] for name in ("rope_type", "type") if isinstance(fields.get(name), str)]
+    return here + [scaling for value in fields.values() for scaling in _scalings(value)]

@@ -1,4 +1,4 @@
-"""The sites of one decoder layer, from what its modules took and gave: see `torch_models.probing`.
+"""Finds the sites of one decoder layer from its modules' inputs and outputs: see `torch_models.probing`.
 
 Axis letters: B rows, T tokens, D d_model, N query heads, K kv heads, H head_dim.
 """
@@ -12,47 +12,47 @@ import torch
 from torch import Tensor, nn
 
 from qwen2_jax.taps import SITES
+from torch_models.call_log import Call, CallLog
 from torch_models.hooks import Batch, Columns, Tap
-from torch_models.probe_records import Call, Record
 from torch_models.structure import attention_of, is_norm, is_within, linear_sizes
 
 
 class BlockProbe:
-    """One decoder layer in the probe."""
+    """One decoder layer during the probe."""
 
-    def __init__(self, model: nn.Module, record: Record, path: str, batch: Batch, n_heads: int) -> None:
+    def __init__(self, model: nn.Module, log: CallLog, path: str, batch: Batch, n_heads: int) -> None:
         self.path = path
-        self.call = record.once(path)
+        self.call = log.once(path)
         self._layer = model.get_submodule(path)
         self._is_token = batch.attention_mask.bool()
         self._n_heads = n_heads
         names = (name for name, _ in self._layer.named_modules() if name)
-        calls = {name: record.once(f"{path}.{name}") for name in names}
+        calls = {name: log.once(f"{path}.{name}") for name in names}
         self._calls = {name: call for name, call in calls.items() if call is not None}
 
     @property
     def resid_pre(self) -> Tensor:
-        """(B, T, D) what the block took."""
+        """(B, T, D) the block's input."""
         assert self.call is not None
-        assert self.call.took is not None
-        return self.call.took
+        assert self.call.input is not None
+        return self.call.input
 
     @property
     def residual(self) -> Tensor:
-        """(B, T, D) what the block gave."""
+        """(B, T, D) the block's output."""
         assert self.call is not None
-        assert self.call.gave is not None
-        return self.call.gave
+        assert self.call.output is not None
+        return self.call.output
 
     def taps(self) -> dict[str, Tap | str]:
         """Site → its tap, or why there is none; sites that this kind of block does not have are absent."""
         whole: dict[str, Tap | str] = {"resid_pre": Tap(self.path, of_input=True), "residual": Tap(self.path)}
         attention = attention_of(self._layer)
         if attention is None or attention not in self._calls:
-            return whole | dict.fromkeys(("attn", "mlp", "resid_mid"), "it has no attention that runs once")
+            return whole | dict.fromkeys(("attn", "mlp", "resid_mid"), "it has no attention that runs exactly once")
         pair = self._contributions(attention)
         if pair is None:
-            reason = "resid_pre + attn + mlp is not residual for anything that its modules give"
+            reason = "no two module outputs satisfy resid_pre + attn + mlp = residual"
             return whole | dict.fromkeys(_INSIDE, reason)
         attn, mlp = pair
         parts = {"attn": Tap(attn), "mlp": Tap(mlp)} | self._middle(attn, attention)
@@ -63,26 +63,26 @@ class BlockProbe:
         }
 
     def _contributions(self, attention: str) -> tuple[str, str] | None:
-        """The modules that give what attention and what the MLP add, if there are two such."""
+        """The modules whose outputs attention and the MLP add to the residual stream; None if there are no such two."""
         width = self.resid_pre.shape[-1]
-        wide = [name for name, call in self._by_end() if call.gave is not None and call.gave.shape[-1] == width]
+        wide = [name for name, call in self._by_end() if call.output is not None and call.output.shape[-1] == width]
         end = self._calls[attention].ended
         inside = [name for name in wide if is_within(name, attention)]
-        behind = [name for name in wide if self._calls[name].began > end]
-        # Attention as a whole before what is in it, and norms behind it last.
-        for attn in [*reversed(inside), *behind]:
-            for mlp in behind:
-                if attn != mlp and self._adds_up(self._gave(attn), self._gave(mlp)):
+        after = [name for name in wide if self._calls[name].began > end]
+        # Attention as a whole comes before the modules inside it, and norms after it come last.
+        for attn in [*reversed(inside), *after]:
+            for mlp in after:
+                if attn != mlp and self._adds_up(self._output(attn), self._output(mlp)):
                     return attn, mlp
         return None
 
     def _by_end(self) -> list[tuple[str, Call]]:
         return sorted(self._calls.items(), key=lambda entry: entry[1].ended)
 
-    def _gave(self, name: str) -> Tensor:
-        gave = self._calls[name].gave
-        assert gave is not None
-        return gave
+    def _output(self, name: str) -> Tensor:
+        output = self._calls[name].output
+        assert output is not None
+        return output
 
     def _adds_up(self, attn: Tensor, mlp: Tensor) -> bool:
         parts = [tensor[self._is_token].double() for tensor in (self.resid_pre, attn, mlp)]
@@ -90,69 +90,66 @@ class BlockProbe:
 
     def _middle(self, attn: str, attention: str) -> dict[str, Tap | str]:
         """resid_mid, of a sequential block."""
-        parts = [tensor[self._is_token].double() for tensor in (self.resid_pre, self._gave(attn))]
+        parts = [tensor[self._is_token].double() for tensor in (self.resid_pre, self._output(attn))]
         for name, call in sorted(self._calls.items(), key=lambda entry: entry[1].began):
-            took = call.took
-            if call.began < self._calls[attention].ended or took is None or took.shape != self.resid_pre.shape:
+            values = call.input
+            if call.began < self._calls[attention].ended or values is None or values.shape != self.resid_pre.shape:
                 continue
-            if is_sum(took[self._is_token].double(), parts, self.resid_pre.dtype):
+            if is_sum(values[self._is_token].double(), parts, self.resid_pre.dtype):
                 return {"resid_mid": Tap(name, of_input=True)}
         return {}
 
     def _projected(self, attn: str, mlp: str, attention: str) -> dict[str, Tap | str]:
-        """attn_proj and mlp_proj where a norm gives attn and mlp; heads, neurons, queries, keys and values."""
+        """attn_proj and mlp_proj where norms compute attn and mlp; heads, neurons, queries, keys and values."""
         taps: dict[str, Tap | str] = {}
-        outputs = {"attn": self._gave(attn), "mlp": self._gave(mlp)}
+        outputs = {"attn": self._output(attn), "mlp": self._output(mlp)}
         for site, name in (("attn", attn), ("mlp", mlp)):
-            took = self._calls[name].took
-            if is_norm(name, self._layer.get_submodule(name)) and took is not None:
-                taps[f"{site}_proj"], outputs[site] = Tap(name, of_input=True), took
+            values = self._calls[name].input
+            if is_norm(name, self._layer.get_submodule(name)) and values is not None:
+                taps[f"{site}_proj"], outputs[site] = Tap(name, of_input=True), values
         end = self._calls[attention].ended
         inside = [name for name in self._linear() if is_within(name, attention)]
-        behind = [name for name in self._linear() if self._calls[name].began > end]
-        down = self._giving(behind, outputs["mlp"])
-        taps["mlp_act"] = Tap(down, of_input=True) if down else "no one linear map gives what the MLP adds"
-        output = self._giving(inside, outputs["attn"])
+        after = [name for name in self._linear() if self._calls[name].began > end]
+        down = self._with_output(after, outputs["mlp"])
+        taps["mlp_act"] = Tap(down, of_input=True) if down else "no single linear map outputs what the MLP adds"
+        output = self._with_output(inside, outputs["attn"])
         if output is None:
-            return taps | dict.fromkeys(_HEADS, "no linear map gives what attention adds")
+            return taps | dict.fromkeys(_HEADS, "no linear map outputs what attention adds")
         taps["attn_heads"] = Tap(output, of_input=True)
-        return taps | self._queries([name for name in inside if name != output], self._calls[output].took)
+        return taps | self._queries([name for name in inside if name != output], self._calls[output].input)
 
     def _linear(self) -> list[str]:
-        """The linear maps in the order in which they ran."""
+        """The linear maps, in the order in which they ran."""
         return [name for name, _ in self._by_end() if linear_sizes(self._layer.get_submodule(name)) is not None]
 
-    def _giving(self, names: Sequence[str], values: Tensor) -> str | None:
-        """The last of the linear maps whose result is `values`."""
+    def _with_output(self, names: Sequence[str], values: Tensor) -> str | None:
+        """The last of the linear maps whose output is `values`."""
         same = [
             name
             for name in names
-            if self._gave_at(name) is not None and is_same(self._gave(name), values, self._is_token)
+            if self._calls[name].output is not None and is_same(self._output(name), values, self._is_token)
         ]
         return same[-1] if same else None
 
-    def _gave_at(self, name: str) -> Tensor | None:
-        return self._calls[name].gave
-
     def _queries(self, names: Sequence[str], heads: Tensor | None) -> dict[str, Tap | str]:
-        """q, k and v from three linear maps or the columns of one, where v is what the heads put out at token 0."""
+        """q, k and v from three linear maps or the columns of one, where v is the heads' output at token 0."""
         assert heads is not None
-        for candidate in self._layouts(names, heads.shape[-1]):
-            v = candidate["v"].read(self._gave(candidate["v"].module))
+        for candidate in self._candidates(names, heads.shape[-1]):
+            v = candidate["v"].read(self._output(candidate["v"].module))
             if self._attends_to_itself(heads[:, 0], v[:, 0]):
                 return dict(candidate)
-        reason = "no projection gives the v that the heads put out at the first token"
+        reason = "no projection outputs the v that the heads output at the first token"
         return dict.fromkeys(("q", "k", "v"), reason)
 
-    def _layouts(self, names: Sequence[str], width: int) -> Iterator[dict[str, Tap]]:
+    def _candidates(self, names: Sequence[str], width: int) -> Iterator[dict[str, Tap]]:
         if len(names) == 3:
             for v in reversed(names):
                 q, k = (name for name in names if name != v)
                 yield {"q": Tap(q), "k": Tap(k), "v": Tap(v)}
-        if len(names) != 1 or self._gave_at(names[0]) is None or width % self._n_heads:
+        if len(names) != 1 or self._calls[names[0]].output is None or width % self._n_heads:
             return
         name, head_dim = names[0], width // self._n_heads
-        rest = self._gave(name).shape[-1] - width
+        rest = self._output(name).shape[-1] - width
         if rest <= 0 or rest % (2 * head_dim):
             return
         kv = rest // 2
@@ -171,7 +168,7 @@ class BlockProbe:
             yield {site: Tap(name, columns=Columns(kv_heads, *span)) for site, span in bounds.items()}
 
     def _attends_to_itself(self, heads: Tensor, v: Tensor) -> bool:
-        """heads: (B, N·H) and v: (B, K·H) of the first token."""
+        """Whether the heads' output is v at the first token; heads: (B, N·H), v: (B, K·H)."""
         if heads.shape[-1] % self._n_heads or v.shape[-1] % (heads.shape[-1] // self._n_heads):
             return False
         by_head = v.unflatten(-1, (-1, heads.shape[-1] // self._n_heads))

@@ -1,4 +1,4 @@
-"""Forward hooks: where a site's values are read off, and a forward pass that ends once all of them are there.
+"""Forward hooks: where the values of each site are read, and a forward pass that stops once all have been read.
 
 Axis letters: L layers, B rows, T tokens, D width of the site.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Columns:
-    """A part of each token's vector: cut into `groups` equal groups, places start..stop of each group."""
+    """Some columns of each token's vector: columns start..stop-1 of each of `groups` equal groups."""
 
     groups: int
     start: int
@@ -31,7 +31,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a site is read: what a module gives, or what it is given (its first tensor), or some columns of that.
+    """Where a site is read: the output of a module, or its input (the first tensor), or some columns of that.
 
     module: its path below the model.
     """
@@ -45,8 +45,8 @@ class Tap:
         return values if self.columns is None else self.columns.of(values).flatten(-2)
 
 
-class AllSeen(Exception):
-    """Ends a forward pass whose last wanted value has been seen; no error."""
+class StopForward(Exception):
+    """Stops a forward pass after the last value that is needed; not an error."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Batch:
 
     Attributes:
       token_ids, attention_mask: (B, T); the mask is 1 on tokens and 0 on padding.
-      position_ids: (B, T), from 0 in each row; what padding has is never seen.
+      position_ids: (B, T), from 0 in each row; those of padding do not matter.
     """
 
     token_ids: Int[Tensor, "B T"]
@@ -69,20 +69,20 @@ class Batch:
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
-    """A forward pass without cache; None when a hook ended it early."""
+    """A forward pass without cache; None when a hook stopped it early."""
     inputs: dict[str, Any] = {"input_ids": batch.token_ids, "attention_mask": batch.attention_mask}
     accepted = inspect.signature(model.forward).parameters
     optional: dict[str, Any] = {"position_ids": batch.position_ids, "use_cache": False, "return_dict": True}
-    # Models without rotary or learned positions take no position_ids; theirs follow from the mask or the place.
+    # Models without rotary or learned positions take no position_ids: they derive positions from the mask or the index.
     inputs |= {name: value for name, value in optional.items() if name in accepted}
     try:
         return model(**inputs)
-    except AllSeen:
+    except StopForward:
         return None
 
 
 def tokens_first(values: Any, shape: tuple[int, int]) -> Tensor | None:
-    """(B, T, W) of what a module took or gave, or None when it is no tensor with the batch's rows and tokens."""
+    """A module's input or output as (B, T, W); None when it is not a tensor with the batch's rows and tokens."""
     if not isinstance(values, Tensor):
         return None
     rows, tokens = shape
@@ -94,7 +94,7 @@ def tokens_first(values: Any, shape: tuple[int, int]) -> Tensor | None:
 
 
 def first_tensor(values: Any) -> Any:
-    """The first of several values; a module's main result comes first."""
+    """The first of several values: a module's main output."""
     if isinstance(values, Mapping):
         values = tuple(values.values())
     return values[0] if isinstance(values, tuple | list) and values else values
@@ -112,15 +112,15 @@ def hooked(
     on_input: Mapping[str, Callable[[Any], Any]] | None = None,
     on_output: Mapping[str, Callable[[Any], Any]] | None = None,
 ) -> Iterator[None]:
-    """Calls each function with the first tensor that the module of that path takes, or gives, while the block lasts.
+    """Within the block, calls each function with the first tensor of the input, or output, of the module of that path.
 
-    A function of `on_output` that returns a tensor replaces what the module gives.
+    A tensor that a function of `on_output` returns replaces the module's output.
     """
     handles = []
-    for name, see in (on_input or {}).items():
-        handles.append(model.get_submodule(name).register_forward_pre_hook(_input_hook(see), with_kwargs=True))
-    for name, see in (on_output or {}).items():
-        handles.append(model.get_submodule(name).register_forward_hook(_output_hook(see)))
+    for name, function in (on_input or {}).items():
+        handles.append(model.get_submodule(name).register_forward_pre_hook(_input_hook(function), with_kwargs=True))
+    for name, function in (on_output or {}).items():
+        handles.append(model.get_submodule(name).register_forward_hook(_output_hook(function)))
     try:
         yield
     finally:
@@ -128,16 +128,16 @@ def hooked(
             handle.remove()
 
 
-def _input_hook(see: Callable[[Any], Any]) -> Callable[..., Any]:
+def _input_hook(function: Callable[[Any], Any]) -> Callable[..., Any]:
     def hook(_module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return see(first_argument(args, kwargs))
+        return function(first_argument(args, kwargs))
 
     return hook
 
 
-def _output_hook(see: Callable[[Any], Any]) -> Callable[..., Any]:
+def _output_hook(function: Callable[[Any], Any]) -> Callable[..., Any]:
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        new = see(first_tensor(output))
+        new = function(first_tensor(output))
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -147,7 +147,7 @@ def _output_hook(see: Callable[[Any], Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the wanted sites off a model, and stops each forward pass behind the last of them.
+    """Reads sites of a model, and stops each forward pass after the last of them.
 
     taps: (site, layer) → where it is read.
     """
@@ -156,29 +156,29 @@ class Reader:
     taps: Mapping[tuple[str, int], Tap]
 
     @torch.no_grad()
-    def run(self, batch: Batch, keep: Callable[[tuple[str, int], Tensor], None]) -> None:
-        """One forward pass: calls `keep` with each site, layer and its (B, T, D) as they are computed.
+    def run(self, batch: Batch, on_values: Callable[[tuple[str, int], Tensor], None]) -> None:
+        """One forward pass: calls `on_values` with each (site, layer) and its (B, T, D), as they are computed.
 
-        A tensor is the model's own and may be changed by it as soon as `keep` returns.
+        The tensor belongs to the model, which may change it as soon as `on_values` returns.
         """
         left = set(self.taps)
-        at: dict[tuple[str, bool], list[tuple[str, int]]] = {}
+        by_module: dict[tuple[str, bool], list[tuple[str, int]]] = {}
         for key, tap in self.taps.items():
-            at.setdefault((tap.module, tap.of_input), []).append(key)
+            by_module.setdefault((tap.module, tap.of_input), []).append(key)
 
-        def seeing(keys: list[tuple[str, int]]) -> Callable[[Any], None]:
-            def see(values: Any) -> None:
-                given = tokens_first(values, batch.shape)
-                assert given is not None
+        def reading(keys: list[tuple[str, int]]) -> Callable[[Any], None]:
+            def read(values: Any) -> None:
+                by_token = tokens_first(values, batch.shape)
+                assert by_token is not None
                 for key in keys:
-                    keep(key, self.taps[key].read(given))
+                    on_values(key, self.taps[key].read(by_token))
                     left.discard(key)
                 if not left:
-                    raise AllSeen
+                    raise StopForward
 
-            return see
+            return read
 
-        on_input = {name: seeing(keys) for (name, of_input), keys in at.items() if of_input}
-        on_output = {name: seeing(keys) for (name, of_input), keys in at.items() if not of_input}
+        on_input = {name: reading(keys) for (name, of_input), keys in by_module.items() if of_input}
+        on_output = {name: reading(keys) for (name, of_input), keys in by_module.items() if not of_input}
         with hooked(self.model, on_input=on_input, on_output=on_output):
             run_model(self.model, batch)

@@ -1,6 +1,6 @@
-"""Loads causal language models with transformers: a folder, a hub id or a GGUF file; nothing missing, nothing executed.
+"""Loads causal language models with transformers from a folder, a hub id or a GGUF file; missing weights are an error.
 
-Code that comes with a model runs only where `trust_remote_code` says so.
+Code that comes with a model runs only with `trust_remote_code`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CONFIG_FILES = ("*.json",)
 _WEIGHT_FILES = ("*.json", "*.safetensors")
 _BIN_FILES = ("*.json", "pytorch_model*.bin")
 _CODE_FILES = ("*.py",)
-# A model that names no limit (ALiBi) has none.
+# Of models without a limit in their config (ALiBi).
 _NO_LIMIT = 2**31 - 1
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _SHOWN_NAMES = 3
@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Which model: a folder, a hub id at `revision`, or a .gguf file; and whether its own code may run."""
+    """A model's source: a folder, a hub id at `revision`, or a .gguf file; and whether its own code may run."""
 
     path: str
     revision: str | None = None
@@ -51,14 +51,14 @@ class ModelSource:
         return locate_model(self.path, self.revision, files + (_CODE_FILES if self.trust_remote_code else ()))
 
     def locate_weights(self) -> Path:
-        """The same with the weights in it: of a hub id that has both kinds, safetensors alone."""
+        """The same with the weights; of a hub id that has both kinds, only safetensors."""
         found = self.locate(_WEIGHT_FILES)
         return found if found.is_file() or any(found.glob("*.safetensors")) else self.locate(_BIN_FILES)
 
 
 @dataclass(frozen=True)
 class TorchModelShape:
-    """The sizes of a model. n_heads: 1 without attention. site_widths: sites it may have; numbers decide at loading."""
+    """The sizes of a model. n_heads: 1 without attention. site_widths: of possible sites, checked on loading."""
 
     family: str
     n_layers: int
@@ -70,7 +70,7 @@ class TorchModelShape:
 
 
 def read_config(source: ModelSource) -> PreTrainedConfig:
-    """The config as transformers reads it. Raises ModelError in one line."""
+    """The config as transformers reads it. Raises a one-line ModelError."""
     from transformers import AutoConfig
 
     found = source.locate(_CONFIG_FILES)
@@ -81,7 +81,7 @@ def read_config(source: ModelSource) -> PreTrainedConfig:
 
 
 def model_shape(source: ModelSource) -> TorchModelShape:
-    """The sizes of a model, by its config and its module tree without weights. Raises ModelError in one line."""
+    """The sizes of a model, from its config and its module tree without weights. Raises a one-line ModelError."""
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
@@ -91,7 +91,7 @@ def model_shape(source: ModelSource) -> TorchModelShape:
 
 
 def shape_of(model: PreTrainedModel) -> TorchModelShape:
-    """The sizes of a model that is there."""
+    """The sizes of an instantiated model."""
     config = model.config.get_text_config(decoder=True)
     n_layers, d_model = _count(config, "num_hidden_layers"), _count(config, "hidden_size")
     n_heads = _count(config, "num_attention_heads") if hasattr(config, "num_attention_heads") else 1
@@ -134,12 +134,12 @@ def model_digest(source: ModelSource) -> str:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, cut behind the last block that is needed.
+    """A model on its device, without the blocks after the last one that is needed.
 
     Attributes:
       shape: of the whole model.
-      layers: path of the list of its blocks, of which `n_layers` are left.
-      has_head: whether the files hold an output head.
+      layers: path of the list of its blocks, of which the first `n_layers` were kept.
+      has_head: whether the files contain an output head.
     """
 
     model: PreTrainedModel
@@ -159,9 +159,9 @@ def load_causal_lm(
 ) -> LoadedModel:
     """The model in `dtype` ("float32" or "bfloat16") for inference.
 
-    n_layers: how many blocks to keep, all by default. attention: an implementation by transformers' name, such as
-    "eager"; None leaves the choice to it. Raises ModelError in one line, also for weights that are missing:
-    transformers would make them up.
+    n_layers: how many blocks to keep, all by default. attention: transformers' name of an implementation, such as
+    "eager"; None: its default. Raises a one-line ModelError, also for missing weights, which transformers would
+    initialize randomly.
     """
     found = source.locate_weights()
     options: dict[str, Any] = {"dtype": DTYPES[dtype]}
@@ -181,7 +181,7 @@ def load_causal_lm(
 
 
 def find_model_taps(loaded: LoadedModel) -> Taps:
-    """Where the model's sites are read. Raises ModelError when it has no residual stream to be found."""
+    """Where the model's sites are read. Raises ModelError when no residual stream is found."""
     return find_taps(
         loaded.model,
         loaded.layers,
@@ -203,13 +203,13 @@ def _load_folder(folder: Path, source: ModelSource, options: dict[str, Any]) -> 
 
 
 def _load_gguf(file: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, bool]:
-    """from_pretrained(gguf_file=…) wants one more package; its parts do the same without."""
+    """As from_pretrained(gguf_file=…), which needs one more package that its parts do not need."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     model = AutoModelForCausalLM.from_config(config, **options)
-    # Its progress bar cannot be told to be quiet.
+    # Its progress bar cannot be disabled.
     with redirect_stderr(StringIO()):
         tensors = load_gguf_checkpoint(str(file), return_tensors=True, model_to_load=model)["tensors"]
     result = model.load_state_dict(tensors, strict=False)
@@ -227,24 +227,25 @@ def _has_head(
     mismatched: Iterable[Any],
     unexpected: Iterable[str],
 ) -> bool:
-    """Raises ModelError for weights that the files do not give, but for the head: no site is behind it."""
+    """Whether the files have the head. Raises ModelError for other missing weights; no site comes after the head."""
     head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
-    lacking = sorted(name for name in missing if head is None or not name.startswith(f"{head}."))
-    lacking += sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in mismatched)
-    if lacking:
+    wrong = sorted(name for name in missing if head is None or not name.startswith(f"{head}."))
+    wrong += sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in mismatched)
+    if wrong:
         raise ModelError(
-            f"{source.path}: {len(lacking)} weights are missing or misshapen, {lacking[0]} first: complete the download"
+            f"{source.path}: {len(wrong)} weights are missing or have the wrong shape, {wrong[0]} first: "
+            "download the model again"
         )
     leftover = sorted(unexpected)
     if leftover:
         shown = ", ".join(leftover[:_SHOWN_NAMES]) + ", …" * (len(leftover) > _SHOWN_NAMES)
-        logging.warning("%s: transformers has no place for %d tensors (%s)", source.path, len(leftover), shown)
+        logging.warning("%s: transformers does not use %d tensors (%s)", source.path, len(leftover), shown)
     return head is not None and not any(name.startswith(f"{head}.") for name in missing)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its report on weights, which `_has_head` judges."""
+    """Disables transformers' progress bars, and its report on weights, which `_has_head` checks."""
     from transformers.utils import logging as hf_logging
 
     verbosity = hf_logging.get_verbosity()
@@ -261,17 +262,18 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _one_line(source: ModelSource) -> Iterator[None]:
-    """Turns whatever transformers raises into a ModelError that says what to do."""
+    """Turns any exception of transformers into a one-line ModelError that says what to do."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         yield
     except ModelError:
         raise
-    except Exception as error:  # a model's files make its code raise anything
+    except Exception as error:  # invalid model files may raise any type
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"{source.path}: the model brings its own code: read it, then say --trust_remote_code --backend torch"
+                f"{source.path}: the model comes with its own code: read it, then pass "
+                "--trust_remote_code --backend torch"
             ) from error
         raise ModelError(f"{source.path}: transformers cannot load it ({reason})") from error
 

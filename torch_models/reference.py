@@ -1,4 +1,4 @@
-"""What transformers itself says: a whole model, eager attention, one sample at a time without padding.
+"""The reference: transformers itself, with the whole model, eager attention, and one sample at a time.
 
 Axis letters: L layers stored for the site, T tokens, D width of the site, V vocab.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from qwen2_jax.taps import Capture
-from torch_models.backend import why_missing
+from torch_models.backend import missing_reason
 from torch_models.hooks import Batch, Reader, hooked, run_model
 from torch_models.loading import LoadedModel, ModelSource, find_model_taps, load_causal_lm
 from torch_models.probing import Taps
@@ -22,7 +22,7 @@ from torch_models.probing import Taps
 
 @dataclass(frozen=True)
 class Reference:
-    """A model of transformers, read where the probe found each site."""
+    """A transformers model whose sites are read where the probe found them."""
 
     loaded: LoadedModel
     taps: Taps
@@ -35,13 +35,13 @@ class Reference:
 
     @property
     def n_layers(self) -> int:
-        """Blocks of the model."""
+        """Number of blocks."""
         return self.loaded.n_layers
 
     def missing(self, capture: Capture) -> dict[str, str]:
-        """The sites of `capture` that cannot be read off this model, and why."""
+        """The sites of `capture` that cannot be read from this model, and why."""
         return {
-            site: why_missing(self.taps, site)
+            site: missing_reason(self.taps, site)
             for site in capture.sites
             if any((site, layer) not in self.taps.found for layer in capture.layers_of(site, self.n_layers))
         }
@@ -66,15 +66,15 @@ class Reference:
 
     @torch.no_grad()
     def next_tokens(self, token_ids: Int[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
-        """The most likely next token behind each token."""
+        """The most likely next token after each token."""
         output = run_model(self.loaded.model, self._batch(token_ids))
         return output.logits[0].argmax(-1).cpu().numpy()
 
     @torch.no_grad()
     def next_tokens_of(self, final: Float[np.ndarray, "T D"], *, normed: bool) -> Int64[np.ndarray, " T"]:
-        """The most likely next token by this model's output head, from what another computed.
+        """The most likely next tokens by this model's output head, from another implementation's final values.
 
-        final: residual stream after the last block, or (`normed`) what the final norm made of it.
+        final: the residual stream after the last block or, if `normed`, the output of the final norm.
         """
         values = torch.from_numpy(np.ascontiguousarray(final, np.float32))[None]
         layer, site = self.n_layers, "final_norm"
@@ -85,7 +85,7 @@ class Reference:
         def replace(given: Tensor) -> Tensor:
             return values.to(given).reshape(given.shape)
 
-        # The forward pass of a sample of the same length, its last values replaced by those of the other.
+        # A forward pass of a sample of the same length, with its final values replaced.
         tokens = np.zeros(len(final), np.int64)
         with hooked(self.loaded.model, on_output={tap.module: replace}):
             return run_model(self.loaded.model, self._batch(tokens)).logits[0].argmax(-1).cpu().numpy()

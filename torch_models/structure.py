@@ -1,6 +1,6 @@
-"""Where the parts of a transformers model are, by its module tree alone: no weights, no forward pass.
+"""Finds the parts of a transformers model by its module tree alone, without weights or a forward pass.
 
-Paths are dotted module names below the model, or below a decoder layer where that is said.
+Paths are dotted module names relative to the model, or to a decoder layer where documented.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class LinearSizes:
 
 
 def decoder_layers(model: nn.Module, n_layers: int) -> str:
-    """The path of the list of decoder layers: the heaviest of the module lists of that length.
+    """The path of the list of decoder layers: the module list of that length with the most parameters.
 
     Raises ModelError when there is none.
     """
@@ -35,12 +35,12 @@ def decoder_layers(model: nn.Module, n_layers: int) -> str:
         if isinstance(module, nn.ModuleList) and len(module) == n_layers
     }
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of its {n_layers} decoder layers: it cannot be captured")
+        raise ModelError(f"{type(model).__name__} has no list of {n_layers} decoder layers: it cannot be captured")
     return max(lists, key=lambda name: lists[name])
 
 
 def attention_of(layer: nn.Module) -> str | None:
-    """The path of a decoder layer's attention: the outermost module of that name that is no norm; None without one."""
+    """The path of a decoder layer's attention: the outermost module with such a name except norms; None without one."""
     named = [
         name
         for name, module in layer.named_modules()
@@ -50,19 +50,19 @@ def attention_of(layer: nn.Module) -> str | None:
 
 
 def is_norm(name: str, module: nn.Module) -> bool:
-    """Whether a module normalises, by its class or its own name."""
+    """Whether a module is a norm, by its class or its name."""
     return bool(_NORM.search(type(module).__name__) or _NORM.search(name.rpartition(".")[2]))
 
 
 def is_within(name: str, parent: str) -> bool:
-    """Whether a path lies below another, or is it."""
+    """Whether a path is `parent` or below it."""
     return name == parent or name.startswith(f"{parent}.")
 
 
 def linear_sizes(module: nn.Module) -> LinearSizes | None:
     """The widths of a linear map of any class; None for other modules."""
     weight = getattr(module, "weight", None)
-    # Norms over single heads have a matrix for a weight too.
+    # The weights of norms over single heads are matrices, too.
     if isinstance(module, nn.Embedding) or _NORM.search(type(module).__name__) or getattr(weight, "ndim", 0) != 2:
         return None
     assert weight is not None
@@ -72,9 +72,9 @@ def linear_sizes(module: nn.Module) -> LinearSizes | None:
 
 
 def possible_widths(model: nn.Module, n_layers: int, d_model: int, n_heads: int) -> dict[str, int]:
-    """Site -> width for each site that the model may have, as far as its modules tell.
+    """Site -> width for each site that the model may have, by its modules.
 
-    Which of them it has is known when numbers have gone through it (`torch_models.probing`).
+    A forward pass decides which of them it has (`torch_models.probing`).
     """
     layer = model.get_submodule(decoder_layers(model, n_layers))[0]  # type: ignore[index]
     widths = dict.fromkeys(("embedding", "resid_pre", "residual", "final_norm"), d_model)
@@ -84,10 +84,10 @@ def possible_widths(model: nn.Module, n_layers: int, d_model: int, n_heads: int)
     widths |= dict.fromkeys(("attn", "resid_mid", "mlp"), d_model)
     projections = {name: sizes for name, module in layer.named_modules() if (sizes := linear_sizes(module))}
     inside = [sizes for name, sizes in projections.items() if is_within(name, attention)]
-    behind = [sizes for name, sizes in projections.items() if not is_within(name, attention)]
+    outside = [sizes for name, sizes in projections.items() if not is_within(name, attention)]
     if sum(is_norm(name, module) for name, module in layer.named_modules()) >= 2:
         widths |= dict.fromkeys(("attn_proj", "mlp_proj"), d_model)
-    down = [sizes.in_features for sizes in behind if sizes.out_features == d_model]
+    down = [sizes.in_features for sizes in outside if sizes.out_features == d_model]
     if down:
         widths["mlp_act"] = down[-1]
     return widths | _head_widths(inside, d_model, n_heads)

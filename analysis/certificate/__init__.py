@@ -1,1 +1,1 @@
-"""The fidelity certificate: activations beside those of transformers in float32."""
+"""The fidelity certificate: a comparison of activations with those of transformers in float32."""

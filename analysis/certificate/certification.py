@@ -1,6 +1,6 @@
 """Compares activations with transformers in float32, eager attention, each sample alone: the fidelity certificate.
 
-Axis letters: L layers stored for a site, T tokens of a sample, K those that are compared, D width of the site.
+Axis letters: L layers stored for a site, T tokens of a sample, K compared tokens, D width of the site.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 FIDELITY_FILE = "fidelity.json"
 _OTHER_FILES = (
-    "{} has other files than the model of the run: another format of it, or another model; the numbers alone decide"
+    "{} has other files than the model of the run: another format of it, or another model; only the numbers decide"
 )
 _FEW_TOKENS = 16
-_TOO_FEW = "only {} tokens were compared: by chance alone a right run can be beyond the limit; compare more samples"
+_TOO_FEW = "only {} tokens were compared: a correct run can exceed the limit by chance; compare more samples"
 _PACKAGES = ("transformers", "torch", "jax", "numpy")
 
 
@@ -39,9 +39,9 @@ class Subject:
 
     Attributes:
       layers: site → the layer numbers of its arrays.
-      digest: of the model that computed it.
-      about: more for the report.
-      device: where the reference runs.
+      digest: of the model that computed the activations.
+      about: further fields of the report.
+      device: of the reference.
     """
 
     capture: Capture
@@ -64,7 +64,7 @@ def require_reference(wanted_by: str) -> None:
 
 
 def final_site(layers: Mapping[str, tuple[int, ...]], n_layers: int) -> str | None:
-    """The captured site whose last layer the next token follows from."""
+    """The captured site whose last layer determines the next token; None if there is none."""
     if "final_norm" in layers:
         return "final_norm"
     return "residual" if layers.get("residual", ())[-1:] == (n_layers - 1,) else None
@@ -73,7 +73,7 @@ def final_site(layers: Mapping[str, tuple[int, ...]], n_layers: int) -> str | No
 def compare_with_transformers(
     samples: Sequence[CertifiedSample], subject: Subject, source: ModelSource
 ) -> FidelityReport:
-    """The report on `samples`. Raises RunError when the reference is no model of these sizes, ModelError if unloadable.
+    """The report on `samples`. Raises RunError when the reference has other sizes, ModelError if it cannot be loaded.
 
     Two models are loaded, one after the other: in float32, and in the compute dtype for the yardstick.
     """
@@ -125,20 +125,20 @@ def _require_alike(
             if sample.ours[site].shape != array.shape:
                 theirs, width = array.shape[-1], sample.ours[site].shape[-1]
                 raise RunError(
-                    f"{source.path}: its {site} is {theirs} wide, that of the run {width}: "
-                    "name the model that the run was made with"
+                    f"{source.path}: its {site} has width {theirs}, that of the run {width}: "
+                    "pass the model that the run was made with"
                 )
 
 
 def as_stored(values: Float32[np.ndarray, " *shape"], dtype: str) -> Shaped[np.ndarray, " *shape"]:
-    """Rounded to the stored dtype; values beyond it become its largest."""
+    """Rounded to the stored dtype; values beyond its range become its largest."""
     stored = DTYPES[dtype]
     largest = float(ml_dtypes.finfo(stored).max)
     return np.clip(values, -largest, largest).astype(stored)
 
 
 def _next_tokens(reference: Reference, samples: Sequence[CertifiedSample]) -> tuple[NextTokens, list[np.ndarray]]:
-    """How often the reference's head finds the same next token in our last values, and the tokens it should find."""
+    """How often the reference's head predicts the same next token from our final values, and the reference's tokens."""
     finals = [sample.final for sample in samples if sample.final is not None]
     if len(finals) < len(samples):
         return NextTokens("neither the residual of the last layer nor final_norm is stored"), []

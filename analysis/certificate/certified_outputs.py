@@ -37,8 +37,8 @@ _IDENTITY: Kinds = {"model": (dict,), "dtype": (str,), "compute_dtype": (str,)}
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A committed window, and the samples of it that are taken, by their place in it."""
+class _WindowSamples:
+    """A committed window, and which of its samples are compared, by their index in it."""
 
     folder: str
     record: CommitRecord
@@ -48,7 +48,7 @@ class _Place:
 def certify_output(url: str, source: ModelSource, n_samples: int) -> FidelityReport:
     """Compares `n_samples` committed samples, evenly chosen, with transformers, and writes fidelity.json at `url`.
 
-    url: the output folder, or one worker's folder in it, whose samples alone are then taken. An earlier certificate is
+    url: the output folder, or one worker's folder in it: then only its samples are compared. An earlier certificate is
     replaced. Raises UsageError when there is no run at `url`, RunError when its files cannot be read.
     """
     require_reference("certify: the reference")
@@ -57,12 +57,12 @@ def certify_output(url: str, source: ModelSource, n_samples: int) -> FidelityRep
     root, names, only = listed_root(url.rstrip("/"))
     folders = [folder for folder in worker_folders(names) if only in (None, folder)]
     if not folders:
-        raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
+        raise UsageError(f"{url}: no run here: pass the folder with {RUN_FILE}")
     identity = _identity(root)
     if identity.get("reduction") is not None:
         raise UsageError(
-            f"{url}: its activations are reduced, and transformers gives whole ones: extract some with --certify N, "
-            "which compares them before they are reduced"
+            f"{url}: its activations are reduced, so they cannot be compared with transformers: extract with "
+            "--certify N, which compares them before the reduction"
         )
     places = _choose(root, folders, n_samples)
     stored = places[0].record.sites
@@ -97,8 +97,8 @@ def _identity(root: ObjectStore) -> dict[str, Any]:
     return identity
 
 
-def _choose(root: ObjectStore, folders: Sequence[str], n_samples: int) -> list[_Place]:
-    """`n_samples` of all committed samples, at even distances; of windows that store a token."""
+def _choose(root: ObjectStore, folders: Sequence[str], n_samples: int) -> list[_WindowSamples]:
+    """`n_samples` evenly spaced samples of all committed windows that store a token."""
     windows = [(folder, record) for folder in folders for record in read_records(root, folder)]
     if not windows:
         raise RunError(f"{root.url}: nothing is committed yet")
@@ -111,7 +111,7 @@ def _choose(root: ObjectStore, folders: Sequence[str], n_samples: int) -> list[_
     for (folder, record), end in zip(windows, ends, strict=True):
         within = chosen[(chosen < end) & (chosen >= end - record.n_samples)] - (end - record.n_samples)
         if len(within):
-            places.append(_Place(folder, record, tuple(within.tolist())))
+            places.append(_WindowSamples(folder, record, tuple(within.tolist())))
     return places
 
 
@@ -126,8 +126,8 @@ def _final(source: ModelSource, layers: dict[str, tuple[int, ...]]) -> str | Non
     return final_site(layers, model_shape(source).n_layers)
 
 
-def _samples(root: ObjectStore, place: _Place, format_name: str, final: str | None) -> list[CertifiedSample]:
-    """The chosen samples of a window, part by part."""
+def _samples(root: ObjectStore, place: _WindowSamples, format_name: str, final: str | None) -> list[CertifiedSample]:
+    """The chosen samples of a window, read part by part."""
     samples: list[CertifiedSample] = []
     first = 0
     for counts, files in place.record.files_of_parts():
@@ -146,7 +146,7 @@ def _samples_of_part(
     format_name: str,
     final: str | None,
 ) -> list[CertifiedSample]:
-    """Of the chosen samples those without a stored token give way to the next, or last, that has one."""
+    """The chosen samples of a part; one without a stored token is replaced by the next, or last, that has one."""
     values: dict[str, list[np.ndarray]] = {}
     table: list[TableRow] = []
     slots: list[int] = []
@@ -167,10 +167,10 @@ def _samples_of_part(
             name=f"{folder}:{table[slot].sample_idx}",
             token_ids=table[slot].token_ids,
             kept=_kept(table[slot]),
-            ours={site: arrays[number] for site, arrays in values.items()},
-            final=None if final is None else FinalValues(values[final][number][-1], normed=final == "final_norm"),
+            ours={site: arrays[i] for site, arrays in values.items()},
+            final=None if final is None else FinalValues(values[final][i][-1], normed=final == "final_norm"),
         )
-        for number, slot in enumerate(slots)
+        for i, slot in enumerate(slots)
     ]
 
 

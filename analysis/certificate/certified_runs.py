@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Computed:
-    """What a step gave of one sample: by site in the step's dtype; the norms of P pairs of site and layer."""
+    """The output of a step for one sample: values by site in the step's dtype, norms of P pairs of site and layer."""
 
     values: dict[str, Shaped[np.ndarray, "L T _"]]
     norms: Float32[np.ndarray, "P T"]
@@ -43,14 +43,14 @@ class _Computed:
 def certify_run(job: Job, stores: Stores) -> None:
     """Certifies the first `config.certify` samples that store a token, and writes fidelity.json into the job's folder.
 
-    The run's own step computes them, packed as the run packs them, and is let go before the reference is loaded.
-    Raises RunError, with nothing written, when the verdict is bad and --allow_unfaithful is not given.
+    The run's own step computes them, packed as the run packs them, and is freed before the reference is loaded.
+    Raises RunError, with nothing written, when they are not faithful and --allow_unfaithful is not given.
     """
     config = job.config
     require_reference("--certify: the reference")
     windows = _first_windows(job, config.certify)
     if not windows:
-        logging.warning("--certify: there is no certificate, for no sample of %s stores a token", job.stream_path)
+        logging.warning("--certify: no certificate, because no sample of %s stores a token", job.stream_path)
         return
     logging.info("certifying the first %d samples against transformers in float32", config.certify)
     report = compare_with_transformers(_samples(job, windows), _subject(job), _source(job))
@@ -58,10 +58,9 @@ def certify_run(job: Job, stores: Stores) -> None:
         logging.info("%s", line)
     if not report.ok and not config.allow_unfaithful:
         raise RunError(
-            f"--certify: not faithful: {report.failure()}; nothing was written "
-            "(--allow_unfaithful extracts all the same)"
+            f"--certify: not faithful: {report.failure()}; nothing was written (--allow_unfaithful extracts anyway)"
         )
-    # All hosts of a slice come to the same verdict; one of them writes it.
+    # All hosts of a slice reach the same verdict; host 0 writes it.
     for store in stores.all() if job.hosts.is_first else ():
         store.replace_bytes(f"{job.folder}/{FIDELITY_FILE}", canonical_json(report.to_json()))
 
@@ -90,15 +89,15 @@ def _subject(job: Job) -> Subject:
             "model": job.identity.model,
             "plan_hash": content_hash(job.identity.to_json()),
         },
-        # JAX has reserved the memory of its devices.
+        # JAX has reserved the memory of its devices, so the reference runs on the CPU.
         device=best_device() if job.backend.name == "torch" else "cpu",
     )
 
 
 def _samples(job: Job, windows: Sequence[tuple[Window, list[int]]]) -> list[CertifiedSample]:
-    """The chosen samples of each window through the run's step; of those of their tokens that the run stores.
+    """The chosen samples of each window, computed by the run's step; only their tokens that the run stores.
 
-    What the next token follows from takes a pass of its own where the run does not capture it.
+    The final values for the next token need a second pass where the run does not capture them.
     """
     step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
     computed = [found for window, chosen in windows for found in _window_values(job, step, window, chosen)]
@@ -123,8 +122,9 @@ def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: Final
     for site, values in ours.items():
         if not np.isfinite(values.astype(np.float32)).all():
             raise RunError(
-                f"{job.stream_path}, sample_idx {sample.sample_idx}, {site}: a value does not fit {job.config.dtype}, "
-                "or is NaN: store with --dtype bfloat16 or --dtype float32, compute with --compute_dtype float32"
+                f"{job.stream_path}, sample_idx {sample.sample_idx}, {site}: a value is NaN or out of range for "
+                f"{job.config.dtype}: store with --dtype bfloat16 or --dtype float32, compute with "
+                "--compute_dtype float32"
             )
     return CertifiedSample(
         name=str(sample.sample_idx),
@@ -136,7 +136,7 @@ def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: Final
 
 
 def _kept(job: Job, sample: TokenizedSample, found: _Computed) -> np.ndarray:
-    """The places of the tokens that the run stores."""
+    """The positions of the tokens that the run stores."""
     reasons = sample.reasons
     if reasons is None:
         return np.arange(len(sample.token_ids))
@@ -146,7 +146,7 @@ def _kept(job: Job, sample: TokenizedSample, found: _Computed) -> np.ndarray:
 
 
 def _first_windows(job: Job, n_samples: int) -> list[tuple[Window, list[int]]]:
-    """The windows of the first `n_samples` samples that store a token, each with which of its samples they are."""
+    """The windows of the first `n_samples` samples that store a token, each with the indices of these samples."""
     chosen: list[tuple[Window, list[int]]] = []
     left = n_samples
     for window in job.windows():
@@ -160,7 +160,7 @@ def _first_windows(job: Job, n_samples: int) -> list[tuple[Window, list[int]]]:
 
 
 def _window_values(job: Job, step: Step, window: Window, chosen: Sequence[int]) -> list[_Computed]:
-    """What the step computes of each chosen sample of a window. Only steps that hold one of them run."""
+    """The step's output for each chosen sample of a window. Only steps with a chosen sample run."""
     found: dict[int, _Computed] = {}
     token_ids = [sample.token_ids for sample in window.samples]
     for layout in lay_out_steps(window.lengths, job.batch_shape):

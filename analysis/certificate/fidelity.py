@@ -1,9 +1,9 @@
-"""How far activations are from those of transformers in float32, and whether rounding explains it.
+"""The error of activations relative to transformers in float32, and whether rounding explains it.
 
-The yardstick is transformers itself in the run's compute dtype, rounded to the stored dtype: what the numbers would be
-had transformers computed them. A site and layer passes when its errors are at most `YARDSTICKS` times the yardstick's.
+The yardstick is transformers itself in the run's compute dtype, rounded to the stored dtype: the values that it would
+have stored. A site and layer passes when its errors are at most `YARDSTICKS` times the yardstick's.
 
-Axis letters: L layers stored for a site, T tokens of a sample, K of them that are compared, D width of the site.
+Axis letters: L layers stored for a site, T tokens of a sample, K compared tokens, D width of the site.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,14 +15,14 @@ from jaxtyping import Float64, Int, Int32, Shaped
 
 YARDSTICKS = 2.0
 FLOOR = 3e-5
-"""Errors up to this pass whatever the yardstick, which is 0 for a run computed and stored in float32. The order of its
-sums makes a difference of 3e-6 after the 30 layers of SmolLM2."""
+"""Errors up to this always pass: the yardstick of a run that is computed and stored in float32 is 0. Summation order
+alone makes a difference of 3e-6 after the 30 layers of SmolLM2."""
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
 class FinalValues:
-    """What the next token follows from: what the last block gave, or (`normed`) what the final norm made of it."""
+    """The values that determine the next token: the last block's output or, if `normed`, the final norm's."""
 
     values: Shaped[np.ndarray, "K D"]
     normed: bool
@@ -33,9 +33,9 @@ class CertifiedSample:
     """One sample as this project computed it.
 
     Attributes:
-      name: its index, behind its folder where there are several.
-      token_ids: what the model sees.
-      kept: the places of the tokens that are compared, ascending.
+      name: its index, prefixed with its folder for committed samples.
+      token_ids: of all tokens that the model sees.
+      kept: the positions of the compared tokens, ascending.
       ours: by site, in the stored dtype.
       final: None where it is not known.
     """
@@ -49,11 +49,11 @@ class CertifiedSample:
 
 @dataclass(frozen=True)
 class Figures:
-    """How far one site and layer is from the reference, over all tokens of all samples.
+    """The error of one site and layer relative to the reference, over all tokens of all samples.
 
     Attributes:
       relative_error: L2 norm of the difference over that of the reference, all tokens together.
-      token_error: the same for each token, and then the mean: tokens with huge norms count like any other.
+      token_error: mean over tokens of each token's relative error: tokens with huge norms count like any other.
       cosine_mean, cosine_worst: cosine similarity of a token's two vectors.
       max_error: the largest difference of any value.
     """
@@ -66,13 +66,13 @@ class Figures:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """What the verdict is about."""
+        """The two errors that decide the verdict."""
         return self.relative_error, self.token_error
 
 
 @dataclass
 class Tally:
-    """Gathers the figures of one site and layer, sample by sample."""
+    """Accumulates the figures of one site and layer, sample by sample."""
 
     squared_difference: float = 0.0
     squared_reference: float = 0.0
@@ -83,7 +83,7 @@ class Tally:
     tokens: int = 0
 
     def add(self, ours: Shaped[np.ndarray, "K D"], reference: Shaped[np.ndarray, "K D"]) -> None:
-        """Adds the tokens of one sample. A value of either side that is NaN or infinite makes every error infinite."""
+        """Adds the tokens of one sample. A NaN or infinity on either side makes every error infinite."""
         a, b = ours.astype(np.float64), reference.astype(np.float64)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
             self.squared_difference = self.token_errors = self.max_error = np.inf
@@ -102,7 +102,7 @@ class Tally:
         self.tokens += len(a)
 
     def figures(self) -> Figures:
-        """The figures of all that was added."""
+        """The figures of all added samples."""
         tokens = max(self.tokens, 1)
         overall = _ratios(np.sqrt([self.squared_difference]), np.sqrt([self.squared_reference]))
         return Figures(
@@ -115,7 +115,7 @@ class Tally:
 
 
 def _ratios(off: Float64[np.ndarray, "K"], norms: Float64[np.ndarray, "K"]) -> Float64[np.ndarray, "K"]:
-    """off / norms; of a vector that is zero everything is off unless nothing is."""
+    """off / norms; for a zero norm 0 if off is 0, else infinity."""
     return np.divide(off, norms, out=np.where(off > 0, np.inf, 0.0), where=norms > 0)
 
 
@@ -136,7 +136,7 @@ class LayerFidelity:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """What each of `ours.errors` may be at most: the floor where the yardstick is not finite."""
+        """The upper limit of each of `ours.errors`: the floor where the yardstick is not finite."""
         first, second = (
             max(YARDSTICKS * error, FLOOR) if np.isfinite(error) else FLOOR for error in self.yardstick.errors
         )
@@ -153,7 +153,7 @@ class LayerFidelity:
         return self.excess <= 1
 
     def to_json(self) -> dict[str, Any]:
-        """As fidelity.json keeps it."""
+        """The entry in fidelity.json."""
         return {"site": self.site, "layer": self.layer, "ok": self.ok, "limits": _finite(list(self.limits))} | {
             "ours": _finite(asdict(self.ours)),
             "yardstick": _finite(asdict(self.yardstick)),
@@ -162,7 +162,7 @@ class LayerFidelity:
 
 @dataclass(frozen=True)
 class NextTokens:
-    """How often the most likely next token is that of the reference. by: how it was found, or why it was not."""
+    """How often the most likely next token is the reference's. by: how it was computed, or why it was not."""
 
     by: str
     ours: float | None = None
@@ -175,8 +175,8 @@ class FidelityReport:
     """The certificate.
 
     Attributes:
-      about: what was compared: model, plan, dtypes, versions.
-      samples: their names; tokens: how many of theirs were compared.
+      about: model, identity, dtypes and versions.
+      samples: their names; tokens: how many tokens were compared.
       not_compared: site → why the reference has no counterpart.
     """
 
@@ -208,7 +208,7 @@ class FidelityReport:
         }
 
     def lines(self) -> list[str]:
-        """The certificate for people: the worst layer of each site, and bars for the errors of all of them."""
+        """The certificate as lines of text: the worst layer of each site, and bars for the errors of all layers."""
         by_site: dict[str, list[LayerFidelity]] = {}
         for layer in self.layers:
             by_site.setdefault(layer.site, []).append(layer)
@@ -244,7 +244,7 @@ def _site_line(site: str, layers: Sequence[LayerFidelity]) -> str:
 
 
 def _bars(layers: Sequence[LayerFidelity]) -> tuple[str, str]:
-    """The token errors of a site and of its yardstick by layer, logarithmic from the least to the largest of both.
+    """The token errors of a site and of its yardstick by layer, as bars on a common logarithmic scale.
 
     A layer that fails is `!`.
     """
@@ -265,7 +265,7 @@ def _next_token_line(agreement: NextTokens) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for it."""
+    """Replaces NaN and infinity, which JSON does not have, with null."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -274,14 +274,14 @@ def _finite(value: Any) -> Any:
 
 
 class Comparison:
-    """Tallies by site and layer. layers: site → the layer numbers of its arrays, in their order."""
+    """Tallies by site and layer. layers: site → the layer numbers of its arrays, in order."""
 
     def __init__(self, layers: Mapping[str, tuple[int, ...]]) -> None:
         self._layers = layers
         self._tallies = {(site, layer): Tally() for site, numbers in layers.items() for layer in numbers}
 
     def add(self, ours: Mapping[str, Shaped[np.ndarray, "L K _"]], reference: Mapping[str, np.ndarray]) -> None:
-        """Adds one sample. Sites that the reference lacks are left out."""
+        """Adds one sample. Sites without a reference are skipped."""
         for site, numbers in self._layers.items():
             if site in reference:
                 for slot, layer in enumerate(numbers):
@@ -300,7 +300,7 @@ def verdicts(
 
 
 def agreement(ours: Iterable[np.ndarray], reference: Iterable[np.ndarray]) -> tuple[float, int]:
-    """The share of places where two lists of next tokens are the same, and how many there are."""
+    """The share of positions at which two lists of next tokens agree, and the number of positions."""
     same = [a == b for a, b in zip(ours, reference, strict=True)]
     places = np.concatenate(same) if same else np.zeros(0, bool)
     return (float(places.mean()) if len(places) else 0.0), len(places)

@@ -1,1 +1,1 @@
-"""How far a fleet is, from its output alone."""
+"""The status of a fleet, from its output alone."""

@@ -1,4 +1,4 @@
-"""What is shown of a fleet: shards, workers, progress, throughput and the time that is left."""
+"""The status report of a fleet: shards, workers, progress, throughput and time left."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from core.base.redaction import printable
 
 State = Literal["finished", "running", "abandoned", "waiting", "poisoned", "unfinished"]
 
-# Throughput is that of the last minutes, or of so many commits when they lie further apart.
+# Throughput is measured over the last minutes, or over this many commits when they are further apart.
 _RATE_OVER_S = 600.0
 _RATE_OVER_COMMITS = 8
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One committed window: when, by the storage's clock, and how much."""
+    """One committed window: its time, by the storage's clock, and its counts."""
 
     at: float
     samples: int
@@ -29,15 +29,15 @@ class ShardStatus:
     """A shard of the dataset, or the folder of a worker with a stream of its own.
 
     Attributes:
-      state: "finished"; "running" while its owner gives signs of life; "abandoned" when the owner has been silent for
-        longer than its TTL and nobody has taken over yet; "waiting" for somebody to begin or go on; "poisoned" when it
-        is set aside; a stream's folder, which nobody claims, is "finished" or "unfinished".
+      state: "finished"; "running" while its owner sends heartbeats; "abandoned" when the last heartbeat is older than
+        the owner's TTL and no other worker has taken over yet; "waiting" for a worker to claim it; "poisoned" when it
+        is set aside. A stream's folder, which is not claimed, is "finished" or "unfinished".
       samples, tokens, windows, bytes: committed. tokens are those that the model saw.
-      expected_samples: committed and left; None where the output does not tell.
-      computed_samples: by the present owner, committed or not.
-      lease: number of the last one; 0: never claimed. owner: whose it is or was.
-      silent_s: since the last sign of life of a lease that is held, or since a stream's last commit.
-      failures: times that its data met an error; error: why it is set aside, or what is damaged.
+      expected_samples: committed and remaining; None where the output has not enough information.
+      computed_samples: by the current owner, committed or not.
+      lease: epoch of the last one; 0: never claimed. owner: its owner.
+      silent_s: since the last heartbeat of a held lease, or since a stream's last commit.
+      failures: number of errors of its data; error: why it is set aside, or what is damaged.
     """
 
     shard: str
@@ -55,32 +55,32 @@ class ShardStatus:
     error: str | None = None
 
     def line(self) -> str:
-        """The shard for people."""
+        """The shard as a line of text."""
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
-        words = [f"{self.shard} {self.state}: {self.samples}{of} samples"]
+        parts = [f"{self.shard} {self.state}: {self.samples}{of} samples"]
         if self.owner is not None:
-            before = "given back by " if self.state in ("waiting", "poisoned") else ""
-            words.append(before + "worker {worker_id} on {host}, process {pid}".format(**self.owner))
+            verb = "released by " if self.state in ("waiting", "poisoned") else ""
+            parts.append(verb + "worker {worker_id} on {host}, process {pid}".format(**self.owner))
         if self.silent_s is not None:
-            last = "last commit" if self.owner is None else "last sign of life"
-            words.append(f"{last} {self.silent_s:.0f} s ago")
+            event = "last commit" if self.owner is None else "last heartbeat"
+            parts.append(f"{event} {self.silent_s:.0f} s ago")
         if self.error is not None:
-            words.append(self.error)
-        return printable(", ".join(words))
+            parts.append(self.error)
+        return printable(", ".join(parts))
 
 
 @dataclass(frozen=True)
 class FleetStatus:
-    """A whole output.
+    """The status of a whole output.
 
     Attributes:
-      finished: every shard is.
-      settled: every shard is finished or set aside: there is nothing to do any more.
+      finished: whether every shard is finished.
+      settled: whether every shard is finished or set aside, so that nothing is left to do.
       states: how many shards are in each state.
-      workers: processes that work now, as far as they claim shards.
-      samples_per_second, tokens_per_second: of the whole fleet lately; None before there is anything to measure.
-      eta_s: seconds until everything is committed at that rate; None where that cannot be told.
-      notes: what is missing beyond a single shard.
+      workers: processes that hold a running shard.
+      samples_per_second, tokens_per_second: recent rates of the whole fleet; None before they can be measured.
+      eta_s: seconds until everything is committed at that rate; None where it is unknown.
+      notes: what is missing beyond single shards.
     """
 
     url: str
@@ -103,8 +103,8 @@ class FleetStatus:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The status for people; shards that are finished, or that nobody has begun, are only counted."""
-        states = ", ".join(f"{number} {state}" for state, number in self.states.items())
+        """The status as lines of text; shards that are finished, or were never claimed, are only counted."""
+        states = ", ".join(f"{count} {state}" for state, count in self.states.items())
         of = "" if self.expected_samples is None else f" of {self.expected_samples}"
         share = f" ({self.samples / self.expected_samples:.1%})" if self.expected_samples else ""
         workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
@@ -123,7 +123,7 @@ class FleetStatus:
 def fleet_status(
     url: str, shards: Sequence[ShardStatus], commits: Sequence[Commit], now: float, notes: Sequence[str] = ()
 ) -> FleetStatus:
-    """The sums over `shards`; `commits` in their order, `now` by the same clock; no `notes` in a finished output."""
+    """The sums over `shards`; `commits` in order, `now` by the same clock; no `notes` in a finished output."""
     states = Counter[str](shard.state for shard in shards)
     settled = bool(shards) and states.keys() <= {"finished", "poisoned"} and not notes
     rate = rate_of(commits, commits[-1].at if settled and commits else now)
@@ -149,14 +149,14 @@ def fleet_status(
 def _eta(left: Sequence[int | None], rate: tuple[float, float] | None) -> float | None:
     if rate is None or not rate[0]:
         return None
-    known = [number for number in left if number is not None]
+    known = [samples for samples in left if samples is not None]
     return round(sum(known) / rate[0], 1) if len(known) == len(left) else None
 
 
 def rate_of(commits: Sequence[Commit], now: float) -> tuple[float, float] | None:
-    """Samples and tokens a second of late, from commits in their order; None when there is nothing to measure.
+    """Recent samples and tokens per second, from commits in order; None when there is nothing to measure.
 
-    The first commit only starts the clock: nobody knows when its work was begun.
+    The first commit only starts the clock: when its work began is unknown.
     """
     recent = next((place for place, commit in enumerate(commits) if commit.at > now - _RATE_OVER_S), len(commits))
     start = max(min(recent, len(commits) - _RATE_OVER_COMMITS) - 1, 0)

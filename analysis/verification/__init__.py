@@ -1,1 +1,1 @@
-"""Checks an output: every file that a commit record names, and that the folders hold each sample once."""
+"""Verifies an output: every file that a commit record names, and that the folders have each sample once."""

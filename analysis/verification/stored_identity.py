@@ -1,4 +1,4 @@
-"""Reads the JSON files of an output that say what it is for, and takes nothing in them on trust."""
+"""Reads and checks the identity files of an output; their contents are untrusted."""
 
 import json
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _STREAM: Kinds = {
 
 @dataclass(frozen=True)
 class StoredRunIdentity:
-    """What is needed of run.json: the format of the shards, and the hash that the records must carry."""
+    """The fields of run.json needed here: the format of the shards, and the hash that must be in the records."""
 
     format: str
     hash: str
@@ -32,14 +32,14 @@ class StoredRunIdentity:
 
 @dataclass(frozen=True)
 class StoredStream:
-    """What stream.json says, and the hash that the records must carry."""
+    """The content of stream.json, and the hash that must be in the records."""
 
     stream: StreamIdentity
     hash: str
 
 
 def read_object(store: ObjectStore, name: str) -> dict[str, Any]:
-    """The JSON object stored under `name`; raises RunError naming the file when there is none to be had."""
+    """The JSON object stored under `name`; raises RunError naming the file when it is missing or unreadable."""
     where = f"{store.url}/{name}"
     try:
         value = json.loads(store.read_bytes(name))
@@ -55,10 +55,10 @@ def read_object(store: ObjectStore, name: str) -> dict[str, Any]:
 
 
 def _read_written(store: ObjectStore, name: str) -> dict[str, Any]:
-    """The same for a file of which every byte counts, spaces too: runs compare it with what they would write."""
+    """The same for a file whose every byte counts, including spaces: runs compare it with what they would write."""
     value = read_object(store, name)
     if canonical_json(value) != store.read_bytes(name):
-        raise RunError(f"{store.url}/{name} is not as it was written: it was damaged or changed")
+        raise RunError(f"{store.url}/{name} was damaged or changed after it was written")
     return value
 
 
@@ -72,7 +72,7 @@ def read_run(store: ObjectStore) -> StoredRunIdentity:
 
 
 def read_stream(store: ObjectStore, folder: str) -> StoredStream:
-    """A folder's stream.json; raises RunError when it is unreadable or says nothing that could be."""
+    """A folder's stream.json; raises RunError when it is unreadable or invalid."""
     name = f"{folder}/{STREAM_FILE}"
     value = _read_written(store, name)
     return StoredStream(_stream_identity(value, f"{store.url}/{name}"), content_hash(value))
@@ -80,7 +80,7 @@ def read_stream(store: ObjectStore, folder: str) -> StoredStream:
 
 @dataclass(frozen=True)
 class StoredDatasetShard:
-    """A shard of the dataset: its stream, and how many of its lines are to be done."""
+    """A shard of the dataset: its stream, and how many of its lines must be extracted."""
 
     stream: StreamIdentity
     num_tasks: int
@@ -92,7 +92,7 @@ class StoredDatasetShard:
 
 
 def read_dataset_shards(store: ObjectStore) -> dict[str, StoredDatasetShard]:
-    """The shards of dataset.json; raises RunError when it is unreadable or says nothing that could be."""
+    """The shards of dataset.json; raises RunError when it is unreadable or invalid."""
     where = f"{store.url}/{DATASET_FILE}"
     value = _read_written(store, DATASET_FILE)
     wrong = mistyped(value, {"shards": (dict,), "num_tasks": (dict,)})
@@ -102,9 +102,9 @@ def read_dataset_shards(store: ObjectStore) -> dict[str, StoredDatasetShard]:
         wrong = mistyped(value["num_tasks"], dict.fromkeys(value["num_tasks"], (int,)))
     if wrong is not None:
         raise RunError(f"{where}: {wrong!r} is missing or of the wrong type")
-    strange = [shard for shard in value["shards"] if not SHARD_NAME.fullmatch(shard)]
-    if strange:
-        raise RunError(f"{where}: {strange[0]!r} is not the name of a shard")
+    invalid = [shard for shard in value["shards"] if not SHARD_NAME.fullmatch(shard)]
+    if invalid:
+        raise RunError(f"{where}: {invalid[0]!r} is not the name of a shard")
     return {
         shard: StoredDatasetShard(_stream_identity(stream, f"{where}: {shard}"), value["num_tasks"][shard])
         for shard, stream in value["shards"].items()
@@ -119,6 +119,6 @@ def _stream_identity(value: Any, where: str) -> StreamIdentity:
     identity = StreamIdentity(**{name: value[name] for name in _STREAM})
     if not 0 <= identity.machine_id < identity.total_machines:
         raise RunError(
-            f"{where}: machine_id {identity.machine_id} of total_machines {identity.total_machines} cannot be"
+            f"{where}: machine_id {identity.machine_id} is not below total_machines {identity.total_machines}"
         )
     return identity

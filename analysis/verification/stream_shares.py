@@ -1,4 +1,4 @@
-"""Whether the folders that share a stream hold each of its lines once: no share twice, none left out."""
+"""Checks that the folders that share a stream have each of its lines once: no share twice, none missing."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -13,16 +13,16 @@ _SHOWN_MACHINES = 8
 
 @dataclass(frozen=True)
 class ShareFaults:
-    """`problems` are wrong whatever happens next; `unfinished` are shares that may still be run."""
+    """`problems` cannot be fixed by further runs; `unfinished` are shares that may still be run."""
 
     problems: tuple[str, ...]
     unfinished: tuple[str, ...]
 
 
 def share_faults(streams: Mapping[str, StreamIdentity]) -> ShareFaults:
-    """What is wrong between folders; `streams` gives by folder which lines it holds.
+    """Conflicting and missing shares among folders; `streams`: by folder, the lines that it has.
 
-    Folders share a stream when its identity and the position of its first line are the same.
+    Folders share a stream when its identity and the position of its first line are equal.
     """
     groups: dict[bytes, dict[str, StreamIdentity]] = defaultdict(dict)
     for folder, stream in sorted(streams.items()):
@@ -39,7 +39,7 @@ def _conflicts(group: Mapping[str, StreamIdentity]) -> Iterator[str]:
     limits = {stream.max_tasks for stream in group.values()}
     if len(totals) > 1:
         yield (
-            f"{name} is cut into different shares ({_listed(group)}): samples are stored twice or are in no folder; "
+            f"{name} is cut into different shares ({_listed(group)}): samples are stored twice or missing; "
             "keep the folders of one --total_machines"
         )
     if len(limits) > 1:
@@ -50,7 +50,7 @@ def _conflicts(group: Mapping[str, StreamIdentity]) -> Iterator[str]:
     for (machine, total), folders in holders.items():
         if len(folders) > 1:
             yield (
-                f"{' and '.join(folders)} hold the same lines of {name} (machine {machine} of {total}): "
+                f"{' and '.join(folders)} have the same lines of {name} (machine {machine} of {total}): "
                 "their samples are stored twice; keep one of these folders"
             )
 
@@ -65,8 +65,8 @@ def _missing_shares(group: Mapping[str, StreamIdentity]) -> Iterator[str]:
         missing = islice((machine for machine in range(total) if machine not in present), _SHOWN_MACHINES)
         more = f" and {total - len(present) - _SHOWN_MACHINES} more" * (total - len(present) > _SHOWN_MACHINES)
         yield (
-            f"the lines of machine {', '.join(map(str, missing))}{more} of {total} of {_stream_name(group)} are in no "
-            "folder: run the extraction with those --machine_id too"
+            f"{_stream_name(group)}: the lines of machine {', '.join(map(str, missing))}{more} of {total} are missing: "
+            "also run the extraction with those --machine_id"
         )
 
 

@@ -1,6 +1,6 @@
-"""Checks an output: every file that a commit record names, and that the folders together hold each sample once.
+"""Verifies an output: every file that a commit record names, and that the folders together have each sample once.
 
-Nothing is believed but the bytes: checksums are recomputed, shards decoded, arrays compared with the sample table.
+Only the bytes count: checksums are recomputed, shards are decoded, arrays are compared with the sample table.
 """
 
 import itertools
@@ -25,7 +25,7 @@ from core.claims.records import CLAIMS_FOLDER, damaged_claims
 from core.commit.identity import StreamIdentity
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.commit.record import RECORD_NAME, CommitRecord
-from core.commit.stored_records import INDEX_FILE, index_of, read_records
+from core.commit.stored_records import METADATA_FILE, folder_metadata, read_records
 from core.dataset_utils import first_selected
 from core.object_store import ObjectStore, open_store
 from core.shards.formats import FORMATS
@@ -37,7 +37,7 @@ _THREADS = 2
 
 @dataclass
 class FolderReport:
-    """What was found in one worker's folder. Any problem makes the whole verification fail; a warning does not."""
+    """The result for one worker's folder. Any problem makes the whole verification fail; a warning does not."""
 
     folder: str
     shards: int = 0
@@ -52,7 +52,7 @@ class FolderReport:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The folders of an output, what is wrong with it beyond a single folder, and whether all is well."""
+    """The results for the folders of an output, and the problems and warnings beyond single folders."""
 
     url: str
     folders: tuple[FolderReport, ...]
@@ -69,30 +69,44 @@ class VerificationReport:
         return {"ok": self.ok} | asdict(self)
 
     def lines(self) -> list[str]:
-        """The report for people."""
+        """The report as lines of text."""
         lines = []
         for report in self.folders:
             state = "complete" if report.complete else "not finished"
+            if report.problems:
+                state = _count_problems(len(report.problems))
             counts = f"{report.shards} shards, {report.samples} samples, {report.tokens} tokens, {report.bytes} bytes"
             lines.append(f"{report.folder}: {counts}, {state}")
             lines += [f"{report.folder}: PROBLEM: {problem}" for problem in report.problems]
             lines += [f"{report.folder}: note: {warning}" for warning in report.warnings]
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         lines += [f"note: {warning}" for warning in self.warnings]
-        return [*lines, "all is well" if self.ok else "NOT all is well"]
+        return [*lines, self._verdict()]
+
+    def _verdict(self) -> str:
+        if self.ok:
+            shards, samples, tokens = (
+                sum(getattr(f, n) for f in self.folders) for n in ("shards", "samples", "tokens")
+            )
+            return f"verified: {shards} shards, {samples} samples, {tokens} tokens"
+        return _count_problems(len(self.problems) + sum(len(folder.problems) for folder in self.folders))
+
+
+def _count_problems(count: int) -> str:
+    return "1 problem" if count == 1 else f"{count} problems"
 
 
 def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
-    """Checks the output at `url` (the output folder, or one worker's folder in it, which is then looked at alone).
+    """Verifies the output at `url`: the output folder, or one worker's folder in it, which is then checked alone.
 
-    allow_unfinished: a stream that is not covered to its end, and a share or shard of it that nobody has begun, is a
-    note instead of a problem.
+    allow_unfinished: an unfinished stream, and a share or dataset shard that no worker has begun, is a note instead of
+    a problem.
     Raises UsageError when there is no run at `url`, RunError when it cannot be listed.
     """
     root, names, only = listed_root(url.rstrip("/"))
     folders = [folder for folder in worker_folders(names) if only in (None, folder)]
     if not folders:
-        raise UsageError(f"{url}: no run here: name the folder that holds {RUN_FILE}")
+        raise UsageError(f"{url}: no run here: pass the folder with {RUN_FILE}")
     try:
         run_identity = read_run(root)
     except RunError as error:
@@ -110,7 +124,7 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
         return VerificationReport(root.url, tuple(reports.values()))
     faults = share_faults(streams)
     problems = [*faults.problems, *([] if allow_unfinished else faults.unfinished)]
-    # Without it nobody knows which shards are missing.
+    # A missing dataset.json is reported, too: without it missing shards cannot be found.
     if DATASET_FILE in names or any(map(SHARD_NAME.fullmatch, folders)):
         problems += _verify_dataset(root, reports, streams, allow_unfinished)
     notes = [*(faults.unfinished if allow_unfinished else ()), *_claim_notes(root, names)]
@@ -118,7 +132,7 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
 
 
 def listed_root(url: str) -> tuple[ObjectStore, list[str], str | None]:
-    """The store of the whole output, its names, and the one folder that is meant when `url` names it."""
+    """The store of the whole output, its names, and the folder when `url` is that of one worker's folder."""
     store = open_store(url)
     only = None
     try:
@@ -133,7 +147,7 @@ def listed_root(url: str) -> tuple[ObjectStore, list[str], str | None]:
 
 
 def worker_folders(names: Sequence[str]) -> list[str]:
-    """Every folder that says which stream it is for, or holds a commit record and should say so."""
+    """Every folder with a stream.json or a commit record."""
     parts = (name.rpartition("/") for name in names)
     return sorted(
         {folder for folder, _, name in parts if folder and (name == STREAM_FILE or RECORD_NAME.fullmatch(name))}
@@ -143,9 +157,9 @@ def worker_folders(names: Sequence[str]) -> list[str]:
 def _verify_dataset(
     root: ObjectStore, reports: dict[str, FolderReport], streams: Mapping[str, StreamIdentity], allow_unfinished: bool
 ) -> list[str]:
-    """Compares the folders with the shards of dataset.json: adds to their reports, and a report for each without one.
+    """Compares the folders with the shards of dataset.json; adds problems to their reports, and missing reports.
 
-    Returns what is wrong with dataset.json itself.
+    Returns the problems of dataset.json itself.
     """
     try:
         shards = read_dataset_shards(root)
@@ -160,15 +174,15 @@ def _verify_dataset(
             reports[shard].problems.append(f"{STREAM_FILE} and {DATASET_FILE} disagree about the stream")
         elif reports[shard].complete and reports[shard].lines_done != stored.num_tasks:
             reports[shard].problems.append(
-                f"{reports[shard].lines_done} lines are done where {DATASET_FILE} says {stored.num_tasks}"
+                f"{reports[shard].lines_done} lines are done, {DATASET_FILE} lists {stored.num_tasks}"
             )
     return []
 
 
 def _claim_notes(root: ObjectStore, names: Sequence[str]) -> list[str]:
-    """Claims matter to running workers alone."""
+    """Notes on damaged claims, which only matter to running workers."""
     return [
-        f"{name} is damaged: once no worker runs, remove the folder {CLAIMS_FOLDER}; nothing that is committed is lost"
+        f"{name} is damaged: once no worker runs, remove the folder {CLAIMS_FOLDER}; no committed work is lost"
         for name in damaged_claims(root, names)
     ]
 
@@ -183,25 +197,29 @@ def _verify_folder(
 ) -> None:
     """Fills the report; raises RunError when the records of the folder cannot be read."""
     records = _records(root, report.folder)
-    report.problems += _strangers(RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash])
-    report.problems += _strangers(STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash])
+    report.problems += _foreign_records(
+        RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash]
+    )
+    report.problems += _foreign_records(
+        STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash]
+    )
     checked = _check_windows(root, report, records, run_identity.format)
     report.problems += _coverage_problems(records, checked, stream.stream)
     report.complete = bool(records) and records[-1].next_place is None
     if not report.complete:
         where = f"sample {records[-1].next_place.sample_idx}" if records and records[-1].next_place else "the beginning"
-        unfinished = f"the stream is not finished: the run goes on at {where}"
+        unfinished = f"the stream is not finished: run the same extraction again to continue at {where}"
         (report.warnings if allow_unfinished else report.problems).append(unfinished)
     report.lines_done = sum(len(record.bad_records) for record in records)
     report.lines_done += report.samples // records[0].samples_per_record if records else 0
-    report.warnings += _stray_files(report.folder, records, names)
-    report.warnings += _index_notes(root, report.folder, records)
+    report.warnings += _uncommitted_files(report.folder, records, names)
+    report.warnings += _metadata_notes(root, report.folder, records)
 
 
-def _strangers(name: str, what: str, windows: Sequence[int]) -> Iterator[str]:
+def _foreign_records(name: str, what: str, windows: Sequence[int]) -> Iterator[str]:
     if windows:
         more = f" and {len(windows) - 1} more" * (len(windows) > 1)
-        yield f"window {windows[0]}{more} was written for another {what} than {name} says: one of them was changed"
+        yield f"window {windows[0]}{more} was written for another {what} than {name}: one of them was changed"
 
 
 def _records(root: ObjectStore, folder: str) -> list[CommitRecord]:
@@ -228,7 +246,7 @@ def _check_windows(
 def _coverage_problems(
     records: Sequence[CommitRecord], checked: Sequence[CheckedWindow], stream: StreamIdentity
 ) -> Iterator[str]:
-    """Compares the samples of all windows with what the stream must give: each one once, none left out."""
+    """Compares the samples of all windows with those of the stream: each one once, none missing."""
     if not records:
         return
     per_record = records[0].samples_per_record
@@ -245,28 +263,28 @@ def _coverage_problems(
         for index in window.sample_idx:
             wanted = next(expected)
             if index != wanted:
-                yield f"window {record.window}: sample {index} stands where sample {wanted} belongs"
+                yield f"window {record.window}: found sample {index} instead of {wanted}"
                 return
 
 
-def _stray_files(folder: str, records: Sequence[CommitRecord], names: Sequence[str]) -> Iterator[str]:
+def _uncommitted_files(folder: str, records: Sequence[CommitRecord], names: Sequence[str]) -> Iterator[str]:
     named = {f"{folder}/{file.name}" for record in records for file in record.files}
     suffixes = (".gz", *(shard_format.suffix() for shard_format in FORMATS.values()))
     data = [name for name in names if name.startswith(f"{folder}/") and name.endswith(suffixes)]
     stray = [name for name in data if name not in named]
     if stray:
-        yield f"{len(stray)} files that no record names, {stray[0]} first: a run was stopped before it committed them"
+        yield f"{len(stray)} files without a record, {stray[0]} first: a run was stopped before it committed them"
 
 
-def _index_notes(root: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> Iterator[str]:
+def _metadata_notes(root: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> Iterator[str]:
     try:
-        index = read_object(root, f"{folder}/{INDEX_FILE}")
-        read_sealed_json(root.read_bytes(f"{folder}/{INDEX_FILE}"))
+        metadata = read_object(root, f"{folder}/{METADATA_FILE}")
+        read_sealed_json(root.read_bytes(f"{folder}/{METADATA_FILE}"))
     except RunError as error:
         yield f"{error}: the next run rebuilds it"
         return
     except ValueError as error:
-        yield f"{INDEX_FILE}: {error}: the next run rebuilds it"
+        yield f"{METADATA_FILE}: {error}: the next run rebuilds it"
         return
-    if any(index.get(key) != value for key, value in index_of(records).items()):
-        yield f"{INDEX_FILE} is behind the records: the next run rebuilds it"
+    if any(metadata.get(key) != value for key, value in folder_metadata(records).items()):
+        yield f"{METADATA_FILE} is older than the records: the next run rebuilds it"

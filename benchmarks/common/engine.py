@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
@@ -62,7 +62,9 @@ class Engine:
         """
         job = replace(self.job, config=replace(self.job.config, output_dir=str(output_dir)))
         prepared = prepare_stream(job, open_storage(job))
-        return run_stream(prepared, self.model, HostSession(ALONE, "run", threading.Event()), log=lambda line: None)
+        return run_stream(
+            prepared, self.model, HostSession(SINGLE_HOST, "run", threading.Event()), log=lambda line: None
+        )
 
     def all_steps(self) -> list[StepArrays]:
         """The device inputs of every step of a run, in its order."""

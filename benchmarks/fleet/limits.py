@@ -9,7 +9,7 @@ from absl.flags import argparse_flags
 
 from benchmarks.common.measuring import table
 from core.base.command_line import CommandParser, positive, run_command
-from core.claims.leases import DEFAULT_HEARTBEAT_S, SHARDS_A_HEARTBEAT, look_interval_s
+from core.claims.leases import DEFAULT_HEARTBEAT_S, SHARDS_A_HEARTBEAT, poll_interval_s
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def claim_row(workers: int, limits: Limits) -> ResourceLoad:
     """While some workers hold all that is left, the others list all claims at each look; worst if half of them wait."""
     shards = workers * limits.shards_per_worker
     a_look = shards * _LISTINGS_PER_SHARD
-    demand = workers / 2 * a_look / look_interval_s(limits.heartbeat_s, shards)
+    demand = workers / 2 * a_look / poll_interval_s(limits.heartbeat_s, shards)
     # The larger of two: looks at a growing listing; a fixed number of listings per heartbeat and worker.
     of_a_worker = limits.shards_per_worker * _LISTINGS_PER_SHARD
     growing = (2 * limits.reads * limits.heartbeat_s / of_a_worker) ** 0.5

@@ -22,7 +22,7 @@ from benchmarks.common.line_chart import Chart, charts_svg
 from benchmarks.common.measuring import table
 from core.base.command_line import CommandParser, not_negative, positive, run_command
 from core.base.errors import UsageError
-from core.claims.leases import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S, look_interval_s
+from core.claims.leases import DEFAULT_HEARTBEAT_S, DEFAULT_TTL_S, poll_interval_s
 
 # Requests are counted in intervals of this length; the fullest one is the peak.
 _BUCKET_S = 10.0
@@ -185,7 +185,7 @@ class Simulation:
             self._work(index, expired)
         elif self._held or self._silent:
             self._begin(index, "waited")
-            self._after(look_interval_s(self.fleet.heartbeat_s, self.fleet.shards), "look", index)
+            self._after(poll_interval_s(self.fleet.heartbeat_s, self.fleet.shards), "look", index)
 
     def _expired(self, index: int) -> int | None:
         """A lease that this worker has seen without a heartbeat for the TTL; each look shows every lease."""

@@ -26,9 +26,10 @@ from benchmarks.gpu.step import UniformBatch
 from core.base.command_line import CommandParser, positive, run_command
 from core.base.errors import UsageError
 from qwen2_jax import DecoderConfig
-from qwen2_jax.attention import dense_path, first_visible
+from qwen2_jax.attention.dense import dense_attention
 from qwen2_jax.attention.gpu import triton_attention
 from qwen2_jax.attention.gpu_tiles import Tiles, candidates
+from qwen2_jax.attention.logits import kv_start
 
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-7B", "gemma-2-2b")
 # From q, k, v, segment ids and the first visible index.
@@ -80,13 +81,13 @@ def operands(heads: Heads, workload: UniformBatch) -> tuple[Array, Array, Array,
     q = jax.random.normal(keys[0], (*shape, heads.groups, heads.head_dim), jnp.bfloat16)
     k, v = (jax.random.normal(key, (*shape, heads.head_dim), jnp.bfloat16) for key in keys[1:])
     segment_ids = jnp.asarray(workload.arrays(1).segment_ids)
-    return q, k, v, segment_ids, first_visible(segment_ids)
+    return q, k, v, segment_ids, kv_start(segment_ids)
 
 
 def ways(heads: Heads, *, is_tiny: bool) -> Iterator[tuple[str, Tiles | None, Way]]:
     """Names, block sizes of the kernel and functions; all logits at once comes first."""
     settings: dict[str, Any] = {"scale": heads.scale, "softcap": heads.softcap}
-    dense = dense_path(**settings)
+    dense: Callable[..., Array] = partial(dense_attention, **settings)
     yield "all logits at once", None, lambda q, k, v, segment_ids, first: dense(q, k, v, first, None)
     if heads.softcap is None:
         yield "cuDNN, samples as a mask", None, partial(_cudnn, scale=heads.scale)

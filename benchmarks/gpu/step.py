@@ -119,7 +119,7 @@ def _random_parameters(config: DecoderConfig, mesh: ModelMesh) -> dict[str, Floa
         keys = dict(zip(specs, jax.random.split(key, len(specs)), strict=True))
         return {
             name: jnp.ones(spec.shape, dtype)
-            if name.endswith("norm")
+            if name.endswith("norm.weight")
             else jax.random.normal(keys[name], spec.shape, dtype) * _SPREAD
             for name, spec in specs.items()
         }

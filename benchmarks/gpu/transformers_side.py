@@ -111,7 +111,7 @@ def _decoder(
             assert stored.rows is None, "fused tensors are not supported here"
             assert not stored.transposed
             ours = torch.from_dlpack(parameters[name])
-            for layer, tensor in enumerate(ours if spec.axes[0] == "layers" else [ours]):
+            for layer, tensor in enumerate(ours if spec.stacked else [ours]):
                 found.pop(stored.name.format(layer=layer).removeprefix(base)).copy_(tensor)
     assert not found, f"{sorted(found)} have no counterpart"
     return decoder

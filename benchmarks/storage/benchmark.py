@@ -30,10 +30,10 @@ from benchmarks.storage.uploads import Busy, UploadResult, measure_upload
 from core.base.command_line import CommandParser, not_negative, positive, run_command
 from core.base.dtypes import DTYPES
 from core.object_store import LocalStore, ObjectInfo
+from core.object_store.sinks import ParallelGzipWriter
 from core.shards.encoding import ShardEncoder
 from core.shards.formats import FORMATS, ShardContent, read_shard
 from core.shards.formats.base import stored_sample
-from core.shards.sinks import ParallelGzipWriter
 from core.shards.window_activations import WindowActivations
 from qwen2_jax import load_config
 

@@ -1,1 +1,1 @@
-"""What every part of the project may use: errors, redaction, JSON with a checksum, dtypes, fault points."""
+"""Shared by every part of the project: errors, redaction, JSON with a checksum, dtypes, fault points."""

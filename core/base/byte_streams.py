@@ -1,4 +1,4 @@
-"""What is read by ranges, as the seekable stream that zipfile, gzip and pickle want."""
+"""A seekable stream over range reads, as zipfile, gzip and pickle need it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _READ_BYTES = 64 << 20
 
 
 class SeekableBytes(io.RawIOBase):
-    """`size` bytes of which `fetch(start, stop)` returns start..stop-1. What it raises goes to the reader."""
+    """`size` bytes, of which `fetch(start, stop)` returns bytes start..stop-1; its exceptions reach the reader."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""JSON whose bytes follow from its value, sealed with a checksum or hashed."""
+"""Canonical JSON (equal values have equal bytes), sealed with a checksum or hashed."""
 
 import hashlib
 import json
@@ -11,12 +11,12 @@ CHECKSUM = "checksum"
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and fixed spacing: the same value always gives the same bytes."""
+    """JSON with sorted keys and fixed spacing: equal values have equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def sealed_json(value: dict[str, Any]) -> bytes:
-    """Canonical JSON of an object that carries its own crc32c, so that no change of a byte goes unnoticed."""
+    """Canonical JSON of an object with its own crc32c added, so that any changed byte is detected."""
     return canonical_json(value | {CHECKSUM: f"{google_crc32c.value(canonical_json(value)):08x}"})
 
 

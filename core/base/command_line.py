@@ -23,34 +23,34 @@ Number = TypeVar("Number", int, float)
 
 
 class CommandParser(argparse_flags.ArgumentParser):
-    """Tells what is wrong with a command line in one line, as all other errors are told; so do its subcommands."""
+    """Reports usage errors in one line, like all other errors; its subcommands do, too."""
 
     def error(self, message: str) -> NoReturn:
-        """Exits."""
+        """Prints the error and exits."""
         self.exit(UsageError.exit_code, f"error: {printable(redact(message))} (--help lists the flags)\n")
 
 
 def positive(kind: type[Number]) -> Callable[[str], Number]:
-    """A type for argparse: finite numbers above 0."""
-    return _number(kind, lambda number: number > 0, "above 0")
+    """An argparse type: finite numbers above 0."""
+    return _number_type(kind, lambda value: value > 0, "above 0")
 
 
 def not_negative(kind: type[Number]) -> Callable[[str], Number]:
-    """A type for argparse: finite numbers from 0."""
-    return _number(kind, lambda number: number >= 0, "0 or more")
+    """An argparse type: finite numbers of at least 0."""
+    return _number_type(kind, lambda value: value >= 0, "0 or more")
 
 
-def _number(kind: type[Number], holds: Callable[[Number], bool], rule: str) -> Callable[[str], Number]:
+def _number_type(kind: type[Number], is_valid: Callable[[Number], bool], rule: str) -> Callable[[str], Number]:
     noun = "a whole number" if kind is int else "a number"
 
     def convert(text: str) -> Number:
         try:
-            number = kind(text)
+            value = kind(text)
         except ValueError:
-            number = None
-        if number is None or not math.isfinite(number) or not holds(number):
+            value = None
+        if value is None or not math.isfinite(value) or not is_valid(value):
             raise argparse.ArgumentTypeError(f"{text}: expected {noun}, {rule}")
-        return number
+        return value
 
     return convert
 
@@ -61,14 +61,14 @@ def run_command(
 ) -> None:
     """Parses the command line, runs `run(args)` and exits with its code.
 
-    `args` must carry `verbose`: errors are one line on stderr without it, and keep their stack trace with it.
-    Exit codes: what `run` returns (None is 0), 2 for usage, 1 for every other failure, 130 after Ctrl-C.
+    `args` must have `verbose`: without it errors are one line on stderr, with it they keep their stack trace.
+    Exit codes: the result of `run` (None is 0), 2 for usage, 1 for every other failure, 130 after Ctrl-C.
     """
 
     def main(args: argparse.Namespace) -> int:
-        _log_plainly(args.verbose)
+        configure_logging(verbose=args.verbose)
         try:
-            _refuse_clear_hub()
+            _refuse_plaintext_hub()
             return run(args) or 0
         except (RunError, ModelError) as error:
             return _report(error, args.verbose)
@@ -84,24 +84,24 @@ def run_command(
     app.run(main, flags_parser=parse)
 
 
-def _refuse_clear_hub(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises UsageError when the hub, and the token for it, would be reached in the clear."""
+def _refuse_plaintext_hub(environment: Mapping[str, str] = os.environ) -> None:
+    """Raises UsageError when requests to the hub, with the token in them, would go unencrypted."""
     parts = urlsplit(environment.get("HF_ENDPOINT", ""))
     if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
         raise UsageError(f"HF_ENDPOINT={environment['HF_ENDPOINT']}: http is for loopback only: use https")
 
 
-def _log_plainly(verbose: bool) -> None:
-    """Messages are for people: time and text, on stderr."""
+def configure_logging(*, verbose: bool = False) -> None:
+    """Sends log messages to stderr, as time and text."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
     logging.get_absl_handler().setFormatter(_FORMAT)
-    # JAX reports at INFO every accelerator that this machine does not have.
+    # At INFO, JAX logs every accelerator that this machine does not have.
     standard_logging.getLogger("jax").setLevel(standard_logging.DEBUG if verbose else standard_logging.WARNING)
 
 
 def log_to_file(path: str | None) -> None:
-    """Writes what is logged to `path` as well; raises UsageError when it cannot be opened."""
+    """Also writes the log to `path`; raises UsageError when it cannot be opened."""
     if path is None:
         return
     try:
@@ -113,14 +113,14 @@ def log_to_file(path: str | None) -> None:
 
 
 def _as_run_error(error: Exception) -> RunError:
-    """What nobody foresaw, in one line all the same; the trace is there for those who ask."""
+    """An unexpected error as a one-line RunError; --verbose prints the stack trace."""
     if isinstance(error, OSError) and error.strerror:
         return RunError(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
     return RunError(f"{type(error).__name__}: {error} (an unexpected error: --verbose shows where)")
 
 
 def _report(error: Exception, verbose: bool) -> int:
-    """Prints the error that is being handled, with its stack trace for those who ask; returns the exit code."""
+    """Prints the error that is being handled, with its stack trace if `verbose`; returns the exit code."""
     if verbose:
         print(printable(redact(traceback.format_exc()), keep="\n\t"), file=sys.stderr)
     print(printable(redact("error: " + " ".join(str(error).split()))), file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Where storage may be reached in the clear: on this machine, where nobody listens in."""
+"""Plain http to storage is allowed on the loopback interface only, where it cannot be intercepted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from core.base.errors import ModelError
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name means this machine."""
+    """Whether a host name refers to this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -18,9 +18,9 @@ def is_loopback(host: str) -> bool:
 
 
 def emulator_url() -> str | None:
-    """The emulator of Google Cloud Storage that STORAGE_EMULATOR_HOST names; None: Google's own.
+    """The emulator of Google Cloud Storage that STORAGE_EMULATOR_HOST names; None: Google's service.
 
-    Raises ModelError for one that is reached over a network in the clear.
+    Raises ModelError for one that is reached over a network by plain http.
     """
     host = os.environ.get("STORAGE_EMULATOR_HOST", "")
     if host in ("", "default"):

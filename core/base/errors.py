@@ -1,4 +1,4 @@
-"""The errors that a person sees: one line each, saying what is wrong, where, and what to do."""
+"""The errors that users see: one line each, saying what is wrong, where, and what to do."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,38 +9,38 @@ _STORAGE_PACKAGES = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
 
 
 class RunError(Exception):
-    """The run cannot go on: bad data, a full disk, a storage fault. The command exits with code 1."""
+    """The run cannot continue: bad data, a full disk, a storage fault. The command exits with code 1."""
 
     exit_code = 1
 
 
 class UsageError(RunError):
-    """The command line asks for something that cannot be: exits with code 2."""
+    """The command line is invalid: exits with code 2."""
 
     exit_code = 2
 
 
 class ModelError(Exception):
-    """A model cannot be used as given: the message says which file, field or tensor and what to do."""
+    """A model cannot be used as given: the message names the file, field or tensor, and what to do."""
 
 
 class UnsupportedError(ModelError):
-    """A config that may be right asks for what is not implemented here: another implementation may have it."""
+    """A config may be valid, but needs something that is not implemented here; another implementation may have it."""
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Turns the system's refusal to give a file into a `ModelError` naming it (`path` where the system names none)."""
+    """Turns an OSError into a `ModelError` that names the file (`path` where the error names none)."""
     try:
         yield
     except OSError as error:
         raise ModelError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
-def is_fault_of_the_machine(error: BaseException) -> bool:
-    """Whether an error comes from this machine, its storage or the command line rather than from a shard's data.
+def is_machine_fault(error: BaseException) -> bool:
+    """Whether an error comes from this machine, its storage or the command line rather than from the data.
 
-    A device that fails is the machine's fault, one that is too small for a shard is not: it would be everywhere.
+    A device failure is a machine fault; running out of device memory is not: it would happen on every machine.
     """
     while True:
         if type(error).__module__.partition(".")[0] == "jaxlib" and "RESOURCE_EXHAUSTED" not in str(error):

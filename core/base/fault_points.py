@@ -1,7 +1,7 @@
-"""Named instants of the claim and commit protocols, at which tests make a process die, stop or fail.
+"""Named points in the claim and commit protocols at which tests kill, stop or fail a process.
 
-In production `fault_point` is one comparison. A process whose environment holds `ACTIVATIONS_FAULT`, such as
-`commit.before@2=kill`, does that the second time it comes by the point of that name.
+In production `fault_point` is one comparison. With `ACTIVATIONS_FAULT=commit.before@2=kill` in its environment, a
+process is killed when it reaches the point `commit.before` for the second time.
 """
 
 import errno
@@ -45,19 +45,19 @@ _hit: Callable[[str], None] | None = None
 
 
 def fault_point(name: str) -> None:
-    """Does nothing, unless a test has armed the process."""
+    """Does nothing unless a test has armed the process."""
     if _hit is not None:
         _hit(name)
 
 
 def arm(hit: Callable[[str], None] | None) -> None:
-    """Calls `hit(name)` at every point from now on; None: nothing."""
+    """Calls `hit(name)` at every point from now on; None disarms."""
     global _hit
     _hit = hit
 
 
 def at(point: str, count: int, act: Callable[[], None]) -> Callable[[str], None]:
-    """What `arm` takes: `act` once, the `count`-th time that `point` is reached, from 1."""
+    """A function for `arm` that calls `act` once: the `count`-th time (from 1) that `point` is reached."""
     if point not in POINTS:
         raise ValueError(f"{point!r} is not one of {', '.join(POINTS)}")
     seen: Counter[str] = Counter()
@@ -94,12 +94,12 @@ def _fill_disk() -> None:
 ACTIONS: dict[str, Callable[[], None]] = {"kill": _die, "stop": _freeze, "hang": _hang, "full": _fill_disk}
 
 
-def armed_by(text: str) -> Callable[[str], None]:
-    """What `arm` takes for `POINT@COUNT=ACTION`."""
+def parse_fault(text: str) -> Callable[[str], None]:
+    """A function for `arm`, from `POINT@COUNT=ACTION`."""
     place, _, action = text.partition("=")
     point, _, count = place.partition("@")
     return at(point, int(count), ACTIONS[action])
 
 
 if VARIABLE in os.environ:
-    arm(armed_by(os.environ[VARIABLE]))
+    arm(parse_fault(os.environ[VARIABLE]))

@@ -1,4 +1,4 @@
-"""Whether JSON that somebody else may have written has the fields and types that are expected."""
+"""Checks that untrusted JSON has the expected fields and types."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _MISSING = object()
 
 
 def mistyped(value: Any, kinds: Kinds) -> str | None:
-    """The first field that `value` lacks or holds in another type; None when all are right."""
+    """The first field of `value` that is missing or of the wrong type; None when all are right."""
     if not isinstance(value, dict):
         return next(iter(kinds))
     # type(), for isinstance takes True for a number.
@@ -18,7 +18,7 @@ def mistyped(value: Any, kinds: Kinds) -> str | None:
 
 
 def require_types(value: Any, kinds: Kinds, where: str = "") -> None:
-    """Raises ValueError naming the first field that is missing or of the wrong type; `where` stands before its name."""
+    """Raises ValueError naming the first field that is missing or of the wrong type; `where` prefixes its name."""
     wrong = mistyped(value, kinds)
     if wrong is not None:
         raise ValueError(f"{where + wrong!r} is missing or of the wrong type")

@@ -1,6 +1,6 @@
-"""Takes secrets out of what is logged, printed or stored, and out of what is printed what a terminal would obey.
+"""Removes secrets from text that is logged, printed or stored, and terminal control characters from printed text.
 
-Errors of storage and hub libraries quote requests; names and errors in an output or a stream may be a stranger's.
+Errors of storage and hub libraries quote requests; names and errors in an output or a stream are untrusted.
 """
 
 import logging
@@ -17,7 +17,7 @@ _NAMES = (
 _PATTERNS = (
     # user:password@ of a URL
     (re.compile(r"(?<=://)[^\s/@]+@"), f"{_MASK}@"),
-    # Whoever knows the id of an upload session can write into it; signed URLs are passwords too.
+    # The id of an upload session is enough to write into it; signed URLs are passwords, too.
     (re.compile(rf"(?i)\b((?:{_NAMES})=)[^\s&'\"]+"), rf"\1{_MASK}"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), rf"\1 {_MASK}"),
     (re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|ya29\.[\w.-]{8,}|AIza[\w-]{20,}|1//0[\w-]{20,})"), _MASK),
@@ -26,7 +26,7 @@ _PATTERNS = (
 
 
 def redact(text: str) -> str:
-    """The text with every secret that can be told as one replaced by `***`."""
+    """The text with every recognizable secret replaced by `***`."""
     for name in _ENVIRONMENT:
         value = os.environ.get(name, "")
         if len(value) >= _SHORTEST_SECRET:
@@ -37,13 +37,13 @@ def redact(text: str) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with a `?` for every character that is no letter on the screen, but for those in `keep`."""
+    """The text with every non-printable character, except those in `keep`, replaced by `?`."""
     return "".join(letter if letter.isprintable() or letter in keep else "?" for letter in text)
 
 
 class RedactingFormatter(logging.Formatter):
-    """Formats log records, stack traces included, without secrets and without what a terminal would obey."""
+    """Formats log records, including stack traces, without secrets and terminal control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line as it is written."""
+        """The formatted line."""
         return printable(redact(super().format(record)), keep="\n\t")

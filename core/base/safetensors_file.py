@@ -1,4 +1,4 @@
-"""safetensors files: the header before their tensors, and tensors out of their bytes.
+"""safetensors files: writing their header, and reading tensors from their bytes.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header length, header, tensors back to back).
 """
@@ -25,7 +25,7 @@ _ALIGNMENT = 8
 
 
 def safetensors_header(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
-    """What comes before `tensors`, which follow in this order. Wide dtypes first keep all of them aligned."""
+    """The bytes before `tensors`, which follow in this order. Wide dtypes first keep all of them aligned."""
     entries: dict[str, object] = {"__metadata__": metadata}
     position = 0
     for name, tensor in tensors.items():
@@ -38,7 +38,7 @@ def safetensors_header(tensors: dict[str, np.ndarray], metadata: dict[str, str])
 
 
 def read_tensors(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, by name. Raises ValueError or KeyError for what is none."""
+    """The tensors of a safetensors file, by name. Raises ValueError or KeyError if `data` is not one."""
     header_end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:header_end])
     dtypes = {name: dtype for dtype, name in _NAMES.items()}

@@ -1,12 +1,12 @@
-"""What lies in an output's folder `claims/`, and what it says of each shard of the dataset.
+"""The files in an output's folder `claims/`, and the state of each dataset shard that follows from them.
 
-    claims/<shard>/000001.json         lease number 1: its owner, and whom it replaces; create-only
-    claims/<shard>/000001.beat         its owner's last sign of life, replaced at every heartbeat
-    claims/<shard>/000001.released     its end and why; create-only
-    claims/<shard>/failures/000.json   an error that the shard's data met; create-only
-    claims/<shard>/poisoned.json       the error that it keeps meeting: nobody claims it any more; create-only
+    claims/<shard>/000001.json         lease of epoch 1: its owner, and the owner that it replaces; create-only
+    claims/<shard>/000001.beat         its owner's last heartbeat, replaced at every heartbeat
+    claims/<shard>/000001.released     its release and the reason; create-only
+    claims/<shard>/failures/000.json   an error of the shard's data; create-only
+    claims/<shard>/poisoned.json       the error that recurs: no worker claims the shard any more; create-only
 
-The number of a lease is its epoch. What is stored here may be a stranger's: it is checked before it is used.
+Contents are untrusted, and checked before they are used.
 """
 
 import json
@@ -27,9 +27,9 @@ from core.object_store import ObjectStore
 
 CLAIMS_FOLDER = "claims"
 POISON_AFTER = 3
-"""A shard that fails so often with the same error is set aside."""
+"""A shard is set aside after this many failures with the same error."""
 POISON_AFTER_ANY = 10
-"""And one that fails so often whatever it says: errors may hold what differs each time."""
+"""A shard is set aside after this many failures of any kind: errors may contain text that differs each time."""
 
 Reason = Literal["done", "stopped", "failed"]
 
@@ -53,7 +53,7 @@ _READ_THREADS = 16
 
 @dataclass(frozen=True)
 class Owner:
-    """One start of one process: `nonce` tells it from every other, whatever the worker id."""
+    """One start of one process: `nonce` is unique, even among workers with the same id."""
 
     worker_id: int
     host: str
@@ -75,7 +75,7 @@ class LeaseRecord:
 
     Attributes:
       replaces: the owner whose expired or released lease this one follows, or None.
-      heartbeat_s, ttl_s: what its owner was told; an observer takes it over after its own TTL.
+      heartbeat_s, ttl_s: its owner's flags; an observer takes the shard over after its own TTL.
     """
 
     shard: str
@@ -88,21 +88,21 @@ class LeaseRecord:
 
 @dataclass(frozen=True)
 class ClaimState:
-    """What a listing of a shard's claims says. `epoch` 0: never claimed.
+    """The state of a shard by a listing of its claims. `epoch` 0: never claimed.
 
     Attributes:
-      sign: version of the latest lease's last sign of life, where the listing had versions and there was one.
+      beat: version of the latest lease's heartbeat file; None where there is none, or the listing had no versions.
     """
 
     epoch: int = 0
     is_released: bool = False
     failures: tuple[str, ...] = ()
     is_poisoned: bool = False
-    sign: str | None = None
+    beat: str | None = None
 
     @property
     def is_held(self) -> bool:
-        """Whether the latest lease has not been given back; it may have expired."""
+        """Whether the latest lease has not been released; it may have expired."""
         return self.epoch > 0 and not self.is_released
 
 
@@ -110,13 +110,13 @@ def read_claims(store: ObjectStore) -> dict[str, ClaimState]:
     """The claims in an output folder by shard, from one listing."""
     versions = {entry.name: entry.version for entry in store.listing(f"{CLAIMS_FOLDER}/").entries}
     return {
-        shard: replace(state, sign=versions.get(lease_file(shard, state.epoch, "beat")))
-        for shard, state in claims_among(versions).items()
+        shard: replace(state, beat=versions.get(lease_file(shard, state.epoch, "beat")))
+        for shard, state in claims_from_names(versions).items()
     }
 
 
-def claims_among(names: Iterable[str]) -> dict[str, ClaimState]:
-    """The claims by shard that the names in an output folder say."""
+def claims_from_names(names: Iterable[str]) -> dict[str, ClaimState]:
+    """The claims by shard, from the names in an output folder."""
     by_shard: dict[str, list[str]] = {}
     for name in names:
         if name.startswith(f"{CLAIMS_FOLDER}/"):
@@ -138,20 +138,20 @@ def _owner(value: dict[str, Any]) -> Owner:
 
 
 def read_release(store: ObjectStore, shard: str, epoch: int) -> str:
-    """Why a lease ended. Raises RunError when that is gone or damaged."""
+    """Why a lease was released. Raises RunError when the file is gone or damaged."""
     return _read(store, lease_file(shard, epoch, "released"), _RELEASE, "owner")["reason"]
 
 
 def read_beat(store: ObjectStore, shard: str, epoch: int) -> dict[str, Any]:
-    """The last sign of life of a lease, its whole numbers alone; empty when there is none, or none that is readable."""
+    """The integers in the last heartbeat of a lease; empty when there is none, or it is unreadable."""
     try:
         value = json.loads(store.read_bytes(lease_file(shard, epoch, "beat")))
     except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return {name: number for name, number in value.items() if type(number) is int} if isinstance(value, dict) else {}
+    return {name: count for name, count in value.items() if type(count) is int} if isinstance(value, dict) else {}
 
 
-def poison_of(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
+def poison_error(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
     """The error for which a shard is set aside; None when it is not. Raises RunError when a claim is damaged."""
     if state.is_poisoned:
         return _read(store, poisoned_file(shard), _POISONED)["error"]
@@ -167,16 +167,16 @@ def poison_of(store: ObjectStore, shard: str, state: ClaimState) -> str | None:
 
 
 def clear_failures(store: ObjectStore, shard: str) -> int:
-    """Forgets the failures of a shard, so that it is claimed again. Returns how many there were."""
+    """Deletes the failures of a shard, so that it is claimed again. Returns how many there were."""
     state = read_claims(store).get(shard, ClaimState())
-    # The verdict goes last: whoever meets failures without it would pass it again.
+    # poisoned.json goes last: a worker that sees failures without it would write it again.
     for name in (*state.failures, poisoned_file(shard)):
         store.delete(name)
     return len(state.failures)
 
 
 def damaged_claims(store: ObjectStore, names: Iterable[str]) -> list[str]:
-    """Those among the names of an output that are claims, and not as they were written."""
+    """The claims among the names of an output whose content is damaged."""
     claims = [name for name in names if name.startswith(f"{CLAIMS_FOLDER}/")]
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         is_whole = list(pool.map(lambda name: _is_whole(store, name), claims))
@@ -194,7 +194,7 @@ def _is_whole(store: ObjectStore, name: str) -> bool:
 
 
 def _read(store: ObjectStore, name: str, kinds: Kinds, *owners: str) -> dict[str, Any]:
-    """A claim with these fields, of which `owners` are owners, or null."""
+    """A claim with these fields; each of the fields `owners` is an owner or null."""
     try:
         value = read_sealed_json(store.read_bytes(name))
         require_types(value, kinds)
@@ -205,7 +205,7 @@ def _read(store: ObjectStore, name: str, kinds: Kinds, *owners: str) -> dict[str
     except (FileNotFoundError, ValueError, RecursionError) as error:
         raise RunError(
             f"{store.url}/{name}: the claim is gone or damaged ({error}): stop all workers, remove the folder "
-            f"{CLAIMS_FOLDER} and start them again; nothing that is committed is lost"
+            f"{CLAIMS_FOLDER} and start them again; no committed work is lost"
         ) from error
 
 
@@ -222,11 +222,11 @@ def lease_file(shard: str, epoch: int, kind: Literal["json", "beat", "released"]
     return f"{CLAIMS_FOLDER}/{shard}/{epoch:06d}.{kind}"
 
 
-def failure_file(shard: str, number: int) -> str:
-    """The name of a failure, which are numbered from 0."""
-    return f"{CLAIMS_FOLDER}/{shard}/failures/{number:03d}.json"
+def failure_file(shard: str, index: int) -> str:
+    """The name of the file of a failure; `index` counts from 0."""
+    return f"{CLAIMS_FOLDER}/{shard}/failures/{index:03d}.json"
 
 
 def poisoned_file(shard: str) -> str:
-    """The name of the verdict over a shard."""
+    """The name of the file that marks a shard as set aside."""
     return f"{CLAIMS_FOLDER}/{shard}/{_POISONED_FILE}"

@@ -1,4 +1,4 @@
-"""The local checkpoint: a cache for people. What is committed is decided by the records in the output folder alone."""
+"""The local checkpoint, for information only: the records in the output folder decide what is committed."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ class WorkerCheckpoint:
 
 
 def checkpoint_path(directory: str, worker_id: int) -> Path:
-    """Where a worker's checkpoint lies."""
+    """The path of a worker's checkpoint."""
     return Path(directory) / f"checkpoint_worker_{worker_id}.json"
 
 

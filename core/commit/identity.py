@@ -1,7 +1,7 @@
-"""What decides the bytes of a run: the identity shared by all workers, and the stream one worker reads.
+"""The identity of a run, shared by all workers, and of the stream that one worker reads: they decide the bytes written.
 
-Both are written into the output folder once, create-only. A run that would write something else into the same folder
-is refused with the names of the fields that differ.
+Both are written into the output folder once, create-only. A run with a different identity in the same folder is
+refused, naming the fields that differ.
 """
 
 import json
@@ -13,19 +13,19 @@ from core.base.canonical_json import canonical_json
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Everything but the stream that a stored byte depends on (on one kind of hardware and batch size).
+    """Everything but the stream that a stored byte depends on (for one kind of hardware and batch size).
 
     Attributes:
-      model: family and content digest; independent of where the model lies.
+      model: family and content digest; independent of the model's path.
       tokenizer: content digest, or None when the stream holds token ids.
       prompts: grid encoder, prompt version, predictions per task and seed.
       layers: block indices, ascending, of the sites that every block has.
-      dtype: stored dtype; compute_dtype: what the forward pass runs in.
+      dtype: stored dtype; compute_dtype: dtype of the forward pass.
       shard_bytes: a window ends where the stored bytes of its largest file reach this.
-      overlong: what happens to samples longer than max_seq_length.
+      overlong: "truncate" or "refuse", for samples longer than max_seq_length.
       selection: which tokens are stored; None: all.
-      reduction: what is done to them before they are; None: nothing.
-      parts: of each window, with files of their own; as many hosts as that can share a window.
+      reduction: how stored tokens are reduced; None: not at all.
+      parts: of each window, each with its own files: the maximum number of hosts that can share a window.
     """
 
     model: dict[str, Any]
@@ -46,7 +46,7 @@ class RunIdentity:
     parts: int = 1
 
     def to_json(self) -> dict[str, Any]:
-        """As it is stored and hashed: the backend where it is not JAX, reduction and parts where there are some."""
+        """The identity as stored and hashed, without backend "jax", reduction None and parts 1."""
         fields = asdict(self)
         if self.backend == "jax":
             del fields["backend"]
@@ -59,14 +59,15 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class StreamIdentity:
-    """Which samples one output folder holds: the stream's identity and the part of it that is taken.
+    """Which samples one output folder holds: the stream's identity and the selected lines.
 
     Attributes:
       identity: name, bytes and crc32c of the stream file.
-      machine_id, total_machines: lines with line_position % total_machines == machine_id are taken.
-      max_tasks: at most this many of them.
-      first_position: of the stream's first line; not 0 for all but the first shard of a dataset.
-      max_bad_records is no part of it: it decides whether a run stops, never what is written.
+      machine_id, total_machines: lines with line_position % total_machines == machine_id are selected.
+      max_tasks: at most this many of them; None: all.
+      first_position: of the stream's first line; 0 except for dataset shards after the first.
+
+    max_bad_records is not included: it decides whether a run stops, never what is written.
     """
 
     identity: dict[str, Any]
@@ -76,7 +77,7 @@ class StreamIdentity:
     first_position: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The identity as it is stored and hashed."""
+        """The identity as stored and hashed."""
         return json.loads(canonical_json(asdict(self)))
 
 

@@ -1,4 +1,4 @@
-"""What an output is for: files that are written once, and refuse another run."""
+"""Identity files of an output: written once, create-only; a run with another identity is refused."""
 
 import json
 from typing import Any
@@ -15,8 +15,8 @@ DATASET_FILE = "dataset.json"
 _SHOWN_DIFFERENCES = 8
 
 
-def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
-    """Raises UsageError naming the fields that differ when `name` exists and says something else than `wanted`."""
+def check_identity(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+    """Raises UsageError naming the fields that differ when the file `name` exists and is not `wanted`."""
     try:
         stored = json.loads(store.read_bytes(name))
     except FileNotFoundError:
@@ -27,20 +27,20 @@ def refuse_other(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
         raise RunError(f"{store.url}/{name} is not a JSON object: use another --output_dir")
     differences = differing_fields(stored, wanted)
     if len(differences) == 1 and differences[0].startswith("parts:") and type(stored.get("parts", 1)) is int:
-        # Jobs of different numbers of hosts began at once: whoever starts again takes over what stands.
-        raise RunError(f"{store.url}/{name}: another job has just begun this output ({differences[0]}): start again")
+        # Jobs with different numbers of hosts started at once: after a restart, the later one uses the stored number.
+        raise RunError(f"{store.url}/{name}: another job has just started this output ({differences[0]}): start again")
     if differences:
         more = f"; {len(differences) - _SHOWN_DIFFERENCES} more" * (len(differences) > _SHOWN_DIFFERENCES)
         other_worker = " another --worker_id," * name.endswith(STREAM_FILE)
         raise UsageError(
-            f"{store.url}/{name} holds another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}{more}): "
+            f"{store.url}/{name} belongs to another run ({'; '.join(differences[:_SHOWN_DIFFERENCES])}{more}): "
             f"use the same flags,{other_worker} or another --output_dir"
         )
 
 
-def declare(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
-    """Writes what an output is for, create-only; raises UsageError when it says something else already."""
+def write_identity(store: ObjectStore, name: str, wanted: dict[str, Any]) -> None:
+    """Writes an identity file, create-only; raises UsageError when it exists with another identity."""
     fault_point("declare.before")
     if store.create_bytes(name, canonical_json(wanted)) is Created.ALREADY_DIFFERENT:
-        refuse_other(store, name, wanted)
+        check_identity(store, name, wanted)
     fault_point("declare.after")

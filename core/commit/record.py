@@ -1,4 +1,4 @@
-"""The commit record of a window: which files it has, what they hold, and how they are named."""
+"""The commit record of a window: its files, their names, and their contents' counts and shapes."""
 
 import re
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from core.reduce.losses import Losses, is_losses
 from core.samples.windows import StreamPlace
 
 RECORD_NAME = re.compile(r"shard_([0-9]{4,})\.json")
-# What a record names is read, and becomes a path.
+# Names in a record are untrusted, and become paths.
 _FILE_NAME = re.compile(r"(?:[a-z][a-z0-9_]*/)?(?:shard|samples)_([0-9]{4,})(?:_part_([0-9]{1,6}))?(?:\.[a-z0-9_]+)+")
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file as its commit record names it; `name` is relative to the worker's folder, `site` None for the table."""
+    """A file listed in a commit record; `name` is relative to the worker's folder, `site` None for the sample table."""
 
     name: str
     site: str | None
@@ -28,14 +28,14 @@ class StoredFile:
 
     @property
     def part(self) -> int:
-        """The part of the window that it holds, from 0; windows of one part do not say so in their names."""
-        named = _FILE_NAME.fullmatch(self.name)
-        return int(named[2] or 0) if named is not None else 0
+        """The index of its part of the window; file names of windows in one part have none."""
+        match = _FILE_NAME.fullmatch(self.name)
+        return int(match[2] or 0) if match is not None else 0
 
 
 @dataclass(frozen=True)
 class PartCounts:
-    """What one part of a window holds; its first and last `sample_idx` are None where it holds no sample."""
+    """The counts of one part of a window; first and last `sample_idx` are None where it has no sample."""
 
     first_sample_idx: int | None
     last_sample_idx: int | None
@@ -47,7 +47,7 @@ class PartCounts:
 class StoredPart:
     """A part of a window that is stored but not committed.
 
-    number: of the part; None where a host had none to compute. n_dropped, n_empty: as in `CommitRecord`.
+    number: index of the part; None where a host had none to compute. n_dropped, n_empty: as in `CommitRecord`.
     """
 
     number: int | None
@@ -60,18 +60,18 @@ class StoredPart:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "StoredPart":
-        """From what `dataclasses.asdict` gave, by way of JSON."""
+        """From the JSON of `dataclasses.asdict`."""
         files = tuple(StoredFile(**file) for file in fields["files"])
         return cls(**fields | {"files": files, "counts": PartCounts(**fields["counts"])})
 
 
 @dataclass(frozen=True)
 class StoredSite:
-    """What the arrays of a site are: `layers` in their order, each of (rows, width).
+    """The arrays of a site: one of shape (rows, width) for each of `layers`, in this order.
 
     Attributes:
-      arrays: where less than a row is stored, the arrays of the site by name, each with its width and dtype.
-      block: how many of its values share a scale there; 0: all of them.
+      arrays: for reduced rows, the arrays of the site by name, each with its width and dtype.
+      block: for quantized rows, how many values share a scale; 0: all of them.
     """
 
     layers: tuple[int, ...]
@@ -89,8 +89,8 @@ _PART: Kinds = {
 }
 _ARRAYS: Kinds = {"arrays": (dict,), "block": (int, NONE)}
 _COUNTS = ("n_samples", "n_tokens", "n_truncated", "n_empty")
-# Left out of the records of runs that have none.
-_OF_SOME = {"parts", "pools", "losses", "arrays", "block"}
+# Omitted from records where they are empty.
+_OPTIONAL = {"parts", "pools", "losses", "arrays", "block"}
 _RECORD: Kinds = {
     **dict.fromkeys(("window", "first_sample_idx", "last_sample_idx", "samples_per_record", *_COUNTS), (int,)),
     **dict.fromkeys(("plan_hash", "stream_hash", "dtype"), (str,)),
@@ -104,17 +104,17 @@ _RECORD: Kinds = {
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """What one committed window holds. It carries no time and no name of who wrote it: same window, same bytes.
+    """The record of one committed window. It has no time and no writer, so that the same window has the same bytes.
 
     Attributes:
       next_place: where the next window begins; None when the stream ends with this one.
-      n_tokens: stored; n_dropped: by reason, those that the model saw besides (`core.samples.selection`).
-      n_empty: samples of which no token is stored.
-      pools: what is stored of a sample in the place of its tokens; empty: a row for each token.
-      losses: what is lost where less than a row is stored, see `core.reduce.losses.Losses`.
-      samples_per_record: each record of the stream makes so many samples, `sample_idx` = position ×
-        samples_per_record + prediction.
-      parts: what each part of the window holds; empty, and not stored, where the window is one part.
+      n_tokens: stored tokens; n_dropped: by reason, the other tokens that the model saw (`core.samples.selection`).
+      n_empty: samples without a stored token.
+      pools: the vectors that are stored of a sample instead of its tokens; empty: a row for each token.
+      losses: the losses of the reduction, see `core.reduce.losses.Losses`.
+      samples_per_record: samples of each record of the stream; `sample_idx` = position × samples_per_record +
+        prediction.
+      parts: the counts of each part of the window; empty, and not stored, where the window is one part.
     """
 
     window: int
@@ -144,9 +144,9 @@ class CommitRecord:
     parts: tuple[PartCounts, ...] = field(default=())
 
     @classmethod
-    def of_nothing(cls, plan_hash: str, stream_hash: str, dtype: str) -> "CommitRecord":
-        """The only window of a folder whose share of a short stream is empty."""
-        nothing: dict[str, Any] = dict.fromkeys((*_COUNTS, "first_sample_idx"), 0)
+    def empty(cls, plan_hash: str, stream_hash: str, dtype: str) -> "CommitRecord":
+        """The record of a folder without samples: a short stream has no line for its machine."""
+        zeros: dict[str, Any] = dict.fromkeys((*_COUNTS, "first_sample_idx"), 0)
         return cls(
             window=1,
             plan_hash=plan_hash,
@@ -158,15 +158,15 @@ class CommitRecord:
             sites={},
             dtype=dtype,
             files=(),
-            **nothing,
+            **zeros,
         )
 
     def files_of_parts(self) -> Iterator[tuple[PartCounts, list[StoredFile]]]:
         """The parts of the window in the order of their samples, each with its files, the sample table first."""
         whole = PartCounts(self.first_sample_idx, self.last_sample_idx, self.n_samples, self.n_tokens)
-        for number, counts in enumerate(self.parts or [whole]):
-            own = [file for file in self.files if file.part == number]
-            yield counts, sorted(own, key=lambda file: file.site is not None)
+        for part, counts in enumerate(self.parts or [whole]):
+            files = [file for file in self.files if file.part == part]
+            yield counts, sorted(files, key=lambda file: file.site is not None)
 
     @property
     def n_seen(self) -> int:
@@ -174,17 +174,17 @@ class CommitRecord:
         return self.n_tokens + sum(self.n_dropped.values())
 
     def to_bytes(self) -> bytes:
-        """The record as stored, with its own checksum; what only some runs have is left out of others."""
+        """The record as stored, with its own checksum; empty optional fields are omitted."""
         fields = asdict(self)
         for holder in (fields, *fields["sites"].values()):
-            for name in _OF_SOME & holder.keys():
+            for name in _OPTIONAL & holder.keys():
                 if holder[name] in ((), {}, None):
                     del holder[name]
         return sealed_json(fields)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "CommitRecord":
-        """Reads a stored record; raises ValueError when it was changed, or a field is missing or cannot be."""
+        """Reads a stored record; raises ValueError when it was changed, or a field is missing or invalid."""
         try:
             fields = read_sealed_json(data)
             _check_record(fields)
@@ -208,9 +208,9 @@ def _check_record(fields: Any) -> None:
         require_types(fields["next_place"], _PLACE, "next_place.")
     for file in fields["files"]:
         require_types(file, _FILE, "files.")
-        named = _FILE_NAME.fullmatch(file["name"])
-        if named is None or int(named[1]) != fields["window"]:
-            raise ValueError(f"'files.name' is {file['name']!r}, which is no file of window {fields['window']}")
+        match = _FILE_NAME.fullmatch(file["name"])
+        if match is None or int(match[1]) != fields["window"]:
+            raise ValueError(f"'files.name' is {file['name']!r}, not a file of window {fields['window']}")
     for bad in fields["bad_records"]:
         require_types(bad, {"position": (int,)}, "bad_records.")
     for name, site in fields["sites"].items():
@@ -219,14 +219,14 @@ def _check_record(fields: Any) -> None:
         _check_arrays(site, name)
     require_all(fields.get("pools", []), str, "pools")
     if not is_losses(fields.get("losses", {})):
-        raise ValueError("'losses' are not figures by site and layer")
+        raise ValueError("'losses' are not numbers by site and layer")
     require_types(fields["n_dropped"], dict.fromkeys(fields["n_dropped"], (int,)), "n_dropped.")
     is_coded = any(site.get("arrays") for site in fields["sites"].values())
     dtypes = DTYPES | CODE_DTYPES if is_coded or not fields["sites"] else DTYPES
     negative = [name for name in _COUNTS if fields[name] < 0]
     if negative or fields["samples_per_record"] < 1 or fields["dtype"] not in dtypes:
         name = [*negative, "samples_per_record" if fields["samples_per_record"] < 1 else "dtype"][0]
-        raise ValueError(f"{name!r} is {fields[name]!r}, which cannot be")
+        raise ValueError(f"{name!r} is {fields[name]!r}, which is not valid")
     if {file["site"] for file in fields["files"]} - {None} != fields["sites"].keys():
         raise ValueError("'sites' are not those of its files")
     if "parts" in fields:
@@ -241,12 +241,12 @@ def _check_parts(fields: dict[str, Any]) -> None:
         if sum(part[count] for part in fields["parts"]) != fields[count]:
             raise ValueError(f"the 'parts' do not add up to {count!r}")
     sites = [None, *fields["sites"]]
-    for number, part in enumerate(fields["parts"]):
-        own = [file["site"] for file in fields["files"] if StoredFile(**file).part == number]
-        if sorted(own, key=str) != (sorted(sites, key=str) if part["n_samples"] else []):
-            raise ValueError(f"the files of part {number} are not one for each site and a sample table")
+    for index, part in enumerate(fields["parts"]):
+        found = [file["site"] for file in fields["files"] if StoredFile(**file).part == index]
+        if sorted(found, key=str) != (sorted(sites, key=str) if part["n_samples"] else []):
+            raise ValueError(f"the files of part {index} are not one for each site and a sample table")
     if any(StoredFile(**file).part >= len(fields["parts"]) for file in fields["files"]):
-        raise ValueError("a file is of none of the 'parts'")
+        raise ValueError("a file belongs to none of the 'parts'")
 
 
 def _check_arrays(site: dict[str, Any], name: str) -> None:
@@ -255,4 +255,4 @@ def _check_arrays(site: dict[str, Any], name: str) -> None:
     for array, described in arrays.items():
         require_types(described, {"width": (int,), "dtype": (str,)}, f"sites.{name}.arrays.{array}.")
         if described["dtype"] not in ARRAY_DTYPES:
-            raise ValueError(f"'sites.{name}.arrays.{array}.dtype' is {described['dtype']!r}, which cannot be")
+            raise ValueError(f"'sites.{name}.arrays.{array}.dtype' is {described['dtype']!r}, which is not valid")

@@ -1,4 +1,4 @@
-"""The commit records of a folder as they are found there, and the index that is made of them."""
+"""Reads the commit records of a folder, and builds its metadata.json from them."""
 
 import itertools
 from collections import Counter
@@ -14,34 +14,34 @@ from core.commit.record import RECORD_NAME, CommitRecord
 from core.object_store import ObjectStore
 from core.reduce.losses import total_losses
 
-INDEX_FILE = "metadata.json"
-# Reading the records of a long run back is latency, not bandwidth.
+METADATA_FILE = "metadata.json"
+# Reading the records of a long run is bound by latency, not bandwidth.
 _READ_THREADS = 16
 
 
 def committed_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
-    """The records of a folder up to the first that is missing, or one of whose files is.
+    """The records of a folder, up to the first that is missing or has a missing file.
 
-    That is what a run may build on: windows behind a gap are extracted again, and meet the files that still stand.
+    A run continues after these: later windows are extracted again, and their files that still exist are reused.
     """
     names = set(store.list(f"{folder}/"))
     by_window = _record_names(names, folder)
-    whole = list(itertools.takewhile(lambda window: window in by_window, itertools.count(1)))
-    records = _read_all(store, by_window, whole)
+    consecutive = list(itertools.takewhile(lambda window: window in by_window, itertools.count(1)))
+    records = _read_all(store, by_window, consecutive)
     complete = itertools.takewhile(lambda r: all(f"{folder}/{file.name}" in names for file in r.files), records)
     kept = list(complete)
     if len(kept) < len(by_window):
-        logging.warning("%s/%s: window %d is damaged: going on from there", store.url, folder, len(kept) + 1)
+        logging.warning("%s/%s: window %d is damaged: continuing from there", store.url, folder, len(kept) + 1)
     return kept
 
 
-def has_index_of(store: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> bool:
-    """Whether a folder's index is whole, and that of these records."""
+def has_current_metadata(store: ObjectStore, folder: str, records: Sequence[CommitRecord]) -> bool:
+    """Whether a folder's metadata.json is undamaged and matches these records."""
     try:
-        index = read_sealed_json(store.read_bytes(f"{folder}/{INDEX_FILE}"))
+        metadata = read_sealed_json(store.read_bytes(f"{folder}/{METADATA_FILE}"))
     except (FileNotFoundError, ValueError):
         return False
-    return index.items() >= index_of(records).items()
+    return metadata.items() >= folder_metadata(records).items()
 
 
 def read_records(store: ObjectStore, folder: str) -> list[CommitRecord]:
@@ -76,7 +76,7 @@ def _read_record(store: ObjectStore, name: str, window: int) -> CommitRecord:
     return record
 
 
-def index_of(records: Sequence[CommitRecord]) -> dict[str, Any]:
+def folder_metadata(records: Sequence[CommitRecord]) -> dict[str, Any]:
     """The content of metadata.json: totals, and one entry for each shard file."""
     shards = [
         {

@@ -1,1 +1,1 @@
-"""The hosts of a pod slice: how they talk, and how they share one stream."""
+"""The hosts of a pod slice: how they communicate, and how they extract one stream together."""

@@ -1,4 +1,4 @@
-"""Runs the work in a child process, where a runtime may abort the process it runs in."""
+"""Runs the work in a child process, because JAX's runtime may abort the process that it runs in."""
 
 import ctypes
 import os
@@ -11,38 +11,38 @@ _PR_SET_PDEATHSIG = 1  # prctl.h
 
 
 def fork_under_guard() -> int | None:
-    """None in a new child, which goes on with the work; in the guard, once the child has ended, the exit code.
+    """None in the new child, which continues with the work; in the guard, once the child has ended, its exit code.
 
     JAX's coordination service aborts a process when another host is gone, with its own reason and a stack trace: the
-    guard then says in a line what that means. It passes SIGTERM and Ctrl-C on, and its own end is the child's too.
-    Must come before the first thread.
+    guard then explains it in one line. It forwards SIGTERM and Ctrl-C, and the child dies with it.
+    Must be called before the first thread starts.
     """
     guard = os.getpid()
     child = os.fork()
     if child == 0:
-        _end_with(guard)
-        # Ctrl-C reaches the guard alone, which passes it on: twice would mean to stop at once.
+        _die_with(guard)
+        # Ctrl-C must reach the guard alone, which forwards it: a second signal would mean to stop at once.
         os.setpgid(0, 0)
         return None
 
-    def pass_on(number: int, _: object) -> None:
+    def forward(signum: int, _: object) -> None:
         with suppress(ProcessLookupError):
-            os.kill(child, number)
+            os.kill(child, signum)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, forward)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code == -signal.SIGABRT:
         logging.error(
-            "JAX has ended this host, its reason is above: most often another host died or never came; "
-            "the same command on all hosts goes on behind the last commit"
+            "JAX aborted this host for the reason above; usually another host died or never joined: "
+            "run the same command on all hosts to continue after the last commit"
         )
         return 1
     return code if code >= 0 else 128 - code
 
 
-def _end_with(guard: int) -> None:
-    """Has the kernel kill this process when the guard dies. Linux alone can; elsewhere the child would live on."""
+def _die_with(guard: int) -> None:
+    """Makes the kernel kill this process when the guard dies. Linux only; elsewhere the child would live on."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guard:

@@ -1,4 +1,4 @@
-"""One stream that the hosts of a slice extract together: what each has stored, who stops, and how each ended."""
+"""One stream that the hosts of a slice extract together: what each stored, stop requests, and each host's outcome."""
 
 import math
 import threading
@@ -7,39 +7,39 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core.base.errors import RunError, is_fault_of_the_machine
+from core.base.errors import RunError, is_machine_fault
 from core.hosts.pod_slice import Hosts
 
 _POLL_S = 0.5
 
 
 @dataclass(frozen=True)
-class Ending:
+class SessionOutcome:
     """How a host left a session.
 
     Attributes:
-      error: in one line; None if there was none. of_machine: whether it comes from that host rather than from the data.
+      error: one line; None if there was none. machine_fault: whether that host rather than the data caused it.
     """
 
     error: str | None = None
-    of_machine: bool = False
+    machine_fault: bool = False
 
 
 class HostSession:
-    """The first host gathers what the others have stored, and says what stands.
+    """Host 0 gathers what the others have stored, commits it and broadcasts the record.
 
     Args:
-      name: of its own for each session of a run.
-      stop: set when this host is to stop.
+      name: unique among the sessions of a run.
+      stop: set when this host should stop.
 
     Attributes:
-      stop: set when any host is to stop, or has failed.
+      stop: set when any host should stop, or has failed.
     """
 
     def __init__(self, hosts: Hosts, name: str, stop: threading.Event) -> None:
         self.hosts = hosts
         self.name = name
-        self.stop = StopOfAny(hosts, name, stop)
+        self.stop = SharedStopEvent(hosts, name, stop)
 
     def __enter__(self) -> "HostSession":
         self.hosts.begin_session(self.name)
@@ -47,97 +47,98 @@ class HostSession:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, Exception):
-            self.hosts.tell(f"stopping/{self.name}", True)
-            self._tell_end(Ending(str(error) or type(error).__name__, is_fault_of_the_machine(error)))
+            self.hosts.publish(f"stopping/{self.name}", True)
+            self._publish_outcome(SessionOutcome(str(error) or type(error).__name__, is_machine_fault(error)))
         elif error is None:
-            self._tell_end(Ending())
-            # What the first host says of the end holds for all: an error of another one is its own, even if this
-            # host stopped because of it before it missed a part.
+            self._publish_outcome(SessionOutcome())
+            # Host 0's outcome holds for all hosts: an error of another host is reported by host 0, even if this host
+            # stopped because of that error before it missed a part.
             others = range(1, self.hosts.count) if self.hosts.is_first else (0,)
-            endings = [(host, Ending(**self.hosts.wait_for(self._key("ended", host)))) for host in others]
+            outcomes = [(host, SessionOutcome(**self.hosts.wait_for(self._key("ended", host)))) for host in others]
             if self.hosts.is_first:
-                # The others may still have to read how this one ended.
-                self.hosts.forget_earlier_sessions()
-            for host, ending in endings:
-                _raise_error_of(host, ending)
+                # Not this session's keys: the others may still have to read this host's outcome.
+                self.hosts.delete_earlier_sessions()
+            for host, outcome in outcomes:
+                _raise_failure(host, outcome)
 
     def gather(self, key: str, value: Any) -> list[Any] | None:
-        """What every host gives for `key`, in their order, at the first host; an empty list at the others.
+        """The `value` of every host, in host order, on host 0; an empty list on the others.
 
-        None if a host has ended without it. Raises RunError if one ended with an error.
+        None if a host left the session without publishing one. Raises RunError if a host failed.
         """
         if self.hosts.count == 1:
             return [value]
         if not self.hosts.is_first:
-            self.hosts.tell(self._key(key, self.hosts.number), value)
+            self.hosts.publish(self._key(key, self.hosts.host_id), value)
             return []
-        values = [value, *(self._from(host, self._key(key, host)) for host in range(1, self.hosts.count))]
+        values = [value, *(self._receive(host, self._key(key, host)) for host in range(1, self.hosts.count))]
         for host in range(1, self.hosts.count):
-            self.hosts.forget(self._key(key, host))
+            self.hosts.delete(self._key(key, host))
         return None if None in values else values
 
-    def agree(self, key: str, value: Callable[[], Any]) -> Any:
-        """What the first host's `value()` gives, at every host. Raises RunError if the first host has ended."""
+    def broadcast(self, key: str, value: Callable[[], Any]) -> Any:
+        """Host 0's `value()`, on every host. Raises RunError if host 0 left the session without publishing it."""
         if self.hosts.is_first:
-            return self.share(key, value())
-        told = self.share(key, None)
-        if told is None:
-            raise RunError(f"host 0 has given up {key}")
-        return told
+            return self.try_broadcast(key, value())
+        received = self.try_broadcast(key, None)
+        if received is None:
+            raise RunError(f"host 0 left the session before it published {key!r}")
+        return received
 
-    def share(self, key: str, value: Any | None) -> Any | None:
-        """What the first host gives for `key`, at every host; None if it gives None or has ended."""
+    def try_broadcast(self, key: str, value: Any | None) -> Any | None:
+        """Host 0's `value`, on every host; None if that is None or host 0 left the session."""
         if self.hosts.is_first:
             if value is not None:
-                self.hosts.tell(self._key(key), value)
+                self.hosts.publish(self._key(key), value)
             return value
-        return self.hosts.wait_for(self._key(key), lambda: 0 not in self._endings())
+        return self.hosts.wait_for(self._key(key), lambda: 0 not in self._outcomes())
 
-    def forget(self, key: str) -> None:
-        """Removes what was shared, once every host has gathered what comes behind it."""
+    def delete(self, key: str) -> None:
+        """Deletes a broadcast value, once a later `gather` shows that every host has read it."""
         if self.hosts.is_first:
-            self.hosts.forget(self._key(key))
+            self.hosts.delete(self._key(key))
 
-    def _tell_end(self, ending: Ending) -> None:
-        self.hosts.tell(self._key("ended", self.hosts.number), asdict(ending))
+    def _publish_outcome(self, outcome: SessionOutcome) -> None:
+        self.hosts.publish(self._key("ended", self.hosts.host_id), asdict(outcome))
 
-    def _from(self, host: int, key: str) -> Any | None:
-        value = self.hosts.wait_for(key, lambda: host not in self._endings())
-        ending = self._endings().get(host)
-        if value is None and ending is not None:
-            _raise_error_of(host, ending)
+    def _receive(self, host: int, key: str) -> Any | None:
+        value = self.hosts.wait_for(key, lambda: host not in self._outcomes())
+        outcome = self._outcomes().get(host)
+        if value is None and outcome is not None:
+            _raise_failure(host, outcome)
         return value
 
-    def _endings(self) -> dict[int, Ending]:
-        return {int(host): Ending(**ending) for host, ending in self.hosts.told(self._key("ended")).items()}
+    def _outcomes(self) -> dict[int, SessionOutcome]:
+        published = self.hosts.published(self._key("ended"))
+        return {int(host): SessionOutcome(**outcome) for host, outcome in published.items()}
 
     def _key(self, *parts: object) -> str:
         return "/".join(map(str, (self.name, *parts)))
 
 
-def _raise_error_of(host: int, ending: Ending) -> None:
-    if ending.error is not None:
-        # What an error comes from tells a bad shard from a bad machine.
-        raise RunError(f"host {host}: {ending.error}") from (OSError(ending.error) if ending.of_machine else None)
+def _raise_failure(host: int, outcome: SessionOutcome) -> None:
+    if outcome.error is not None:
+        # An OSError as the cause marks a machine fault (`is_machine_fault`), here too.
+        raise RunError(f"host {host}: {outcome.error}") from (OSError(outcome.error) if outcome.machine_fault else None)
 
 
-class StopOfAny(threading.Event):
-    """Set when this host is to stop, which it tells the others as soon as it is asked, or when another has told so.
+class SharedStopEvent(threading.Event):
+    """Set when this host's `local` event is set, or another host requested a stop. `is_set` publishes a local stop.
 
-    scope: what is to stop: the name of a session, or one for the whole run.
+    scope: what should stop: the name of a session, or "run".
     """
 
-    def __init__(self, hosts: Hosts, scope: str, own: threading.Event) -> None:
+    def __init__(self, hosts: Hosts, scope: str, local: threading.Event) -> None:
         super().__init__()
         self._hosts = hosts
         self._scope = scope
-        self._own = own
+        self._local = local
 
     def is_set(self) -> bool:
-        if self._own.is_set() and not super().is_set():
+        if self._local.is_set() and not super().is_set():
             self.set()
-            self._hosts.tell(f"stopping/{self._scope}", True)
-        return super().is_set() or self._hosts.is_stopping(self._scope)
+            self._hosts.publish(f"stopping/{self._scope}", True)
+        return super().is_set() or self._hosts.stop_requested(self._scope)
 
     def wait(self, timeout: float | None = None) -> bool:
         end = math.inf if timeout is None else time.monotonic() + timeout

@@ -1,11 +1,11 @@
 """Named byte objects that are created once and never changed, on a local disk or in a bucket.
 
 Everything that a run commits goes through `create_bytes` and `create_file`: of any number of writers of a name exactly
-one creates it, nobody ever sees half of it, and whoever comes second learns whether what stands is what it wanted.
-Only derived files (an index that can be rebuilt) may be replaced.
+one creates it, no reader ever sees a partial object, and a later writer learns whether the existing object equals its
+own. Only derived files (such as metadata.json, which can be rebuilt) may be replaced.
 
 Stores may be shared by threads. A `gs://` store makes one connection per process and is not fork-safe: start children
-with the spawn method, and open the store in the child (or send the store, which travels as its URL).
+with the spawn method, and open the store in the child (or send the store, which is pickled as its URL).
 """
 
 from __future__ import annotations

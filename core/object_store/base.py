@@ -1,4 +1,4 @@
-"""What every store of objects offers, and the values that go in and out."""
+"""The interface of object stores, and the values that they take and return."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.base.errors import RunError
 
 
 class Created(enum.Enum):
-    """What became of a create-only write. Only CREATED means that this call wrote what is there."""
+    """The outcome of a create-only write. Only CREATED means that this call wrote the object."""
 
     CREATED = "created"
     ALREADY_SAME = "already same"
@@ -35,7 +35,7 @@ class Entry:
 
     Attributes:
       modified: seconds since 1970 by the storage's clock.
-      version: another one whenever the object is written again.
+      version: changes whenever the object is written again.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """Objects sorted by name, and what the storage's clock said; on a disk it is this machine's clock."""
+    """Objects sorted by name, and the time by the storage's clock (on a disk: this machine's)."""
 
     entries: tuple[Entry, ...]
     now: float
@@ -54,7 +54,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to insist on one request to a bucket: at most `tries` times, with exponential back-off and jitter."""
+    """How often to retry one request to a bucket: at most `tries` tries, with exponential backoff and jitter."""
 
     tries: int = 10
     base_s: float = 1.0
@@ -75,7 +75,7 @@ class ObjectStore(Protocol):
     """The root, without a trailing slash."""
 
     def create_bytes(self, name: str, data: bytes) -> Created:
-        """Create an object unless the name is taken; if it is, read back what stands and compare."""
+        """Create an object unless the name is taken; if it is, read the existing object and compare."""
 
     def create_file(self, name: str, local_path: Path, info: ObjectInfo) -> Created:
         """Create an object from a finished local file of that size and checksum, unless the name is taken."""
@@ -99,10 +99,10 @@ class ObjectStore(Protocol):
         """What `list` names, with sizes, times and versions, at the same cost in a bucket."""
 
     def delete(self, name: str) -> None:
-        """Remove an object. One that is not there counts as removed."""
+        """Remove an object; it need not exist."""
 
     def free_bytes(self) -> int | None:
-        """Bytes left on the disk; None where there is no such limit."""
+        """Free bytes on the disk; None where there is no such limit."""
 
 
 def file_info(path: Path) -> ObjectInfo:
@@ -117,7 +117,7 @@ def bytes_info(data: bytes) -> ObjectInfo:
 
 
 def stream_info(file: BinaryIO) -> ObjectInfo:
-    """Size and CRC32C of what is left of a stream."""
+    """Size and CRC32C of the rest of a stream."""
     size = crc = 0
     while chunk := file.read(4 << 20):
         size += len(chunk)
@@ -128,12 +128,12 @@ def stream_info(file: BinaryIO) -> ObjectInfo:
 def check_name(name: str) -> str:
     """The name itself; ValueError for one that could leave its store."""
     if any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
-        raise ValueError(f"{name!r} is no object name: it must be relative, without empty, `.` or `..` parts")
+        raise ValueError(f"{name!r} is not an object name: it must be relative, without empty, `.` or `..` parts")
     return name
 
 
 def check_size(path: Path, info: ObjectInfo) -> None:
-    """RunError if a finished file has not the size that was written; FileNotFoundError if it is gone."""
+    """RunError if a finished file does not have the size that was written; FileNotFoundError if it is gone."""
     size = path.stat().st_size
     if size != info.size:
         raise RunError(f"{path} has {size} bytes where {info.size} were written; remove it and run again")

@@ -42,21 +42,21 @@ _WRITER = "writer"
 
 
 class _UploadLostError(Exception):
-    """A resumable upload is forgotten, stuck or damaged: start it again."""
+    """A resumable upload expired, is stuck or is damaged: start it again."""
 
 
 class GcsStore:
     """A folder of a bucket, through gcsfs's plain JSON API, whose preconditions make creation exclusive.
 
-    Every object carries in its custom metadata a nonce of the call that wrote it. A create-only upload whose reply was
-    lost is answered "exists" when it is repeated; the nonce then tells our own object from another writer's.
+    The custom metadata of every object has a nonce of the call that wrote it. When the reply to a create-only upload
+    is lost, the retry fails with "exists"; the nonce then distinguishes our own object from another writer's.
     """
 
     def __init__(self, url: str, retry: RetryPolicy) -> None:
         _, _, path = url.rstrip("/").partition("://")
         self.bucket, _, self.prefix = path.partition("/")
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", self.bucket):
-            raise UsageError(f"{url}: {self.bucket!r} is no bucket name; write gs://BUCKET/FOLDER")
+            raise UsageError(f"{url}: {self.bucket!r} is not a bucket name; write gs://BUCKET/FOLDER")
         if self.prefix:
             check_name(self.prefix)
         self.url = f"gs://{path}"
@@ -85,7 +85,7 @@ class GcsStore:
         self._upload(name, io.BytesIO(data), bytes_info(data), uuid.uuid4().hex, {})
 
     def read_bytes(self, name: str) -> bytes:
-        """See `ObjectStore`. One request: meant for records; stream shards through `open`."""
+        """See `ObjectStore`. One request, meant for records; read shards through `open`."""
         with self._errors("read", name):
             for _ in range(self.retry.tries):
                 headers, data = self._media(name, {})
@@ -94,7 +94,7 @@ class GcsStore:
         raise RunError(f"cannot read {self.url}/{name}: its bytes do not match its checksum; the object is damaged")
 
     def open(self, name: str) -> BinaryIO:
-        """See `ObjectStore`. Reads ranges of the generation that is there now; a replaced object is an error."""
+        """See `ObjectStore`. Reads ranges of the current generation; it is an error if the object is replaced."""
         found = self._stat(name)
         if found is None:
             raise FileNotFoundError(f"{self.url}/{name}")
@@ -123,7 +123,7 @@ class GcsStore:
             if "nextPageToken" not in page:
                 break
             query["pageToken"] = page["nextPageToken"]
-        # A name that ends in a slash is the placeholder that consoles write for an empty folder.
+        # A name that ends in a slash is a console's placeholder for an empty folder.
         entries = (_entry(item, root) for item in items if not item["name"].endswith("/"))
         date = headers.get("Date")
         now = parsedate_to_datetime(date).timestamp() if date else time.time()
@@ -139,7 +139,7 @@ class GcsStore:
 
     @property
     def _fs(self) -> Any:
-        # The event loop thread of gcsfs does not survive a fork; a connection made before it would wait for ever.
+        # The event loop thread of gcsfs does not survive a fork; a connection made before it would hang.
         if self._owner != os.getpid():
             self._owner, self._connection = os.getpid(), _connect(self.retry)
         return self._connection
@@ -154,27 +154,27 @@ class GcsStore:
             self._upload(name, file, want, nonce, {"ifGenerationMatch": "0"})
             taken = False
         except FileExistsError:
-            taken = True  # perhaps by ourselves, if the reply to an earlier try was lost
+            taken = True  # perhaps by this call, if the reply to an earlier try was lost
         fault_point("bucket.sent")
         found = self._stat(name)
         if found is None:
-            raise RunError(f"{self.url}/{name} was written but is not there; see what else deletes objects there")
+            raise RunError(f"{self.url}/{name} was written but is gone; check whether something deletes objects there")
         ours = found.get("metadata", {}).get(_WRITER) == nonce
         if _metadata_info(found) == want:
             return Created.CREATED if ours or not taken else Created.ALREADY_SAME
         if ours:
             self._delete(name, {"ifGenerationMatch": found["generation"]})
-            raise RunError(f"{self.url}/{name} was stored damaged and is removed again; run again to resume")
+            raise RunError(f"{self.url}/{name} was damaged on upload and has been removed; run again to resume")
         if taken:
             return Created.ALREADY_DIFFERENT
-        # Ours was there and another's is now: nothing here may be deleted.
-        raise RunError(f"{self.url}/{name} was replaced while it was written; see who else writes there")
+        # Another writer replaced our object, so it must not be deleted.
+        raise RunError(f"{self.url}/{name} was replaced during the upload; check what else writes there")
 
     def _upload(self, name: str, file: BinaryIO, info: ObjectInfo, nonce: str, condition: dict[str, str]) -> None:
         """Send an object with its checksum; FileExistsError if the condition does not hold.
 
-        Not gcsfs's own uploads: they declare no checksum, so that damage is found only after the commit, and they
-        separate the parts of a small upload by bare line feeds and a fixed mark, which stricter servers refuse.
+        gcsfs's own uploads are not used: they send no checksum, so that damage is found only after the commit, and they
+        separate the parts of a small upload by bare line feeds and a fixed boundary, which stricter servers refuse.
         """
         resource = {
             "name": self._key(name),
@@ -255,7 +255,7 @@ class GcsStore:
         with self._errors("read", name):
             _, data = self._media(name, {"Range": f"bytes={first}-{last}"}, generation=generation)
         if len(data) != last - first + 1:
-            raise RunError(f"cannot read {self.url}/{name}: {len(data)} bytes came instead of {last - first + 1}")
+            raise RunError(f"cannot read {self.url}/{name}: got {len(data)} bytes instead of {last - first + 1}")
         return data
 
     def _media(self, name: str, headers: dict[str, str], **query: str) -> tuple[Any, bytes]:
@@ -279,10 +279,10 @@ class GcsStore:
 
 
 def _connect(retry: RetryPolicy) -> Any:
-    """A gcsfs file system whose every request is repeated by our policy instead of gcsfs's fixed one."""
+    """A gcsfs file system that retries requests by our policy instead of gcsfs's fixed one."""
     endpoint = _emulator()
     if endpoint:
-        # gcsfs decides on import whether to speak gRPC, which emulators of the JSON API do not.
+        # gcsfs decides on import whether to use gRPC, which emulators of the JSON API do not support.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import aiohttp
     from gcsfs.core import GCSFileSystem
@@ -312,10 +312,10 @@ def _emulator() -> str | None:
 
 
 async def _request(once: Callable[..., Any], retry: RetryPolicy, method: str, path: str, *args: Any, **kw: Any) -> Any:
-    """gcsfs's single request, repeated while it fails for reasons that pass.
+    """gcsfs's single request, retried after transient failures.
 
     Sending a chunk of a resumable upload again is safe: the server skips the bytes that it has.
-    Raises FileNotFoundError (404), FileExistsError (412), _UploadLostError, and RunError for all the rest.
+    Raises FileNotFoundError (404), FileExistsError (412), _UploadLostError, and RunError for everything else.
     """
     in_session = "upload_id=" in path
     for failures in itertools.count(1):
@@ -330,14 +330,14 @@ async def _request(once: Callable[..., Any], retry: RetryPolicy, method: str, pa
                 raise _UploadLostError from exc
             if code == 404:
                 raise
-            if failures >= retry.tries or not _may_pass(exc, code):
+            if failures >= retry.tries or not _is_transient(exc, code):
                 raise RunError(_explain(exc, code, failures)) from exc
         await asyncio.sleep(retry.delay_s(failures))
     raise AssertionError("unreachable")
 
 
 def _status(exc: Exception) -> int | None:
-    """The HTTP status behind an exception of gcsfs; None for a failure of the connection."""
+    """The HTTP status of an exception of gcsfs; None for a connection failure."""
     from requests.exceptions import ProxyError
 
     if isinstance(exc, FileNotFoundError):
@@ -353,11 +353,11 @@ def _status(exc: Exception) -> int | None:
 
 
 def _is_damage(exc: Exception, code: int | None) -> bool:
-    """The server refuses an upload because its bytes do not match the checksum that was sent along."""
+    """Whether the server refused an upload whose bytes do not match the checksum sent with it."""
     return code == 400 and "crc32c" in str(exc).lower()
 
 
-def _may_pass(exc: Exception, code: int | None) -> bool:
+def _is_transient(exc: Exception, code: int | None) -> bool:
     from aiohttp import ClientError
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
@@ -376,7 +376,7 @@ def _explain(exc: Exception, code: int | None, tries: int) -> str:
 
     reason = redact(" ".join(str(exc).split()))[:200] or type(exc).__name__
     if code == 401 or isinstance(exc, GoogleAuthError) or isinstance(exc.__cause__, GoogleAuthError):
-        return f"not signed in to Google Cloud, or no longer ({reason}); {SIGN_IN}"
+        return f"not signed in to Google Cloud, or the sign-in expired ({reason}); {SIGN_IN}"
     if code == 403:
         return f"access denied ({reason}); give the account the role Storage Object Admin on the bucket"
     if code is not None and code < 500 and code not in (408, 429):

@@ -1,4 +1,4 @@
-"""Objects of any other file system that fsspec knows."""
+"""Objects of any other file system that fsspec supports."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MEMORY_LOCK = threading.Lock()
 
 
 class FsspecStore:
-    """Any other fsspec URL, for reading. Of these only `memory://` can be written.
+    """Any other fsspec URL, for reading. Only `memory://` can be written.
 
-    memory:// lives in this process alone, so a lock makes creation exclusive. Elsewhere fsspec promises nothing: what
-    it calls "create" may be a look followed by a write, and two writers could both believe that they won.
+    memory:// lives in this process alone, so a lock makes creation exclusive. Elsewhere fsspec guarantees nothing: its
+    "create" may be a check followed by a write, and two writers could both conclude that they created the object.
     """
 
     def __init__(self, url: str) -> None:
@@ -47,7 +47,7 @@ class FsspecStore:
         """See `ObjectStore`. RunError where creation cannot be made exclusive."""
         data = local_path.read_bytes()
         if bytes_info(data) != info:
-            raise RunError(f"{local_path} is not what was written: size or checksum differ; remove it and run again")
+            raise RunError(f"{local_path} was changed after it was written: remove it and run again")
         return self.create_bytes(name, data)
 
     def replace_bytes(self, name: str, data: bytes) -> None:
@@ -63,7 +63,7 @@ class FsspecStore:
     def open(self, name: str) -> BinaryIO:
         """See `ObjectStore`."""
         if self._in_memory:
-            # fsspec hands every reader of a memory file the same object, with one position for all.
+            # fsspec returns the same object, with one position, to every reader of a memory file.
             return io.BytesIO(self.read_bytes(name))
         return cast(BinaryIO, self._fs.open(self._path(name), "rb"))
 
@@ -80,7 +80,7 @@ class FsspecStore:
         return [entry.name for entry in self.listing(prefix).entries]
 
     def listing(self, prefix: str = "") -> Listing:
-        """See `ObjectStore`. An object whose file system keeps no time counts as new."""
+        """See `ObjectStore`. An object without a stored time counts as new."""
         self._fs.invalidate_cache()
         root, now = self._root + "/", time.time()
         found = self._fs.find(self._root, detail=True).items()
@@ -108,5 +108,5 @@ class FsspecStore:
     def _writable(self, name: str) -> str:
         if not self._in_memory:
             advice = "write to a local path or a gs:// URL"
-            raise RunError(f"{self.url}: two writers of one name cannot be told apart there; {advice}")
+            raise RunError(f"{self.url}: objects cannot be created exclusively there; {advice}")
         return self._path(name)

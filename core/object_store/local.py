@@ -18,14 +18,14 @@ from core.base.errors import RunError
 from core.base.fault_points import fault_point
 from core.object_store.base import Created, Entry, Listing, ObjectInfo, check_name, check_size, file_info
 
-# One for all stores of the process: two of them may write the same name.
+# Shared by all stores of the process: two of them may write the same name.
 _SERIAL = itertools.count()
 _TEMPORARY = re.compile(r"\.tmp~(?P<host>[^~]*)~(?P<space>\d+)~(?P<pid>\d+)~(?P<start>\d+)~\d+~.*", re.DOTALL)
 
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk refuses while writing `path` into a RunError; a full disk says so first."""
+    """Turn an OSError while writing `path` into a RunError, with its own message for a full disk."""
     try:
         yield
     except OSError as exc:
@@ -38,8 +38,8 @@ def disk_errors(path: Path) -> Iterator[None]:
 class LocalStore:
     """A folder on a local or mounted disk.
 
-    A file appears under its name whole and on the disk, or not at all: it is written under a hidden temporary name in
-    the same folder, synced, hard-linked to its name (which fails if the name is taken), and the folder is synced.
+    A file appears under its name complete and synced, or not at all: it is written under a hidden temporary name in the
+    same folder, synced, hard-linked to its name (which fails if the name is taken), and the folder is synced.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,10 +47,10 @@ class LocalStore:
         self.url = str(self.root)
 
     def temporary_path(self, name: str) -> Path:
-        """A hidden path on the right filesystem in which to write `name`; `create_file` then consumes the file.
+        """A hidden path, on the same filesystem as `name`, to write its content to; `create_file` consumes the file.
 
-        It carries host, process-id namespace, process id and start time, so that whatever is left by a dead process
-        can be told from a file that is being written.
+        Its name has host, process-id namespace, process id and start time, so that the leftover of a dead process can
+        be distinguished from a file that is being written.
         """
         final = self._path(name)
         mark = "~".join(_process_mark(os.getpid()))
@@ -67,8 +67,8 @@ class LocalStore:
     def create_file(self, name: str, local_path: Path, info: ObjectInfo) -> Created:
         """See `ObjectStore`. Synced to the disk when it returns.
 
-        A file from `temporary_path` is linked and consumed, also when the name is taken or the disk is full. Any
-        other file is copied and left where it is: a link would let a later change of it reach a committed object.
+        A file from `temporary_path` is linked and consumed, even when the name is taken or the disk is full. Any other
+        file is copied and stays: through a link, a later change of it would change a committed object.
         """
         final = self._path(name)
         check_size(local_path, info)
@@ -113,7 +113,7 @@ class LocalStore:
         for name, path in sorted(self._walk_names(prefix)):
             with contextlib.suppress(FileNotFoundError):
                 stat = path.stat()
-                # What is written again is another file under the same name.
+                # Replacing an object creates a new file, so the inode changes.
                 version = f"{stat.st_ino}-{stat.st_mtime_ns}"
                 entries.append(Entry(name, stat.st_size, stat.st_mtime, version))
         return Listing(tuple(entries), time.time())
@@ -132,8 +132,8 @@ class LocalStore:
     def remove_stale_temporaries(self, folder: str = "") -> tuple[Path, ...]:
         """Delete the temporary files of dead processes of this host below `folder`, and return their paths.
 
-        Files of other hosts and of other process-id namespaces (containers) stay: nothing here can tell whether
-        their writers live.
+        Files of other hosts and of other process-id namespaces (containers) stay: this process cannot know whether
+        their writers are alive.
         """
         stale = tuple(path for path in _walk(self.root / folder, _ignore) if _is_stale(path.name))
         for path in stale:
@@ -142,7 +142,7 @@ class LocalStore:
         return stale
 
     def _walk_names(self, prefix: str) -> Iterator[tuple[str, Path]]:
-        for path in _walk(self.root / prefix.rpartition("/")[0], _refuse_unreadable):
+        for path in _walk(self.root / prefix.rpartition("/")[0], _raise_unless_missing):
             name = path.relative_to(self.root).as_posix()
             if name.startswith(prefix) and not _is_temporary(path.name):
                 yield name, path
@@ -169,14 +169,14 @@ class LocalStore:
 
 
 def _publish(temporary: Path, final: Path) -> bool:
-    """Give a finished file its name for good; False if the name is taken. The temporary name is gone afterwards."""
+    """Link a finished file to its final name; False if the name is taken. The temporary name is removed."""
     with _removing(temporary), disk_errors(final):
         _sync_file(temporary)
         fault_point("disk.synced")
         try:
             _take_name(temporary, final)
         except FileExistsError:
-            # Over NFS a link can succeed and its reply be lost: the repeated request then finds our own link.
+            # Over NFS a link can succeed and its reply be lost: the retry then finds our own link.
             if not (temporary.exists() and os.path.samefile(temporary, final)):
                 return False
         fault_point("disk.linked")
@@ -194,11 +194,11 @@ def _take_name(temporary: Path, final: Path) -> None:
 
 
 def _rename_exclusively(temporary: Path, final: Path) -> None:
-    """Where there are no hard links (FAT, some network and FUSE mounts): Linux's rename that refuses to replace.
+    """For filesystems without hard links (FAT, some network and FUSE mounts): Linux's rename without replacement.
 
-    Creating the final name with O_EXCL and copying into it would be exclusive too, but half a file would be visible
-    meanwhile, and after a crash it would hold the name for ever. Checking and then renaming is not exclusive. So a
-    filesystem that can do neither is refused.
+    Creating the final name with O_EXCL and copying into it would be exclusive, too, but a partial file would be visible
+    meanwhile, and after a crash it would occupy the name forever. Checking and then renaming is not exclusive. So a
+    filesystem that supports neither is refused.
     """
     import ctypes
 
@@ -210,9 +210,7 @@ def _rename_exclusively(temporary: Path, final: Path) -> None:
         if ctypes.get_errno() == errno.EEXIST:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
     advice = "choose a folder on another filesystem, or a gs:// URL"
-    raise RunError(
-        f"{final.parent}: this filesystem can create a file neither by link nor by exclusive rename; {advice}"
-    )
+    raise RunError(f"{final.parent}: this filesystem supports neither hard links nor exclusive rename; {advice}")
 
 
 @contextlib.contextmanager
@@ -252,11 +250,11 @@ def _sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable, as far as its file system can."""
+    """Makes the names in a folder durable, as far as its filesystem supports it."""
     try:
         _sync_file(folder)
     except OSError as exc:
-        # Some FUSE and network mounts cannot sync a folder; their renames and links are durable or not without us.
+        # Some FUSE and network mounts cannot sync a folder; durability of their renames and links is out of our hands.
         if exc.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR):
             raise
 
@@ -267,11 +265,11 @@ def _walk(folder: Path, on_error: Callable[[OSError], None]) -> Iterator[Path]:
 
 
 def _ignore(error: OSError) -> None:
-    """What cannot be looked at cannot be cleaned up either."""
+    """Skips unreadable folders: what cannot be listed cannot be cleaned up."""
 
 
-def _refuse_unreadable(error: OSError) -> None:
-    """A folder that is passed over would look like one that is empty; one that is not there, or no folder, is."""
+def _raise_unless_missing(error: OSError) -> None:
+    """Skipping an unreadable folder would make it look empty; a missing one, or a file in its place, is empty."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise RunError(f"{error.filename}: cannot be listed: {error.strerror}; check its permissions") from error
 

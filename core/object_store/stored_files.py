@@ -1,4 +1,4 @@
-"""Files that are read wherever they lie, local, in a bucket or behind another fsspec URL, in flat memory."""
+"""Reads files in constant memory: local ones, in a bucket or at any other fsspec URL."""
 
 import gzip
 import io
@@ -19,14 +19,14 @@ from core.base.redaction import redact
 from core.object_store import ObjectInfo, ObjectStore, open_store
 
 _CHUNK_BYTES = 1 << 20
-# What one call decompresses is held in memory at once and may be ten thousand times as much.
+# The output of one decompress call is in memory at once, and may be ten thousand times as large.
 _COMPRESSED_CHUNK_BYTES = 1 << 12
 _ZSTD_LONGEST_WINDOW = 1 << 31
 _CLEAR_SCHEMES = ("http", "ftp", "ws", "webhdfs", "webdav")
 
 
 def is_file(path: str) -> bool:
-    """Whether there is a file."""
+    """Whether `path` is an existing file."""
     if _in_bucket(path):
         store, name = _bucket_object(path)
         return store.info(name) is not None
@@ -44,7 +44,7 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def _refuse_unsafe_url(path: str) -> None:
-    """Raises UsageError for a URL that travels in the clear, or carries a password into logs and records."""
+    """Raises UsageError for an unencrypted URL, and for one with a password, which would end up in logs and records."""
     for scheme, host in re.findall(r"(?:^|::)([A-Za-z][A-Za-z0-9+.-]*)://([^/:]*(?::[^/:]*)*)", path):
         shown = redact(path)
         if scheme.lower() in _CLEAR_SCHEMES and not is_loopback(urlsplit(f"//{host}").hostname or ""):
@@ -58,7 +58,8 @@ def _in_bucket(path: str) -> bool:
 
 
 def _bucket_object(path: str) -> tuple[ObjectStore, str]:
-    """The store reads one generation of an object, and repeats what fails or stalls; gcsfs alone does neither."""
+    """Through the store, which reads one generation of an object and retries failed and stalled requests; gcsfs does
+    neither."""
     folder, _, name = path.rpartition("/")
     return open_store(folder), name
 
@@ -73,7 +74,7 @@ def _open_stored(path: str) -> BinaryIO:
 
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turns whatever a filesystem raises into a RunError that starts with `what`.
+    """Turns any exception of a filesystem into a RunError that starts with `what`.
 
     Object stores raise errors of their HTTP and login libraries, which share no base class but Exception.
     """
@@ -86,7 +87,7 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def read_lines(path: str) -> Iterator[bytes]:
-    """The lines of a plain, .gz or .zst file as they are, but for a byte order mark.
+    """The unchanged lines of a plain, .gz or .zst file, without a byte order mark.
 
     Raises RunError naming the file and the line if it cannot be read to its end.
     """
@@ -103,7 +104,7 @@ def read_lines(path: str) -> Iterator[bytes]:
 
 
 def read_jsonl_lines(path: str) -> Iterator[bytes]:
-    """`read_lines` without the blank lines at the end; those before stand as empty lines, so that places stay."""
+    """`read_lines` without the blank lines at the end; other blank lines become empty, so that positions stay."""
     blank_lines = 0
     for raw in read_lines(path):
         if not raw.strip():
@@ -123,7 +124,7 @@ def _decompressed(stored: BinaryIO, path: str) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """Zstandard frames as one stream of bytes. The package's own reader takes a cut-off frame for a finished one."""
+    """Zstandard frames as one stream of bytes. The package's own reader does not detect a truncated frame."""
 
     def __init__(self, stored: BinaryIO) -> None:
         self._stored = stored
@@ -148,7 +149,7 @@ class _ZstdReader(io.RawIOBase):
         if not compressed and between_frames:
             return False
         if not compressed:
-            raise EOFError("the last zstandard frame has no end")
+            raise EOFError("the last zstandard frame is incomplete")
         if between_frames:
             self._frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_LONGEST_WINDOW).decompressobj()
         self._pending = memoryview(self._frame.decompress(compressed))
@@ -156,7 +157,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def stored_info(path: str) -> ObjectInfo:
-    """Size and checksum of a file: a bucket is asked for those that it keeps, other files are read."""
+    """Size and checksum of a file: a bucket stores them, other files are read."""
     if _in_bucket(path):
         store, name = _bucket_object(path)
         found = store.info(name)

@@ -1,1 +1,1 @@
-"""What a run will cost: --plan, and the TPU laboratory."""
+"""The price of a run: --plan, and the TPU laboratory."""

@@ -1,8 +1,8 @@
-"""What one run of a compiled TPU program costs by the compiler's own estimates, read from the program's text.
+"""The cost of one run of a compiled TPU program, by the compiler's own estimates in the program's text.
 
-`compiled.as_text()` carries `"estimated_cycles"` for most operations. A loop's body stands in it once, so every
-operation is counted as often as it runs. What has no estimate (kernels, gathers, collectives) is listed apart and never
-dropped silently.
+`compiled.as_text()` has `"estimated_cycles"` for most operations. A loop's body appears in it once, so every operation
+is multiplied by how often it runs. Operations without an estimate (kernels, gathers, collectives) are listed
+separately, never dropped silently.
 """
 
 import re
@@ -25,7 +25,7 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _NAME = re.compile(r"%([\w.\-]+)")
 _ARRAY_TEXT = re.compile(r"\w+\[[\d,]*\]")
-# {{0,1},{2,3}}, and 2 groups of 2 out of devices numbered as an array of dimensions, transposed or not.
+# {{0,1},{2,3}}; and [2,2]<=[4], groups as an iota array of devices that is reshaped, and maybe transposed first.
 _GROUP = re.compile(r"\b(?:replica_groups|source_target_pairs)=\{\{?([\d,]*)\}")
 _IOTA_GROUPS = re.compile(r"\breplica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
@@ -38,21 +38,21 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# Names and views, or counted elsewhere: a loop in its body, a copy beside computation where it starts.
+# Names and views; and operations that are counted elsewhere: a loop in its body, an async copy where it starts.
 _FREE = (
     *("add-dependency", "after-all", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier", "parameter"),
     *("partition-id", "replica-id", "tuple", "call", "conditional", "while", "async-start"),
 )
-# Custom calls that become no code.
+# Custom calls that generate no code.
 _FREE_TARGETS = ("AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "LayoutConstraint")
 _SCALAR_BYTES = 64
-# Of names: what calls, loops and choices of JAX add to them.
+# Parts that JAX's calls, loops and conditionals add to operation names.
 _NOISE = re.compile(r"jit\(.*|shard_map.*|closed_call.*|while|body|cond|branch_\d+_fun")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of the program. shape: as the text writes it. cycles: None where the compiler estimates nothing."""
+    """One line of the program. shape: as in the text. cycles: None where the compiler has no estimate."""
 
     name: str
     shape: str
@@ -69,25 +69,25 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """Where in the traced function it comes from."""
+        """The operation's place in the traced function."""
         found = _OP_NAME.search(self.attributes)
         return found[1].replace("\\'", "'") if found else ""
 
     @property
     def label(self) -> str:
-        """The same without what all names begin with, or the opcode of what the compiler added."""
+        """`op_name` without the parts that all names share; the opcode of operations that the compiler added."""
         parts = [part for part in self.op_name.split("/") if not _NOISE.fullmatch(part)]
         return "/".join(parts) or self.opcode
 
     @property
     def is_async_copy(self) -> bool:
-        """Whether it starts a copy that runs beside computation."""
+        """Whether it starts a copy that overlaps computation."""
         name = self.opcode.removesuffix("-start")
         return self.opcode.endswith("-start") and name not in COLLECTIVES and name != "async"
 
     @property
     def is_free(self) -> bool:
-        """Whether it costs nothing worth counting: names, views, scalars, ends of what was counted where it starts."""
+        """Whether its cost is negligible: names, views, scalars, and ends of operations counted where they start."""
         target = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return (
             self.opcode in _FREE
@@ -103,9 +103,9 @@ class Instruction:
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Of a collective, the first group of devices that exchange; () where it names none, and all do.
+        """The first group of devices of a collective; () where it names none, so that all devices are one group.
 
-        Raises RunError for groups that are written in another way than is read here.
+        Raises RunError for groups in an unknown notation.
         """
         if found := _GROUP.search(self.attributes):
             return tuple(int(device) for device in found[1].split(",") if device)
@@ -113,7 +113,9 @@ class Instruction:
             sizes, dims, order = (tuple(int(n) for n in (part or "").split(",") if n) for part in found.groups())
             devices = np.arange(prod(dims)).reshape(dims).transpose(order or None)
             return tuple(devices.reshape(sizes)[0].tolist())
-        raise RunError(f"the compiled program does not tell which devices its {self.opcode} {self.name} joins")
+        raise RunError(
+            f"{self.opcode} {self.name} of the compiled program: its device groups are in an unknown notation"
+        )
 
     def called(self, attribute: str) -> tuple[str, ...]:
         """The computations that an attribute names, such as `body`."""
@@ -122,7 +124,7 @@ class Instruction:
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of all arrays that a shape's text names; layouts and memory spaces do not count."""
+    """Bytes of all arrays in a shape's text; layouts and memory spaces are ignored."""
     return (
         sum(_element_bits(kind) * prod(int(n) for n in dims.split(",") if n) for kind, dims in _ARRAY.findall(shape))
         // 8
@@ -143,7 +145,7 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> "Program":
-        """From `compiled.as_text()`. Raises RunError for text that holds no program."""
+        """From `compiled.as_text()`. Raises RunError for text without an entry computation."""
         computations: dict[str, list[Instruction]] = {}
         entry, current = "", []
         for line in text.splitlines():
@@ -153,14 +155,14 @@ class Program:
             elif found := _INSTRUCTION.match(line):
                 current.append(_instruction(found[2], found[3], is_root=bool(found[1])))
         if not entry:
-            raise RunError("the compiled program has no entry: this libtpu writes another text than is read here")
+            raise RunError("the compiled program has no entry: the text format of this libtpu version is not supported")
         return cls({name: tuple(body) for name, body in computations.items()}, entry)
 
     def executed(self) -> Iterator[tuple[int, Instruction]]:
-        """Every instruction that runs by itself, and how often; what is inside a fusion is part of the fusion.
+        """Every instruction that runs by itself, and how often; instructions inside a fusion are part of the fusion.
 
-        Of a conditional the branch with the most cycles is taken.
-        Raises RunError for a loop whose length the text does not tell.
+        Of a conditional, the branch with the most cycles is counted.
+        Raises RunError for a loop whose trip count is not in the text.
         """
         yield from self._run(self.entry, 1)
 
@@ -179,7 +181,7 @@ class Program:
                     yield from self._run(callee, times)
 
     def collectives_in(self, instruction: Instruction) -> Iterator[Instruction]:
-        """The collectives that an executed instruction is or has fused."""
+        """The executed instruction itself if it is a collective, or the collectives fused into it."""
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             yield instruction
         elif instruction.opcode == "fusion":
@@ -188,7 +190,7 @@ class Program:
                     yield from self.collectives_in(inner)
 
     def trip_count(self, computation: str, loop: Instruction) -> int:
-        """How often the body of a `while` runs: from the compiler's note, or from its counter."""
+        """How often the body of a `while` runs: from the compiler's annotation, or from its counter."""
         if noted := _TRIP_COUNT.search(loop.attributes):
             return int(noted[1])
         (condition,), (body,) = loop.called("condition"), loop.called("body")
@@ -199,9 +201,9 @@ class Program:
             bound = self._value(condition, compare.operands[1])
             step = self._step(body, self._root(body).operands[counter])
         except (LookupError, ValueError) as error:
-            raise RunError(f"the compiled program does not tell how often its loop {loop.name} runs") from error
+            raise RunError(f"loop {loop.name} of the compiled program: its trip count cannot be determined") from error
         if "direction=LT" not in compare.attributes or step < 1:
-            raise RunError(f"the compiled program has a loop {loop.name} that does not count up")
+            raise RunError(f"loop {loop.name} of the compiled program does not count up, which is not supported")
         return max(0, -(-(bound - start) // step))
 
     def _root(self, computation: str) -> Instruction:
@@ -211,7 +213,7 @@ class Program:
         return next(line for line in self.computations[computation] if line.name == name)
 
     def _source(self, computation: str, name: str) -> Instruction:
-        """What makes a value, behind all that only moves it."""
+        """The instruction that computes a value, followed through copies and bitcasts."""
         line = self._find(computation, name)
         while line.opcode in ("copy", "bitcast"):
             line = self._find(computation, line.operands[0])
@@ -252,7 +254,7 @@ def _instruction(name: str, text: str, *, is_root: bool) -> Instruction:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """A shape, which may be a tuple with spaces in it, and what follows."""
+    """Splits off a shape, which may be a tuple with spaces in it."""
     if not text.startswith("("):
         shape, _, rest = text.partition(" ")
         return shape, rest
@@ -261,7 +263,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that was opened just before `text`."""
+    """The index at which the parenthesis closes that was opened just before `text`."""
     depth = 1
     for place, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -272,11 +274,11 @@ def _closing(text: str) -> int:
 
 @dataclass(frozen=True)
 class Collective:
-    """What devices exchange in a step.
+    """Data that devices exchange in a step.
 
     Attributes:
-      group: the first of the groups of devices that exchange, by their places in the mesh; (): all are one group.
-      bytes: of a device's results, all times together.
+      group: the first group of devices that exchange data, by their positions in the mesh; (): one group of all.
+      bytes: of a device's results, summed over all `times`.
     """
 
     operation: str
@@ -285,9 +287,9 @@ class Collective:
     bytes: int
 
     def sent(self, n_devices: int) -> float:
-        """Bytes that each of `n_devices` sends, and receives, by the algorithm of a ring.
+        """Bytes that each of `n_devices` sends, and receives, with a ring algorithm.
 
-        What is neither summed nor put together is counted whole.
+        Other collectives than reductions and gathers are counted in full.
         """
         others = (n_devices - 1) / n_devices
         factors = {"all-reduce": 2 * others, "all-gather": others, "reduce-scatter": n_devices - 1}
@@ -301,8 +303,8 @@ class ProgramCost:
     Attributes:
       cycles: the compiler's estimates by operation, longest first.
       kernels: how many Pallas kernels run.
-      unpriced: operation -> bytes that it writes, where the compiler estimates nothing.
-      copied_bytes: copied in the background of other operations.
+      unpriced: operation -> bytes that it writes, where the compiler has no estimate.
+      copied_bytes: bytes of copies that overlap other operations.
     """
 
     cycles: dict[str, int]
@@ -332,7 +334,7 @@ class ProgramCost:
         return cls(dict(cycles.most_common()), kernels, dict(unpriced), _totals(exchanged), copied)
 
     def then(self, other: "ProgramCost", name: str) -> "ProgramCost":
-        """Both, one after the other; `other`'s operations stand under `name`."""
+        """The cost of both, one after the other; labels of `other`'s operations are prefixed with `name`."""
         cycles = self.cycles | {f"{name}: {label}": spent for label, spent in other.cycles.items()}
         return ProgramCost(
             dict(Counter(cycles).most_common()),
@@ -344,7 +346,7 @@ class ProgramCost:
 
 
 def _copied_bytes(shape: str) -> int:
-    """Of a copy's source, target and context: the target, which may be a slice of the source."""
+    """Bytes of the target among a copy's source, target and context; it may be a slice of the source."""
     return sorted(map(shape_bytes, _ARRAY_TEXT.findall(shape)))[-2]
 
 
@@ -359,7 +361,7 @@ def _totals(exchanged: list[tuple[int, Instruction]]) -> tuple[Collective, ...]:
 
 
 def _result_bytes(line: Instruction) -> int:
-    """Of a collective. What starts one, other than a sum, stands for its operands, its results and small contexts."""
+    """Bytes of a collective's results. Except for all-reduce, a start's shape has operands, results and contexts."""
     if not line.opcode.endswith("-start") or line.opcode == "all-reduce-start":
         return shape_bytes(line.shape)
     sizes = [size for size in map(shape_bytes, _ARRAY_TEXT.findall(line.shape)) if size > _SCALAR_BYTES]

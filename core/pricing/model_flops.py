@@ -1,4 +1,4 @@
-"""What a step has to compute whatever computes it: the numerator of every MFU."""
+"""The FLOPs of a step that the model requires, independent of the implementation: the numerator of every MFU."""
 
 from math import prod
 
@@ -10,8 +10,8 @@ from qwen2_jax.parameters import parameter_specs
 def model_flops(config: DecoderConfig, capture: Capture, samples: int, length: int) -> float:
     """Floating-point operations of `samples` samples of `length` tokens.
 
-    Two for each parameter used and token, of the matrices of the layers that run, and what causal attention needs
-    inside of a sample. The embedding is looked up, not multiplied.
+    2 × tokens × parameters of the matrices of the layers that run, plus causal attention within samples. The embedding
+    is a lookup, and does not count.
     """
     specs = parameter_specs(cut_config(config, max(1, capture.layers_run(config.n_layers))), with_head=capture.logits)
     used = sum(prod(spec.shape) for name, spec in specs.items() if name.startswith("layers.") and len(spec.shape) > 2)

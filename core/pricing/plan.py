@@ -1,4 +1,4 @@
-"""What a run will cost, before it is paid for: `--plan`."""
+"""The price of a run, before it runs: `--plan`."""
 
 import itertools
 import time
@@ -11,39 +11,39 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core.commit.record import CommitRecord
+from core.object_store.sinks import deflate_block
 from core.reduce.pooling import fetch_rows
 from core.run.config import RunConfig
 from core.run.extraction import is_complete, resume_place
 from core.run.job import Job
-from core.run.progress import HostEnd, format_bytes, format_reasons
+from core.run.progress import HostExit, format_bytes, format_reasons
 from core.run.runner import on_every_host, prepare_jobs
 from core.run.stores import open_storage, open_stores
 from core.run.stream_run import LoadedStep, load
-from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, usual_share
+from core.run.survey import TABLE_BYTES_PER_TOKEN, disk_needed, stored_bytes, typical_ratio
 from core.samples.selection import count_reasons
 from core.samples.windows import Window
 from core.shards.formats import FORMATS
-from core.shards.sinks import deflate_block
 from core.step.backend import StepOutput
 from core.step.gathering import gather
 from core.step.host_copies import begin_copies, on_host
 from core.step.layout import StepLayout, step_arrays
 
-# What `--plan` compresses to learn the same of the run at hand.
+# `--plan` compresses up to this many bytes to measure the compression ratio of the run.
 _MEASURED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `--plan` prints: what is left to do, and what earlier runs have committed.
+    """The output of `--plan`: the remaining work, and what earlier runs have committed.
 
     Attributes:
       padding_waste: share of computed tokens that belong to no sample.
-      dropped_tokens: by reason, the tokens that are computed and not stored; without norm outliers, which only the
-        run will know.
-      reduction: what is done to the tokens that are stored; None: nothing.
-      bytes_copied: from the devices to the host; bytes_copied_whole: without selection and reduction.
-      bytes_saved: what these take off the disk.
+      dropped_tokens: by reason, the tokens that are computed but not stored; without norm outliers, which are known
+        only after the forward pass.
+      reduction: how stored tokens are reduced; None: not at all.
+      bytes_copied: from the devices to the host; bytes_copied_whole: the same without selection and reduction.
+      bytes_saved: bytes on disk saved by selection and reduction.
     """
 
     committed_samples: int
@@ -78,7 +78,7 @@ class PlanReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The plan for people."""
+        """The plan as lines of text."""
         done = [f"committed        {self.committed_samples} samples in {self.committed_shards} shards; what is left:"]
         lines = done if self.committed_shards else []
         if not self.samples:
@@ -118,13 +118,13 @@ def format_duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def price_run(config: RunConfig) -> PlanReport | HostEnd:
-    """What a run with these flags will cost; nothing is written. Raises RunError, UsageError or ModelError."""
+def price_run(config: RunConfig) -> PlanReport | HostExit:
+    """The price of a run with these flags; nothing is written. Raises RunError, UsageError or ModelError."""
     return on_every_host(config, lambda hosts: _price(prepare_jobs(config, hosts)))
 
 
 def _price(jobs: Sequence[Job]) -> PlanReport:
-    """Of what the output does not hold yet."""
+    """The price of the windows that are not committed yet."""
     stores = open_stores(jobs[0].config, jobs[0].identity.parts)
     done = [(job, open_storage(job, stores).open()) for job in jobs]
     left = ((job, resume_place(records)) for job, records in done if not is_complete(records))
@@ -146,10 +146,10 @@ def plan_run(
     committed: Sequence[CommitRecord],
     free: int | None,
 ) -> PlanReport:
-    """Lays `windows` (of one stream, or of all shards) out exactly as the run would, and times one step.
+    """Lays `windows` (of one stream, or of all dataset shards) out exactly as the run would, and times one step.
 
     Args:
-      windows: those that are left, behind the `committed` ones.
+      windows: those that are left, after the `committed` ones.
       load_model: called if anything is left.
     """
     samples_done = sum(record.n_samples for record in committed)
@@ -179,7 +179,7 @@ def plan_run(
         steps=totals.steps,
         shards=totals.windows,
         bytes_on_disk=on_disk,
-        bytes_saved=int(whole * _plain_ratio(job, ratio)) + totals.tokens * TABLE_BYTES_PER_TOKEN - on_disk,
+        bytes_saved=int(whole * _unreduced_ratio(job, ratio)) + totals.tokens * TABLE_BYTES_PER_TOKEN - on_disk,
         reduction=None if job.reduction is None else str(job.reduction),
         bytes_copied=totals.rows * sum(job.bytes_per_row.values()),
         bytes_copied_whole=whole,
@@ -191,14 +191,14 @@ def plan_run(
     )
 
 
-def _plain_ratio(job: Job, ratio: float | None) -> float:
-    """Of stored over raw bytes without the reduction; `ratio` is what was measured with it."""
-    return usual_share(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
+def _unreduced_ratio(job: Job, ratio: float | None) -> float:
+    """Stored over raw bytes without the reduction; `ratio` was measured with it."""
+    return typical_ratio(job.config, job.config.dtype) if job.reduction is not None or ratio is None else ratio
 
 
 @dataclass
 class _Totals:
-    """n_hosts: that take every step together, with rows of their own."""
+    """n_hosts: hosts that run every step together, each with its own rows."""
 
     n_hosts: int
     windows: int = 0
@@ -241,10 +241,10 @@ def time_step(job: Job, model: LoadedStep, window: Window, layout: StepLayout) -
     values = next(iter(activations.values()))
     stored = [values[:, row, places].reshape(-1) for row, places in fetch.samples.values() if row == 0]
     sample = np.concatenate(stored)[: _MEASURED_BYTES // values.itemsize] if stored else values[:0]
-    return seconds, _stored_share(job, sample) if sample.size else None
+    return seconds, _measured_ratio(job, sample) if sample.size else None
 
 
-def _stored_share(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
+def _measured_ratio(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
     """Stored over raw bytes."""
     if job.config.gzipped:
         return len(deflate_block([values.view(np.uint8).data])) / values.nbytes

@@ -1,7 +1,7 @@
-"""What the laboratory knows of TPU chips, and what they cost: a table to edit.
+"""A table of TPU chips and their prices, to be edited.
 
-Speeds, sizes and slices are those of Google's pages on each generation (docs.cloud.google.com/tpu/docs). Prices are
-on-demand list prices of us regions in dollars an hour; a contract or a spot machine has others: change them here.
+Speeds, sizes and slices are from Google's pages on each generation (docs.cloud.google.com/tpu/docs). Prices are
+on-demand list prices of US regions in dollars per hour; edit them for contracts and spot machines.
 """
 
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ _CUBE = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip and its share of the machine around it. Sizes in bytes, speeds in bytes or operations a second.
+    """One chip and its share of its host. Sizes in bytes, speeds in bytes or operations per second.
 
     Attributes:
-      clock: cycles a second, with which the compiler's cycles become seconds: peak over what the matrix units multiply
-        in a cycle. v4 is not here, since its programs come out at a third of its peak by any such clock.
-      peak: bfloat16 operations a second of the matrix units.
+      clock: cycles per second, to convert the compiler's cycles: peak over operations of the matrix units per cycle.
+        v4 is missing, because with any such clock its programs come out at a third of its peak.
+      peak: bfloat16 operations per second of the matrix units.
       memory, memory_speed: HBM.
       chips_per_host: of a slice of several hosts.
-      link_speed: of the link between two neighbours, each way: what is published for a chip over its links.
-      host_link: chip to host memory; an assumption, it is not published.
+      link_speed: of the link between two neighbours, each way: a chip's published bandwidth over its number of links.
+      host_link: chip to host memory; an assumption, since it is not published.
       network: one host's network card.
-      slices: the shapes that can be had.
-      largest_cubes: the sides of the largest slice that is made of 4x4x4 cubes; all shapes of cubes within it can be
-        had too, their sides in ascending order.
-      accelerator_type: an example that makes the compiler describe this generation.
+      slices: the available shapes.
+      largest_cubes: the sides of the largest slice of 4x4x4 cubes; all smaller shapes of cubes are available, too, with
+        their sides in ascending order.
+      accelerator_type: an example, from which the compiler derives the generation.
       dollars_per_hour: of one chip.
     """
 
@@ -57,7 +57,7 @@ class Chip:
 
     @property
     def known_slices(self) -> str:
-        """What `has_slice` takes, for people."""
+        """The shapes that `has_slice` accepts, as text."""
         listed = ", ".join(self.slices)
         if not self.largest_cubes:
             return listed
@@ -111,9 +111,9 @@ CHIPS = {
 
 
 def links_inside(chips: Sequence[Sequence[int]]) -> int:
-    """Over how many links each of the chips at these coordinates reaches others of them: the fewest of any; at least 1.
+    """The minimum number of links, at least 1, that a chip has to others of the chips at these coordinates.
 
-    Chips next to each other have a link. The links from one end of a slice to the other do not count.
+    Neighbouring chips have a link. Wraparound links of a slice do not count.
     """
 
     def neighbours(chip: Sequence[int]) -> int:

@@ -1,7 +1,7 @@
-"""The TPU laboratory: compiles the real extraction step for a TPU that is not there, and estimates its cost.
+"""The TPU laboratory: compiles the real extraction step for a TPU without having one, and estimates its cost.
 
 The compiler is libtpu's (`tpu_programs`); its own estimate of each operation's cycles is summed over the program
-(`hlo_cost`). What the estimate counts, and what it cannot know, is written down in docs/tpu_laboratory.md.
+(`hlo_cost`). docs/tpu_laboratory.md describes what the estimate includes, and what it cannot.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +31,7 @@ from qwen2_jax import DecoderConfig, load_config
 from qwen2_jax.attention.tpu import block_of
 from qwen2_jax.sharding import DATA_AXIS, ModelMesh
 
-# Shares of the matrix units' peak at which kernels are taken to run, until one is measured on a chip.
+# Assumed shares of the matrix units' peak for kernels, until one is measured on a chip.
 KERNEL_SHARE, NARROW_KERNEL_SHARE, NARROW_HEAD = 0.6, 0.4, 128
 _LISTED = 12
 TOKENS_PRICED = 1e9
@@ -39,20 +39,20 @@ TOKENS_PRICED = 1e9
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """One step of one chip. Seconds are estimates; bytes are the compiler's, those of the output are of shapes.
+    """One step on one chip. Seconds are estimates; bytes are the compiler's, output bytes are computed from shapes.
 
     Attributes:
-      rows, length: of a chip, or of the chips that hold the model together.
+      rows, length: of a chip, or of the chips that hold one copy of the model.
       tokens_per_chip: tokens of a step over the chips that compute them.
-      operations: by name, the seconds of all operations that the compiler prices, longest first.
-      kernel_flops: what the attention kernels compute, masked parts of visited blocks included.
-      unpriced_seconds: operations without an estimate, as their bytes take in HBM; unpriced: the bytes they write.
-      collective_seconds: as their bytes take on the links inside their groups, each after the other.
-      copied_bytes: copies in the background, not part of the step's time.
-      reduction: what is done to the tokens that are stored; None: nothing.
-      output_bytes: of a step, what the host brings over from a chip; output_bytes_whole: without the reduction.
-      not_counted: flags that leave tokens out. All are taken to be stored.
-      model_flops: 2 x parameters used x tokens, and causal attention inside samples as long as a row.
+      operations: by name, the seconds of all operations with a compiler estimate, longest first.
+      kernel_flops: computed by the attention kernels, including masked parts of visited blocks.
+      unpriced_seconds: of operations without an estimate, from their bytes and HBM bandwidth; unpriced: bytes written.
+      collective_seconds: from their bytes and the links inside their groups, one after the other.
+      copied_bytes: of overlapped copies, which are not part of the step's time.
+      reduction: how stored tokens are reduced; None: not at all.
+      output_bytes: bytes per step from a chip to its host; output_bytes_whole: the same without the reduction.
+      not_counted: flags that leave tokens out; the estimate assumes that all tokens are stored.
+      model_flops: 2 × parameters used × tokens, plus causal attention in samples as long as a row.
     """
 
     topology: str
@@ -83,52 +83,52 @@ class StepEstimate:
 
     @property
     def exit_code(self) -> int:
-        """0: what cannot be compiled raises instead."""
+        """Always 0: a step that cannot be compiled raises."""
         return 0
 
     @property
     def step_seconds(self) -> float:
-        """Everything one after the other but the copies in the background."""
+        """The sum of all parts except overlapped copies."""
         operations = sum(self.operations.values())
         return operations + self.kernel_seconds + self.unpriced_seconds + self.collective_seconds
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over what the matrix units could do in that time."""
+        """Model FLOPs over the matrix units' peak in the time of a step."""
         return self.model_flops / self.chip.peak / self.step_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one chip."""
+        """Tokens per second of one chip."""
         return self.tokens_per_chip / self.step_seconds
 
     @property
     def chips_of_host(self) -> int:
-        """A slice of one chip has a part of a host."""
+        """Chips of the slice on one host."""
         return min(self.chips, self.chip.chips_per_host)
 
     @property
     def output_rate(self) -> float:
-        """Bytes a second that leave a chip when nothing holds it back; what several chips hold alike leaves one."""
+        """Output bytes per second of a chip at the estimated step time; replicated values are counted once."""
         return self.output_bytes / self.step_seconds
 
     @property
     def link_share(self) -> float:
-        """What the outputs need of the link between chip and host; above 1 the link sets the pace."""
+        """Share of the link between chip and host that the outputs need; above 1 the link is the bottleneck."""
         return self.output_rate / self.chip.host_link
 
     @property
     def network_share(self) -> float:
-        """What the outputs of a host, uncompressed, need of its network card; above 1 it sets the pace of uploads."""
+        """Share of a host's network card that its uncompressed outputs need; above 1 uploads are the bottleneck."""
         return self.output_rate * self.chips_of_host / self.chip.network
 
     @property
     def dollars(self) -> float:
-        """For 10^9 tokens at the chip's pace."""
+        """Price of 10^9 tokens at the estimated tokens per second."""
         return TOKENS_PRICED / self.tokens_per_second / 3600 * self.chip.dollars_per_hour
 
     def to_json(self) -> dict[str, Any]:
-        """For one chip."""
+        """The estimate for one chip, as plain values."""
         return {
             "estimated_mfu": round(self.mfu, 4),
             "estimated_step_seconds": self.step_seconds,
@@ -141,7 +141,7 @@ class StepEstimate:
         } | asdict(self)
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The estimate as lines of text."""
         chip, seconds = self.chip, self.step_seconds
         operations = list(self.operations.items())
         listed = [f"  {1e3 * spent:9.3f} ms  {name}" for name, spent in operations[:_LISTED]]
@@ -195,12 +195,12 @@ class _StepShape:
 
 
 def estimate_run(config: RunConfig, topology: str) -> StepEstimate:
-    """A full step of a run with these flags, in its longest rows; the model's config is all that is read.
+    """Estimates a full step of a run with these flags, with its longest rows; reads only the model's config.
 
-    Raises as `estimate_step` does, and what a run raises for flags that do not fit the model.
+    Raises as `estimate_step` does, and as a run does for flags that do not fit the model.
     """
     if config.dataset_path or config.sharded_dataset_dir:
-        logging.info("--tpu_topology: a step is estimated; the dataset is not read")
+        logging.info("--tpu_topology: only a step is estimated; the dataset is not read")
     model = load_config(config.model_path, config.revision)
     capture = resolve_capture(config.activation_type, config.layers_to_extract, model, config.model_path)
     check_sample_length(config.max_seq_length, model, config.model_path)
@@ -212,11 +212,11 @@ def estimate_run(config: RunConfig, topology: str) -> StepEstimate:
         topology,
         rows=config.batch_size,
         length=default_row_lengths(config.max_seq_length)[-1],
-        layout=config.mesh,
+        mesh_shape=config.mesh,
         reduction=reduction,
         dtype=config.dtype,
     )
-    return replace(found, not_counted=tuple(f"--{name}" for name in config.selecting))
+    return replace(found, not_counted=tuple(f"--{name}" for name in config.selection_flags))
 
 
 def estimate_step(
@@ -226,13 +226,13 @@ def estimate_step(
     *,
     rows: int,
     length: int,
-    layout: str = "auto",
+    mesh_shape: str = "auto",
     reduction: Reduction | None = None,
     dtype: str | None = None,
 ) -> StepEstimate:
-    """What one step costs on `topology`. rows: of `length` tokens, for each copy of the model. layout: as `--mesh`.
+    """Estimates one step on `topology`. rows: of `length` tokens, for each copy of the model. mesh_shape: as `--mesh`.
 
-    dtype: of values that are stored and not quantized, where it is not that of the request.
+    dtype: of stored values that are not quantized; None: that of the request.
     Raises UsageError for the topology, RunError when the step does not fit into a chip's memory.
     """
     devices = tpu_devices(topology)
@@ -242,7 +242,7 @@ def estimate_step(
     def share(n: int) -> int:
         return device_share(config, request, ModelMesh.of(config, devices, n))
 
-    mesh = ModelMesh.of(config, devices, model_parallelism(layout, per_host, share, chip.memory))
+    mesh = ModelMesh.of(config, devices, model_parallelism(mesh_shape, per_host, share, chip.memory))
     stored = DTYPES[dtype or request.stored_dtype]
     programs = compile_step(config, request, mesh, rows * mesh.mesh.shape[DATA_AXIS], length, reduction, stored)
     found = _estimate(programs, config, request, mesh, _StepShape(topology, chip, rows, length))
@@ -256,7 +256,7 @@ def _estimate(
     cost = _cost(programs.forward)
     for part in programs.after:
         cost = cost.then(_cost(part), "reduction")
-    # The weights lie there while what they gave is reduced.
+    # The weights stay in memory during the reduction.
     weights = _memory(programs.forward).argument_size_in_bytes
     kernel_flops = _visited_flops(config, request, mesh, rows, length) if cost.kernels else 0.0
     kernel_share = KERNEL_SHARE if config.head_dim >= NARROW_HEAD else NARROW_KERNEL_SHARE
@@ -268,7 +268,7 @@ def _estimate(
         rows=rows,
         length=length,
         tokens_per_chip=rows * length / model_parallel,
-        hbm_bytes=max(_held(programs.forward), *(weights + _held(part) for part in programs.after), 0),
+        hbm_bytes=max(_peak_bytes(programs.forward), *(weights + _peak_bytes(part) for part in programs.after), 0),
         hbm_capacity=chip.memory,
         operations={name: cycles / chip.clock for name, cycles in cost.cycles.items()},
         kernels=cost.kernels,
@@ -276,7 +276,7 @@ def _estimate(
         kernel_share=kernel_share,
         kernel_seconds=kernel_flops / (kernel_share * chip.peak),
         unpriced=cost.unpriced,
-        # What is written was read first.
+        # As many bytes are read as written.
         unpriced_seconds=2 * sum(cost.unpriced.values()) / chip.memory_speed,
         collectives=cost.collectives,
         collective_seconds=sum(_seconds(c, mesh.mesh, chip) for c in cost.collectives),
@@ -299,7 +299,7 @@ def _seconds(collective: Collective, mesh: Mesh, chip: Chip) -> float:
 
 def _cost(compiled: jax.stages.Compiled) -> ProgramCost:
     text = compiled.as_text()
-    assert text is not None  # an executable of another kind may lack it, and what `_memory` asks for
+    assert text is not None  # other kinds of executables may have no text, and no memory analysis
     return ProgramCost.of(Program.parse(text))
 
 
@@ -309,14 +309,14 @@ def _memory(compiled: jax.stages.Compiled) -> Any:
     return memory
 
 
-def _held(compiled: jax.stages.Compiled) -> int:
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
     memory = _memory(compiled)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return int(held + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
 
 
 def _visited_flops(config: DecoderConfig, request: StepRequest, mesh: ModelMesh, rows: int, length: int) -> float:
-    """What the kernels of a chip compute when a sample fills each row: both products of every block they visit."""
+    """FLOPs of a chip's attention kernels when one sample fills each row: both products of every visited block."""
     block = block_of(length)
     heads = config.n_heads // prod(mesh.mesh.shape[axis] for axis in mesh.split.heads)
 

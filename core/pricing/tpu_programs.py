@@ -1,4 +1,4 @@
-"""The programs of a step, compiled by libtpu for TPUs that are not there."""
+"""The programs of a step, compiled by libtpu for TPUs that this machine does not have."""
 
 import importlib.util
 import os
@@ -38,7 +38,7 @@ _OUT_OF_MEMORY = re.compile(r"([\d.]+[KMGT])\)?(?: of | exceeds available HBM \(
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-    """The devices of a topology such as `v5e:8x8`, host by host, as the compiler describes them.
+    """The compiler's devices of a topology such as `v5e:8x8`, host by host.
 
     Raises UsageError for a topology that does not exist, and where libtpu is not installed.
     """
@@ -47,7 +47,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         known = ", ".join(CHIPS)
         raise UsageError(f"--tpu_topology {topology}: must be a generation ({known}) and its shape, such as v5e:8x8")
     generation, shape = found.groups()
-    # The compiler ends the process for some shapes that do not exist, and takes others.
+    # The compiler kills the process for some shapes that do not exist, and accepts others.
     if not CHIPS[generation].has_slice(shape):
         raise UsageError(f"--tpu_topology {topology}: slices of {generation} are {CHIPS[generation].known_slices}")
     if importlib.util.find_spec("libtpu") is None:
@@ -56,7 +56,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
         with _compiler_environment(CHIPS[generation]):
             bounds = _ONE_CHIP if shape == "1x1" else {}
             devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **bounds).devices
-    except Exception as error:  # the runtime's own kinds, which differ by version
+    except Exception as error:  # the exception types differ by version of the runtime
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"--tpu_topology {topology}: the TPU compiler does not know it ({reason})") from error
     return sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -64,8 +64,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 @contextmanager
 def _compiler_environment(chip: Chip) -> Iterator[None]:
-    """libtpu otherwise asks the machine it runs on for its TPU, lets one process run it at a time, and numbers workers
-    in a variable that names this project's workers too. It reads all of them when it is loaded."""
+    """Variables that libtpu reads when it is loaded. Without them it queries this machine's TPU metadata, allows one
+    process at a time, and reads TPU_WORKER_ID, which may be set for this project's workers."""
     wanted = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": chip.accelerator_type,
@@ -84,12 +84,12 @@ def _compiler_environment(chip: Chip) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class StepPrograms:
-    """What runs one after the other in a step on every device.
+    """The programs that run one after the other in a step on every device.
 
     Attributes:
       forward: the forward pass.
-      after: what a reduction adds: the gathering of the tokens that it needs, where they are few, and its arithmetic.
-      output_bytes: of all devices together, what the host brings over; output_bytes_whole: without the reduction.
+      after: the programs of a reduction: gathering the tokens that it needs, where they are few, and its arithmetic.
+      output_bytes: of all devices together, copied to the host; output_bytes_whole: without the reduction.
     """
 
     forward: jax.stages.Compiled
@@ -107,7 +107,7 @@ def compile_step(
     reduction: Reduction | None,
     dtype: np.dtype,
 ) -> StepPrograms:
-    """What a run compiles for a step of `rows` rows over all devices, with a sample in each.
+    """Compiles the programs of a step of `rows` rows over all devices, with one sample in each row.
 
     dtype: of stored values that are not quantized. Raises RunError when a program does not fit into a chip's memory.
     """
@@ -122,14 +122,16 @@ def compile_step(
     program = step_program(model, request, mesh)
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=program.rows)
     forward = program.forward.lower(program.state, ids, ids, ids)
-    compiled = _compiled(forward)
+    compiled = _compile(forward)
     sites, *rest = forward.out_info
-    activations = _on(sites, {site: NamedSharding(mesh.mesh, spec) for site, spec in program.out_specs[0].items()})
+    activations = _with_shardings(
+        sites, {site: NamedSharding(mesh.mesh, spec) for site, spec in program.out_specs[0].items()}
+    )
     whole = sum(prod(x.shape) for x in activations.values()) * dtype.itemsize + _n_bytes(rest)
     if reduction is None:
         return StepPrograms(compiled, (), whole, whole)
     after = _lower_reduction(program, activations, length, reduction, dtype)
-    return StepPrograms(compiled, tuple(map(_compiled, after)), _n_bytes(after[-1].out_info) + _n_bytes(rest), whole)
+    return StepPrograms(compiled, tuple(map(_compile, after)), _n_bytes(after[-1].out_info) + _n_bytes(rest), whole)
 
 
 def _lower_reduction(
@@ -144,7 +146,7 @@ def _lower_reduction(
         n_rows = next(iter(activations.values())).shape[1]
         places = jax.ShapeDtypeStruct((n_rows, fetch.gathered.shape[1]), jnp.int32, sharding=program.rows)
         taken = {site: gather_program(x.sharding).lower(x, places) for site, x in activations.items()}
-        activations = _on(
+        activations = _with_shardings(
             {site: lowered.out_info for site, lowered in taken.items()},
             {site: x.sharding for site, x in activations.items()},
         )
@@ -152,7 +154,9 @@ def _lower_reduction(
     return [*before, lower_reduction(activations, rows, reduction, dtype)]
 
 
-def _on(shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> dict[str, jax.ShapeDtypeStruct]:
+def _with_shardings(
+    shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]
+) -> dict[str, jax.ShapeDtypeStruct]:
     return {site: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[site]) for site, x in shapes.items()}
 
 
@@ -166,7 +170,7 @@ def _fetch_of_row(length: int, pools: tuple[Pool, ...]) -> tuple[Fetch, StepRows
     return fetch_rows(StepLayout(length, 1, (Row(length, (0,)),)), [sample], [length], pools)
 
 
-def _compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -1,6 +1,6 @@
-"""The matrix of `--project`: read, checked, and told apart from others by its content.
+"""The matrix of `--project`: read, checked, and identified by its content.
 
-Axis letters: D width of the site, E width behind the projection, L stored layers.
+Axis letters: D width of the site, E width after the projection, L stored layers.
 """
 
 import hashlib

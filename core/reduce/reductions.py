@@ -3,7 +3,7 @@
 Selection (`core.samples.selection`) says which tokens are left; the rest is here, as the flags say it and as it is
 stored. The arithmetic is in `arithmetic`. A row of a stored array is a token, or one of the pools of a sample.
 
-Axis letters: N rows, D width of the site, E width behind the projection, W stored values of a row.
+Axis letters: N rows, D width of the site, E width after the projection, W stored values of a row.
 """
 
 import math

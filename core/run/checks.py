@@ -1,4 +1,4 @@
-"""From flags to a job: everything that can be known, checked and refused before weights are loaded."""
+"""From flags to a job: everything that can be checked before weights are loaded."""
 
 import json
 from dataclasses import replace
@@ -6,6 +6,7 @@ from functools import partial
 
 from absl import logging
 
+from core.backends import choose_backend
 from core.base.dtypes import DTYPES
 from core.base.errors import ModelError, UsageError
 from core.commit.identity import RunIdentity, StreamIdentity
@@ -14,7 +15,7 @@ from core.dataset_utils import (
     resolve_stream_path,
     stream_identity,
 )
-from core.hosts.pod_slice import ALONE, Hosts
+from core.hosts.pod_slice import SINGLE_HOST, Hosts
 from core.reduce.projection import read_projection
 from core.reduce.reductions import QUANTIZATIONS, VALUES, Reduction, parse_pool
 from core.run.config import RunConfig
@@ -23,7 +24,6 @@ from core.run.stores import open_stores
 from core.samples.prompts import PromptOptions, Tokenizer
 from core.samples.selection import NORM_SITES, Selection, TokenFacts
 from core.step.backend import Backend
-from core.step.backends import choose_backend
 from core.step.capture import resolve_capture
 from core.step.model_shape import ModelShape, check_sample_length
 from core.streams.sharded_dataset import DatasetShard, find_shard, read_dataset
@@ -31,7 +31,7 @@ from qwen2_jax import Capture, load_tokenizer, tokenizer_digest
 
 
 def backend_of(config: RunConfig) -> Backend:
-    """What computes the activations. Raises as `choose_backend` does."""
+    """The backend that computes the activations. Raises as `choose_backend` does."""
     return choose_backend(
         config.backend,
         config.model_path,
@@ -42,10 +42,10 @@ def backend_of(config: RunConfig) -> Backend:
     )
 
 
-def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> Job:
+def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOST) -> Job:
     """The job of --dataset_path.
 
-    Checks model, layers, prompts and stream; raises UsageError, ModelError or RunError saying what is wrong.
+    Checks model, layers, prompts and stream; raises UsageError, ModelError or RunError describing the problem.
     """
     assert config.dataset_path is not None
     path = resolve_stream_path(config.dataset_path)
@@ -57,10 +57,10 @@ def prepare_job(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> 
     return _prepare(config, compute_dtype, hosts, path, config.folder, stream)
 
 
-def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = ALONE) -> list[Job]:
-    """One job for each shard of --sharded_dataset_dir, all alike but for the shard. Raises as `prepare_job` does.
+def prepare_shard_jobs(config: RunConfig, compute_dtype: str, hosts: Hosts = SINGLE_HOST) -> list[Job]:
+    """One job for each shard of --sharded_dataset_dir, otherwise identical. Raises as `prepare_job` does.
 
-    `max_tasks` counts from the start of the dataset: shards behind it have no job.
+    `max_tasks` counts from the start of the dataset: shards after it have no job.
     """
     assert config.sharded_dataset_dir is not None
     url = config.sharded_dataset_dir.rstrip("/")
@@ -126,18 +126,17 @@ def _prepare(
 
 
 def checked_selection(config: RunConfig, capture: Capture) -> Selection | None:
-    """The selection of a run. Raises UsageError where it needs what is not captured."""
+    """The selection of a run. Raises UsageError where it needs a site that is not captured."""
     selection = config.selection
     if selection is not None and selection.needs_norms and not set(NORM_SITES) & set(capture.sites):
         raise UsageError(
-            "--exclude_norm_outliers: the norms are those of the residual stream: capture one of "
-            f"{', '.join(NORM_SITES)} too"
+            f"--exclude_norm_outliers needs norms of the residual stream: also capture one of {', '.join(NORM_SITES)}"
         )
     return selection
 
 
 def checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) -> Reduction | None:
-    """The reduction of a run, its matrix read. Raises UsageError where it does not fit what is captured."""
+    """The reduction of a run, with its matrix loaded. Raises UsageError where it does not fit the captured sites."""
     reduction = Reduction(
         projection=None if config.project is None else read_projection(config.project),
         pools=tuple(parse_pool(text) for text in config.pool),
@@ -150,10 +149,11 @@ def checked_reduction(config: RunConfig, capture: Capture, model: ModelShape) ->
     widths = {site: model.site_widths[site] for site in capture.sites}
     reduction.check(widths, layers)
     widest = max(reduction.arrays(width, DTYPES[config.dtype])[VALUES].width for width in widths.values())
-    # It would be one scale a row under another name. The default block is for rows of any width.
+    # It would be one scale per row under another name. The default block is for rows of any width.
     if (config.quantize_block or 0) > widest:
         raise UsageError(
-            f"--quantize_block {config.quantize_block}: no row has more than {widest} values: 0 is one scale a row"
+            f"--quantize_block {config.quantize_block}: no row has more than {widest} values: "
+            "pass 0 for one scale per row"
         )
     return reduction
 
@@ -166,11 +166,11 @@ def _token_facts(config: RunConfig, tokenizer: Tokenizer) -> TokenFacts | None:
         facts = tokenizer.facts()
     except ModelError as error:
         raise UsageError(
-            f"--exclude_tokens {config.exclude_tokens[0]}: only a tokenizer says which tokens these are: {error}"
+            f"--exclude_tokens {config.exclude_tokens[0]} needs a tokenizer to know these tokens: {error}"
         ) from error
     for kind in config.exclude_tokens:
         if kind in facts.ids and not facts.ids[kind]:
-            logging.warning("--exclude_tokens %s: the tokenizer has no such token, so none is left out", kind)
+            logging.warning("--exclude_tokens %s: the tokenizer has no such token, so no token is excluded", kind)
     return facts
 
 
@@ -185,7 +185,7 @@ def _run_identity(
     parts: int,
 ) -> RunIdentity:
     return RunIdentity(
-        # The digest says which weights these are; the revision only says where they were found.
+        # The digest identifies the weights; the revision only names where they were found.
         model={"family": model.family, "digest": backend.model_digest(config.model_path, config.revision)},
         tokenizer=tokenizer,
         prompts={
@@ -210,32 +210,32 @@ def _run_identity(
     )
 
 
-# A file says so that somebody else may have written.
-_MOST_PARTS = 1 << 16
+# run.json is untrusted.
+_MAX_PARTS = 1 << 16
 
 
 def _parts(hosts: Hosts, config: RunConfig) -> int:
-    """Into how many parts windows are cut: as the output has it already, else one for each host.
+    """The number of parts of each window: as in the output if it exists, else one for each host.
 
-    A slice of another size, or a single machine, can so go on where a slice was lost.
+    So a slice of another size, or a single machine, can continue a run whose slice was lost.
     """
 
-    def found() -> int:
+    def stored_parts() -> int:
         try:
             parts = json.loads(open_stores(config).primary.read_bytes(RUN_FILE)).get("parts", 1)
         except FileNotFoundError:
             return hosts.count
         except (ValueError, AttributeError):
-            return hosts.count  # what is wrong with it is said where the plans are compared
-        return parts if type(parts) is int and 1 <= parts <= _MOST_PARTS else hosts.count
+            return hosts.count  # the comparison of identities reports it
+        return parts if type(parts) is int and 1 <= parts <= _MAX_PARTS else hosts.count
 
-    parts = hosts.share("parts", found)
+    parts = hosts.broadcast("parts", stored_parts)
     if parts < hosts.count:
         logging.warning(
-            "%s says that a window has %d parts: of %d hosts the rest is idle", RUN_FILE, parts, hosts.count
+            "%s: windows have %d parts, so %d of %d hosts are idle", RUN_FILE, parts, hosts.count - parts, hosts.count
         )
     elif parts > hosts.count:
-        logging.info("parts of each window, as %s says: %d; hosts that share them: %d", RUN_FILE, parts, hosts.count)
+        logging.info("%s: windows have %d parts, which %d hosts compute in turn", RUN_FILE, parts, hosts.count)
     if parts > 1 and config.uploads and config.local_copy_stays:
-        logging.info("the hosts of a slice keep no local copy: each would have its own parts alone")
+        logging.info("no local copy is kept: each host of a slice would have only its own parts")
     return parts

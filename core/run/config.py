@@ -1,4 +1,4 @@
-"""The command line of the main job as one frozen value, and what can be checked of it without touching anything."""
+"""The command line of the main job as one frozen value, with the checks that need no I/O."""
 
 import math
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from arc24.encoders import DEFAULT_GRID_ENCODER
 from arc24.prompting import DEFAULT_PROMPT_VERSION
+from core.backends import BACKENDS
 from core.base.dtypes import DTYPES
 from core.base.errors import UsageError
 from core.reduce.reductions import DEFAULT_BLOCK, QUANTIZATIONS, Quantization, parse_pool
@@ -18,13 +19,18 @@ from core.step.mesh_flag import is_mesh
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
 BYTES_PER_GB = 1 << 30
-LONGEST_WAIT_S = 365 * 24 * 3600.0
-"""What waits takes no more than some hundred years, and what is stored of a lease must be a JSON number."""
+_CHOICES = {
+    "backend": BACKENDS,
+    "compute_dtype": ("auto", "float32", "bfloat16"),
+    "overlong": ("truncate", "refuse"),
+}
+MAX_WAIT_S = 365 * 24 * 3600.0
+"""Limit of all wait flags: locks accept at most a few hundred years, and a lease stores its times as JSON numbers."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Every flag of `extract_activations.py`; its help texts say what they mean."""
+    """Every flag of `extract_activations.py`; see its help texts."""
 
     model_path: str = DEFAULT_MODEL
     revision: str | None = None
@@ -98,11 +104,13 @@ class RunConfig:
             self._require(getattr(self, name) >= 1, name, "must be at least 1")
         for name in ("max_bad_records", "random_seed", "worker_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative")
-        self._require(0 <= self.stop_grace_s <= LONGEST_WAIT_S, "stop_grace_s", "must be between 0 and a year")
-        self._require(3 <= self.host_timeout_s <= LONGEST_WAIT_S, "host_timeout_s", "must be between 3 and a year")
+        self._require(0 <= self.stop_grace_s <= MAX_WAIT_S, "stop_grace_s", "must be between 0 and a year")
+        self._require(3 <= self.host_timeout_s <= MAX_WAIT_S, "host_timeout_s", "must be between 3 and a year")
         self._require(self.max_tasks is None or self.max_tasks >= 1, "max_tasks", "must be at least 1")
         self._require(0 < self.shard_size_gb < math.inf, "shard_size_gb", "must be above 0 and finite")
         self._require(0 <= self.machine_id < self.total_machines, "machine_id", "must lie in 0..total_machines-1")
+        for name, choices in _CHOICES.items():
+            self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
         self._require(is_mesh(self.mesh), "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
         self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
@@ -117,10 +125,10 @@ class RunConfig:
             raise UsageError("--upload_to_gcs needs --gcs_bucket")
         if self.upload_to_gcs and self.output_is_remote:
             raise UsageError(
-                f"--output_dir {self.output_dir} is remote already: leave out --upload_to_gcs, or name a local folder"
+                f"--output_dir {self.output_dir} is already remote: leave out --upload_to_gcs, or pass a local folder"
             )
         if not self.output_is_remote and self.local_output.exists() and not self.local_output.is_dir():
-            raise UsageError(f"--output_dir {self.output_dir} is a file: name a folder")
+            raise UsageError(f"--output_dir {self.output_dir} is a file: pass a folder")
         if self.delete_local_after_upload and not self.uploads:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
 
@@ -161,7 +169,7 @@ class RunConfig:
         pools = [parse_pool(text) for text in self.pool]
         twice = [pool for place, pool in enumerate(pools) if pool in pools[:place]]
         if twice:
-            raise UsageError(f"--pool {twice[0]}: it is there twice")
+            raise UsageError(f"--pool {twice[0]}: it is given twice")
         self._require(self.topk is None or self.topk >= 1, "topk", "must be at least 1")
         kinds, block = (None, *QUANTIZATIONS), self.quantize_block
         self._require(self.quantize in kinds, "quantize", f"must be one of {', '.join(QUANTIZATIONS)}")
@@ -174,7 +182,7 @@ class RunConfig:
 
     def _check_dataset(self) -> None:
         if self.tpu_topology is not None:
-            self._require(self.plan, "tpu_topology", "needs --plan: it estimates a step, and runs none")
+            self._require(self.plan, "tpu_topology", "needs --plan: it estimates a step and runs nothing")
             self._require(
                 self.backend != "torch", "tpu_topology", "torch does not run on TPUs: leave out --backend torch"
             )
@@ -187,7 +195,7 @@ class RunConfig:
                 self._require(getattr(self, name) is None, name, "needs --use_sharded_dataset")
             if self.dataset_path is None:
                 raise UsageError(
-                    "--dataset_path is missing: name the stream to extract, such as data/streams/stream_000.jsonl"
+                    "--dataset_path is missing: pass the stream to extract, such as data/streams/stream_000.jsonl"
                 )
             return
         if self.sharded_dataset_dir is None:
@@ -196,7 +204,7 @@ class RunConfig:
         self._require(self.total_machines == 1, "total_machines", "leave it out: workers claim the dataset's shards")
         self._require((self.preferred_shard_id or 0) >= 0, "preferred_shard_id", "must not be negative")
         for name in ("claim_heartbeat_s", "claim_ttl_s", "claim_stall_s"):
-            self._require(0 < getattr(self, name) <= LONGEST_WAIT_S, name, "must be above 0 and at most a year")
+            self._require(0 < getattr(self, name) <= MAX_WAIT_S, name, "must be above 0 and at most a year")
         self._require(self.claim_ttl_s >= 2 * self.claim_heartbeat_s, "claim_ttl_s", "must be two heartbeats or more")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
@@ -204,14 +212,14 @@ class RunConfig:
             raise UsageError(f"--{name} {getattr(self, name)}: {rule}")
 
     @property
-    def selecting(self) -> tuple[str, ...]:
-        """The flags among these that leave tokens out."""
+    def selection_flags(self) -> tuple[str, ...]:
+        """The given flags that leave tokens out."""
         names = ("exclude_tokens", "positions", "exclude_norm_outliers", "max_tokens_per_sample")
         return tuple(name for name in names if getattr(self, name))
 
     @property
     def selection(self) -> Selection | None:
-        """Which tokens are stored; None: all. Rules that mean the same are the same selection."""
+        """Which tokens are stored; None: all. Equivalent flags give equal selections."""
         rules = Selection(
             exclude=tuple(kind for kind in TOKEN_KINDS if kind in self.exclude_tokens),
             positions=tuple(sorted({parse_positions(text) for text in self.positions}, key=str)),
@@ -224,7 +232,7 @@ class RunConfig:
 
     @property
     def quantization(self) -> Quantization | None:
-        """How values are coded; None: stored in --dtype."""
+        """How values are quantized; None: stored in --dtype."""
         if self.quantize is None:
             return None
         block = DEFAULT_BLOCK[self.quantize] if self.quantize_block is None else self.quantize_block
@@ -237,14 +245,14 @@ class RunConfig:
 
     @property
     def output_is_remote(self) -> bool:
-        """Whether --output_dir itself is a bucket."""
+        """Whether --output_dir itself is in a bucket."""
         return "://" in self.output_dir and not self.output_dir.startswith("file://")
 
     @property
     def uploads(self) -> bool:
-        """Whether a bucket is where commits count. Workers that claim shards meet there: naming it is enough then."""
-        meets_in_bucket = self.use_sharded_dataset and self.gcs_bucket is not None and not self.output_is_remote
-        return self.upload_to_gcs or meets_in_bucket
+        """Whether windows are committed in a bucket. --gcs_bucket is enough for workers that claim shards."""
+        claims_in_bucket = self.use_sharded_dataset and self.gcs_bucket is not None and not self.output_is_remote
+        return self.upload_to_gcs or claims_in_bucket
 
     @property
     def local_output(self) -> Path:
@@ -253,7 +261,7 @@ class RunConfig:
 
     @property
     def local_copy_stays(self) -> bool:
-        """Whether everything that is stored also stays on the local disk."""
+        """Whether all stored files also stay on the local disk."""
         return not self.output_is_remote and not self.delete_local_after_upload
 
     @property
@@ -262,9 +270,9 @@ class RunConfig:
         return self.compress_shards and FORMATS[self.format].compressible
 
     def metrics_path_of(self, folder: str, host: int = 0) -> Path:
-        """Where metrics.jsonl goes: beside the shards in `folder` when they are local, else beside the checkpoint.
+        """The path of metrics.jsonl: beside the shards in `folder` when they are local, else beside the checkpoint.
 
-        host: of a slice; each has a file.
+        host: of a slice; each host has its own file.
         """
         of_host = f"_host_{host}" if host else ""
         if self.local_copy_stays:
@@ -278,7 +286,7 @@ class RunConfig:
 
     @property
     def gcs_url(self) -> str:
-        """Where uploads go."""
+        """The URL of the uploads."""
         return "/".join(part for part in (f"gs://{self.gcs_bucket}", self.gcs_prefix.strip("/")) if part)
 
 
@@ -288,6 +296,6 @@ def default_worker_id(environment: Mapping[str, str] = os.environ) -> int:
         value = environment.get(name, "")
         if value:
             if not value.isdecimal():
-                raise UsageError(f"{name}={value} in the environment is not a worker number")
+                raise UsageError(f"{name}={value} in the environment: must be a whole number, 0 or more")
             return int(value)
     return 0

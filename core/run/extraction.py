@@ -279,28 +279,28 @@ class Extraction:
     def _commit(self, encoded: Channel[tuple[PartOfWindow, Future[StoredPart]]], clock: StageClock) -> None:
         is_whole, stored = True, list[StoredPart]()
         for part, future in encoded.drain(clock):
-            told = self.session.gather(f"stored/{part.window.index}/{part.turn}", asdict(future.result()))
-            # Behind a window that is given up none counts.
-            is_whole &= told is not None
-            stored += [StoredPart.from_json(fields) for fields in told or ()]
+            gathered = self.session.gather(f"stored/{part.window.index}/{part.turn}", asdict(future.result()))
+            # After a dropped window no later one may commit.
+            is_whole &= gathered is not None
+            stored += [StoredPart.from_json(fields) for fields in gathered or ()]
             if part.is_last:
                 self._commit_window(part.window, stored if is_whole else None)
                 stored = []
             del part, future
 
     def _commit_window(self, window: Window, stored: list[StoredPart] | None) -> None:
-        """Commits a window on the host that has gathered its parts; the others wait for it, and believe it.
+        """Commits a window on the host that has gathered its parts; the others wait for its record.
 
         stored: None when a host has ended without its part.
         """
         key = f"committed/{window.index}"
         if self.session.hosts.is_first:
             record = None if stored is None else self.storage.commit(self._record(window, stored))
-            self.session.share(key, None if record is None else record.to_bytes().decode())
-            self.session.forget(f"committed/{window.index - 1}")
+            self.session.try_broadcast(key, None if record is None else record.to_bytes().decode())
+            self.session.delete(f"committed/{window.index - 1}")
         else:
-            told = self.session.share(key, None)
-            record = None if told is None else self.storage.believe(CommitRecord.from_bytes(told.encode()))
+            shared = self.session.try_broadcast(key, None)
+            record = None if shared is None else self.storage.add_record(CommitRecord.from_bytes(shared.encode()))
         if record is not None:
             self.progress.committed(record)
             self.on_commit(record)
@@ -431,7 +431,7 @@ def _place_of(flight: StepInFlight, fetch: Fetch, job: Job, row: int, unit: int)
 
 
 def resume_place(records: Sequence[CommitRecord]) -> tuple[StreamPlace | None, int, int]:
-    """Where to go on behind committed windows: the place in the stream, the next window, bad records so far."""
+    """Where to go on after committed windows: the place in the stream, the next window, bad records so far."""
     if not records:
         return None, 1, 0
     return records[-1].next_place, records[-1].window + 1, sum(len(record.bad_records) for record in records)

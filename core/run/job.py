@@ -1,4 +1,4 @@
-"""A run that has been checked: its values, and what follows from them."""
+"""A checked run: its values, and what follows from them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,31 +11,31 @@ from core.dataset_utils import (
     format_bad,
     read_stream,
 )
-from core.hosts.pod_slice import ALONE, Hosts
+from core.hosts.pod_slice import SINGLE_HOST, Hosts
 from core.reduce.reductions import VALUES, Pool, Reduction, StoredArray
 from core.run.config import RunConfig
 from core.samples.prompts import Tokenizer
 from core.samples.selection import NORM_SITES, Selection, TokenFacts
 from core.samples.window_parts import PartOfWindow, parts_of_window
 from core.samples.windows import StreamPlace, TokenizedSample, Window, cut_windows
-from core.step.backend import Backend, StepRequest
+from core.step.backend import Backend, StepRequest, batch_shape
 from core.step.capture import site_bytes
-from core.step.layout import BatchShape, StepLayout, default_row_lengths, lay_out_part, packed_row_lengths
+from core.step.layout import BatchShape, StepLayout, lay_out_part
 from core.step.model_shape import ModelShape
 from qwen2_jax import Capture
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run that has been checked and can start.
+    """A checked run that can start.
 
     Attributes:
       stream_path: the stream, in the spelling that exists, or the folder of a dataset shard.
-      folder: where its activations go in the output: the worker's folder, or that of the dataset shard.
+      folder: of its activations in the output: the worker's folder, or that of the dataset shard.
       compute_dtype: resolved for this machine.
-      facts: what the tokenizer says of token ids, where the selection asks for it.
-      reduction: what is done to the selected tokens; None: they are stored as they are.
-      hosts: those that share the windows.
+      facts: the tokenizer's facts about token ids, where the selection needs them.
+      reduction: how the selected tokens are reduced; None: not at all.
+      hosts: the hosts that share the windows.
     """
 
     config: RunConfig
@@ -51,7 +51,7 @@ class Job:
     selection: Selection | None = None
     facts: TokenFacts | None = None
     reduction: Reduction | None = None
-    hosts: Hosts = ALONE
+    hosts: Hosts = SINGLE_HOST
 
     @property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -60,18 +60,18 @@ class Job:
 
     @property
     def stored(self) -> dict[str, dict[str, StoredArray]]:
-        """By site and name, the arrays that are stored."""
+        """By site and name, the stored arrays."""
         reduction, dtype = self.reduction or Reduction(), DTYPES[self.config.dtype]
         return {site: reduction.arrays(self.model.site_widths[site], dtype) for site in self.capture.sites}
 
     @property
     def stored_dtype(self) -> str:
-        """Of what is stored as activations: values, or codes."""
+        """The dtype of stored activations: of values, or of codes."""
         return next(iter(self.stored.values()))[VALUES].dtype.name
 
     @property
     def pools(self) -> tuple[Pool, ...]:
-        """The vectors that are stored of a sample; empty: one a token."""
+        """The vectors that are stored for each sample; empty: one for each token."""
         return () if self.reduction is None else self.reduction.pools
 
     @property
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def keeps_local_copy(self) -> bool:
-        """Whether everything that is stored also stays on this machine's disk."""
+        """Whether all stored files also stay on this machine's disk."""
         return self.config.local_copy_stays and (self.identity.parts == 1 or not self.config.uploads)
 
     @property
@@ -94,21 +94,24 @@ class Job:
 
     @property
     def step_request(self) -> StepRequest:
-        """What the backend has to compute."""
+        """What the backend must compute."""
         return step_request(self.config, self.capture, self.compute_dtype, self.selection, self.reduction)
 
     @property
     def batch_shape(self) -> BatchShape:
-        """How each host lays samples into steps."""
-        row_multiple = self.backend.row_multiple(self.model, self.step_request)
-        pack, longest = self.config.pack and self.backend.can_pack, self.config.max_seq_length
-        row_lengths = (
-            packed_row_lengths(longest, long_rows=self.backend.has_long_rows) if pack else default_row_lengths(longest)
+        """The shape of steps, into which each host lays its samples."""
+        config = self.config
+        return batch_shape(
+            self.backend,
+            self.model,
+            self.step_request,
+            batch_size=config.batch_size,
+            pack=config.pack,
+            longest=config.max_seq_length,
         )
-        return BatchShape(self.config.batch_size * row_multiple, row_multiple, row_lengths, pack)
 
     def items(self, start: StreamPlace | None = None) -> Iterator[TokenizedSample | BadRecord]:
-        """The samples and bad records of the stream from `start` on, with the reasons that are known beforehand."""
+        """The samples and bad records of the stream from `start` on; see `select`."""
         records = read_stream(
             self.stream_path,
             machine_id=self.config.machine_id,
@@ -120,7 +123,7 @@ class Job:
         return items if self.selection is None and not self.pools else map(self.select, items)
 
     def select(self, item: TokenizedSample | BadRecord) -> TokenizedSample | BadRecord:
-        """A sample with what is known before the forward pass of what will be stored of it; a bad record as it is."""
+        """A sample with the selection as far as it is known before the forward pass; a bad record unchanged."""
         if isinstance(item, BadRecord):
             return item
         item = replace(item, n_pools=len(self.pools))
@@ -135,22 +138,24 @@ class Job:
     ) -> Iterator[Window]:
         """The windows of the stream from `start` on; raises RunError at one bad record too many."""
         return cut_windows(
-            self._admit(self.items(start), bad_before),
+            self._limit_bad_records(self.items(start), bad_before),
             bytes_per_row=max(self.bytes_per_row.values()),
-            # Every part has files of its own, which are to reach the size that was asked for.
+            # Every part has its own files, each of which should reach the requested size.
             shard_bytes=self.config.shard_bytes * self.identity.parts,
             first_index=first_index,
         )
 
     def parts_of(self, window: Window) -> Iterator[PartOfWindow]:
-        """What this host computes of a window, turn by turn."""
-        return parts_of_window(window, n_parts=self.identity.parts, host=self.hosts.number, n_hosts=self.hosts.count)
+        """The parts of a window that this host computes, turn by turn."""
+        return parts_of_window(window, n_parts=self.identity.parts, host=self.hosts.host_id, n_hosts=self.hosts.count)
 
     def layouts_of(self, part: PartOfWindow) -> tuple[StepLayout, ...]:
         """How the samples of a part are laid out in steps."""
         return lay_out_part(part.own.lengths, self.batch_shape)
 
-    def _admit(self, items: Iterator[TokenizedSample | BadRecord], n_bad: int) -> Iterator[TokenizedSample | BadRecord]:
+    def _limit_bad_records(
+        self, items: Iterator[TokenizedSample | BadRecord], n_bad: int
+    ) -> Iterator[TokenizedSample | BadRecord]:
         n_samples = 0
         for item in items:
             if isinstance(item, BadRecord):
@@ -158,14 +163,14 @@ class Job:
                 if n_bad > self.config.max_bad_records:
                     raise RunError(
                         f"{format_bad(self.stream_path, item)} "
-                        f"(mend the line, or set bad ones aside with --max_bad_records)"
+                        f"(fix the line, or set bad ones aside with --max_bad_records)"
                     )
             else:
                 n_samples += 1
             yield item
         config = self.config
         is_share = config.total_machines > 1
-        # A stream may have fewer lines than machines: there is nothing to do then, and nothing wrong.
+        # A stream may have fewer lines than machines: a machine without lines is not an error.
         if not n_samples and (n_bad or not is_share):
             share = f" for machine {config.machine_id} of {config.total_machines}" if is_share else ""
             raise RunError(f"{self.stream_path}: no usable sample{share} ({n_bad} bad records)")
@@ -178,11 +183,11 @@ def step_request(
     selection: Selection | None = None,
     reduction: Reduction | None = None,
 ) -> StepRequest:
-    """What the backend of a run with these flags has to compute."""
+    """What the backend must compute in a run with these flags."""
     norm_sites = NORM_SITES if selection is not None and selection.needs_norms else ()
     return StepRequest(
         capture,
-        # What is reduced is not rounded before.
+        # Rounding to the stored dtype comes after a reduction.
         config.dtype if reduction is None else compute_dtype,
         compute_dtype,
         tuple(site for site in capture.sites if site in norm_sites),

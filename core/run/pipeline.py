@@ -1,7 +1,7 @@
-"""Stages that run at once, joined by bounded channels.
+"""Stages that run concurrently, joined by bounded channels.
 
-Each stage runs in a thread of its own and reads one channel and writes another. A channel that is full holds its
-writer back, so memory stays bounded however uneven the stages are. The first error in any stage stops all of them.
+Each stage runs in its own thread, reads one channel and writes another. A full channel blocks its writer, so memory
+stays bounded however uneven the stages are. The first error in any stage stops all of them.
 """
 
 import threading
@@ -14,14 +14,14 @@ Item = TypeVar("Item")
 
 
 class Aborted(Exception):
-    """Raised in a stage whose pipeline has failed elsewhere: the stage ends quietly."""
+    """Raised in a stage whose pipeline has failed elsewhere; ends the stage without an error of its own."""
 
 
 class StageClock:
     """Busy and waiting seconds of one stage.
 
-    A stage with a thread is busy whenever no channel keeps it waiting; work done elsewhere (a device, a pool of
-    threads) is timed there and added.
+    A stage with a thread is busy whenever it is not waiting for a channel; work done elsewhere (a device, a thread
+    pool) is timed there and added.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,17 +31,17 @@ class StageClock:
         self._running_since: float | None = None
 
     def start(self) -> None:
-        """Begins to count."""
+        """Starts the clock."""
         self._running_since = time.monotonic()
 
     def stop(self) -> None:
-        """Ends counting; what was counted stays."""
+        """Stops the clock; the seconds so far stay."""
         if self._running_since is not None:
             self._added += time.monotonic() - self._running_since
             self._running_since = None
 
     def add_busy(self, seconds: float) -> None:
-        """Counts work that is timed elsewhere."""
+        """Adds work that is timed elsewhere."""
         self._added += seconds
 
     @property
@@ -65,7 +65,7 @@ class Pipeline:
         return self.clocks.setdefault(name, StageClock(name))
 
     def channel(self, capacity: int) -> "Channel":
-        """A bounded channel that wakes up when the pipeline fails."""
+        """A bounded channel whose waiting stages wake up when the pipeline fails."""
         return Channel(capacity, self)
 
     def start(self, name: str, stage: Callable[[StageClock], None]) -> None:
@@ -107,7 +107,7 @@ class Pipeline:
 
 
 class Channel(Generic[Item]):
-    """A bounded queue with an end. Times spent waiting go to the clock of the stage that waits."""
+    """A bounded queue that can be closed. Waiting time is added to the clock of the waiting stage."""
 
     def __init__(self, capacity: int, pipeline: Pipeline) -> None:
         self._items: deque[Item] = deque()
@@ -124,7 +124,7 @@ class Channel(Generic[Item]):
             self._condition.notify_all()
 
     def close(self) -> None:
-        """Says that no more items come."""
+        """Marks the end: no more items will be put."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
@@ -138,7 +138,7 @@ class Channel(Generic[Item]):
                     return
                 taken = [self._items.popleft()]
                 self._condition.notify_all()
-            # Whoever reads the channel decides when an item may be let go of: nothing here keeps its name alive.
+            # The reader alone keeps the item alive: a stage that holds a window while it waits would cost its memory.
             yield taken.pop()
 
     def _wait(self, ready: Callable[[], bool], clock: StageClock) -> None:

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line now and then elsewhere, metrics.jsonl and the summary."""
+"""Progress of a run for users: a bar on a terminal, a periodic log line elsewhere, metrics.jsonl and the summary."""
 
 import json
 import signal
@@ -18,18 +18,18 @@ from core.run.pipeline import Pipeline
 
 _LINE_EVERY_S = 10.0
 _BAR_EVERY_S = 0.5
-# Uploading and forward passes run in threads or devices of their own; the stage that is busiest sets the pace.
+# Stages overlap; the busiest one sets the pace.
 STAGES = ("read", "forward", "copy", "encode", "store")
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. Seconds are of wall time; `stages` are busy seconds and may overlap.
+    """The result of a run. Seconds are wall time; `stages` are busy seconds and may overlap.
 
     Attributes:
-      samples, tokens, bytes, shards: of this run alone; `total_samples`, `total_shards` count what earlier runs left.
+      samples, tokens, bytes, shards: of this run alone; `total_samples`, `total_shards` include earlier runs.
       tokens: that the model saw; dropped_tokens: by reason, those of them that are not stored.
-      empty_samples: of which no token is stored.
+      empty_samples: samples without a stored token.
       tokens_per_second: over `seconds`, which begins when the model is loaded.
     """
 
@@ -53,7 +53,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0, or what a process that SIGTERM ended early returns."""
+        """0, or that of a process ended by SIGTERM when the run was stopped early."""
         return 0 if self.status == "complete" else 128 + signal.SIGTERM
 
     def to_json(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Summary:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """The summary for people."""
+        """The summary as lines of text."""
         stages = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.stages.items())
         notes = [f"{self.truncated} truncated"] * bool(self.truncated)
         notes += [f"{self.bad_records} bad records set aside"] * bool(self.bad_records)
@@ -77,30 +77,30 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class HostEnd:
-    """How a run ended on a host of a slice that is not the first one, which reports for all of them."""
+class HostExit:
+    """The result of a run on any host of a slice but host 0, which returns the summary for all of them."""
 
     host: int
     exit_code: int
 
     def lines(self) -> list[str]:
-        """The end for people."""
+        """The result as lines of text."""
         return [f"host {self.host} is done; host 0 reports on the run"]
 
     def to_json(self) -> None:
-        """Nothing: one object is printed for a run."""
+        """None: only host 0 prints a JSON object."""
 
 
 class Progress:
-    """Counts what a run has done and shows it while it goes on.
+    """Counts what a run has done and shows its progress.
 
     Args:
-      pipeline: whose clocks name the bottleneck.
-      expected_samples: of the whole stream, an estimate; already committed ones included.
-      log: takes one line for people.
+      pipeline: its clocks determine the bottleneck.
+      expected_samples: estimate for the whole stream, including samples that are committed already.
+      log: logs one line.
       metrics_path: a JSON line is appended for each commit.
-      n_hosts: that have a part of every window: what this one computes stands for as much on each of the others.
-      is_shown: whether this host shows how the run goes on; of a slice the first one does.
+      n_hosts: hosts with a part of every window; each is assumed to compute as much as this one.
+      is_shown: whether this host shows progress; in a slice, host 0 does.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Progress:
             self.samples_computed += samples * self._n_hosts
             self.tokens_computed += tokens * self._n_hosts
             if self._n_hosts > 1:
-                # Parts are even in tokens, not in samples, so that the sum is a guess.
+                # Parts have about equal tokens, not samples, so the product is an estimate.
                 self.samples_computed = min(self.samples_computed, self._expected - self._committed_before)
 
     def committed(self, record: CommitRecord) -> None:
@@ -213,7 +213,7 @@ class Progress:
             with self._metrics_path.open("a") as metrics:
                 metrics.write(json.dumps(line) + "\n")
         except OSError as error:
-            self._log(f"no metrics are kept: cannot write {self._metrics_path}: {error.strerror}")
+            self._log(f"cannot write metrics to {self._metrics_path}: {error.strerror}")
 
     def _tick(self) -> None:
         if sys.stderr.isatty():
@@ -257,7 +257,7 @@ def format_reasons(counts: Mapping[str, int]) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people, in powers of 1024."""
+    """Bytes as text, in powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

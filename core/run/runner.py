@@ -10,16 +10,16 @@ from typing import Protocol, TypeVar
 from absl import logging
 
 from core.base.errors import UsageError
+from core.base.signals import stop_on_signals
 from core.commit.identity import differing_fields
-from core.hosts.pod_slice import ALONE, Hosts, join_hosts
-from core.hosts.session import HostSession, StopOfAny
+from core.hosts.pod_slice import SINGLE_HOST, Hosts, join_hosts
+from core.hosts.session import HostSession, SharedStopEvent
 from core.jax_utils import enable_compilation_cache
 from core.run.checks import backend_of, prepare_job, prepare_shard_jobs
 from core.run.config import RunConfig
 from core.run.job import Job
-from core.run.progress import HostEnd, Summary
+from core.run.progress import HostExit, Summary
 from core.run.sharded_run import BeforeExtraction, run_shards
-from core.run.signals import stop_on_signals
 from core.run.stores import open_storage, open_stores, require_shared_output
 from core.run.stream_run import load, prepare_stream, run_stream
 
@@ -27,7 +27,7 @@ _NOT_WITH_TORCH = "--multihost: JAX joins hosts, torch does not: use --machine_i
 
 
 class HasExitCode(Protocol):
-    """What a run reports."""
+    """The result of a run."""
 
     @property
     def exit_code(self) -> int: ...
@@ -39,13 +39,13 @@ _M_ARENA_MAX = -8
 _M_MMAP_THRESHOLD = -3
 
 
-def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) -> Summary | HostEnd:
+def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) -> Summary | HostExit:
     """Runs one worker's extraction. Raises RunError, UsageError or ModelError.
 
-    Of the hosts of a slice the first one gets the summary.
+    Of the hosts of a slice, host 0 returns the summary.
 
     before_extraction: called once with the (first) job and its stores when there is something left to extract, before
-    anything is written or loaded. What it raises ends the run.
+    anything is written or loaded. An exception that it raises ends the run.
     """
 
     def work(hosts: Hosts) -> Summary:
@@ -58,18 +58,18 @@ def run(config: RunConfig, before_extraction: BeforeExtraction | None = None) ->
     return on_every_host(config, work)
 
 
-def on_every_host(config: RunConfig, work: Callable[[Hosts], Report]) -> Report | HostEnd:
-    """Sets this process up, joins the hosts of the slice if there is one, and does `work`; the first host reports."""
-    _keep_heap_flat()
+def on_every_host(config: RunConfig, work: Callable[[Hosts], Report]) -> Report | HostExit:
+    """Sets this process up, joins the hosts of the slice if there is one, and runs `work`; host 0 gets the result."""
+    _limit_malloc_arenas()
     if config.gcs_bucket is not None and not config.uploads:
         logging.warning("--gcs_bucket %s is not used without --upload_to_gcs", config.gcs_bucket)
     if config.multihost and config.backend == "torch":
         raise UsageError(_NOT_WITH_TORCH)
-    # An error inside ends all hosts.
+    # An error in the block ends all hosts.
     with _join_hosts(config) as hosts:
         _require_same_flags(config, hosts)
         report = work(hosts)
-    return report if hosts.is_first else HostEnd(hosts.number, report.exit_code)
+    return report if hosts.is_first else HostExit(hosts.host_id, report.exit_code)
 
 
 def prepare_jobs(config: RunConfig, hosts: Hosts) -> list[Job]:
@@ -85,11 +85,11 @@ def prepare_jobs(config: RunConfig, hosts: Hosts) -> list[Job]:
     return [prepare_job(config, compute_dtype, hosts)]
 
 
-def _keep_heap_flat() -> None:
-    """Has glibc give large arrays back to the system, and share two heaps among all threads.
+def _limit_malloc_arenas() -> None:
+    """Makes glibc return large arrays to the system, and use two arenas for all threads.
 
-    Left to itself it gives every thread a heap of its own and keeps freed arrays in them, where they fragment: a long
-    run would hold on to ever more. Other C libraries are left alone.
+    By default every thread has an arena of its own in which freed arrays stay and fragment, so the memory of a long
+    run grows. Other C libraries are left alone.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -98,38 +98,40 @@ def _keep_heap_flat() -> None:
 
 
 def _join_hosts(config: RunConfig) -> Hosts:
-    """With --multihost all hosts of the slice are one worker, and share every window."""
+    """With --multihost, all hosts of the slice are one worker and share every window."""
     if not config.multihost:
-        return ALONE
+        return SINGLE_HOST
     hosts = join_hosts(config.coordinator_address, config.num_hosts, config.host_id, config.host_timeout_s)
-    logging.info("host %d of %d", hosts.number, hosts.count)
+    logging.info("host %d of %d", hosts.host_id, hosts.count)
     return hosts
 
 
 # What may differ from host to host.
-_OWN_FLAGS = (
+_PER_HOST_FLAGS = (
     *("host_id", "coordinator_address", "log_file", "verbose", "json"),
     *("checkpoint_dir", "compilation_cache_dir", "weights_cache_dir"),
 )
 
 
 def _require_same_flags(config: RunConfig, hosts: Hosts) -> None:
-    """Raises UsageError on a host whose flags are not those of the first one: they would not make one output.
+    """Raises UsageError on a host whose flags differ from host 0's: together they would not make one output.
 
-    The first host goes on when all agree: what comes next, JAX's look for devices, waits for all hosts.
+    Host 0 waits until all have compared: the next step, in which JAX discovers devices, blocks until all hosts join.
     """
     own = json.loads(json.dumps(asdict(config)))
-    first = hosts.share("flags", lambda: own)
-    # Where files wait for their upload is a host's own affair too.
-    may_differ = {*_OWN_FLAGS, "output_dir"} if config.uploads else set(_OWN_FLAGS)
+    first = hosts.broadcast("flags", lambda: own)
+    # The folder in which files wait for their upload may differ, too.
+    may_differ = {*_PER_HOST_FLAGS, "output_dir"} if config.uploads else set(_PER_HOST_FLAGS)
     for flags in (own, first):
         for name in may_differ:
             flags.pop(name, None)
     differences = differing_fields(first, own)
     if differences:
-        told = "; ".join(difference.replace(" there", " on host 0") for difference in differences)
-        raise UsageError(f"--multihost: the flags of host {hosts.number} differ ({told}): start all hosts alike")
-    hosts.tell(f"same_flags/{hosts.number}", True)
+        shown = "; ".join(difference.replace(" there", " on host 0") for difference in differences)
+        raise UsageError(
+            f"--multihost: the flags of host {hosts.host_id} differ ({shown}): start all hosts with the same flags"
+        )
+    hosts.publish(f"same_flags/{hosts.host_id}", True)
     for host in range(1, hosts.count) if hosts.is_first else ():
         hosts.wait_for(f"same_flags/{host}")
 
@@ -143,7 +145,7 @@ def _extract(job: Job, before_extraction: BeforeExtraction | None) -> Summary:
         before_extraction(job, stores)
     model = load(job, prepared.first_shape) if prepared.windows is not None else None
     with (
-        stop_on_signals(job.config.stop_grace_s, is_told=job.hosts.asks_to_stop("run")) as stop,
-        HostSession(job.hosts, "stream", StopOfAny(job.hosts, "run", stop)) as session,
+        stop_on_signals(job.config.stop_grace_s, peer_stopping=job.hosts.stop_poller("run")) as stop,
+        HostSession(job.hosts, "stream", SharedStopEvent(job.hosts, "run", stop)) as session,
     ):
         return run_stream(prepared, model, session)

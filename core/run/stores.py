@@ -1,4 +1,4 @@
-"""Where a run writes: the stores that its flags name, and the folder of a job in them."""
+"""The stores that a run writes to, from its flags, and the folder of a job in them."""
 
 import os
 import tempfile
@@ -15,12 +15,12 @@ from core.run.job import Job
 
 @dataclass(frozen=True)
 class Stores:
-    """Where a run writes.
+    """The stores that a run writes to.
 
     Attributes:
-      primary: where a commit counts.
+      primary: where a record commits a window.
       spool: where files are written before they are stored.
-      mirror: a local copy kept beside a remote primary, or None.
+      mirror: a local copy of a remote primary, or None.
     """
 
     primary: ObjectStore
@@ -33,10 +33,10 @@ class Stores:
 
 
 def open_stores(config: RunConfig, parts: int = 1) -> Stores:
-    """The output where the flags say it is; nothing is written yet. parts: of each window, see `RunIdentity`.
+    """The stores of the output; nothing is written yet. parts: of each window, see `RunIdentity`.
 
     Local output: written in place. Remote output: files are finished in a folder below TMPDIR, then uploaded. Local
-    output with upload: the bucket is where a commit counts, the local folder is a copy unless it is to be deleted.
+    output with upload: windows are committed in the bucket; the local folder is a copy unless it is deleted.
     """
     spool = LocalStore(_scratch_folder() if config.output_is_remote else config.local_output)
     primary: ObjectStore = spool
@@ -50,7 +50,7 @@ def open_stores(config: RunConfig, parts: int = 1) -> Stores:
 
 
 def require_shared_output(config: RunConfig, hosts: Hosts) -> None:
-    """Raises UsageError on a host that does not find in its local output folder what the first host writes there."""
+    """Raises UsageError on a host whose local output folder is not the one that host 0 writes to."""
     if hosts.count == 1 or config.output_is_remote or config.uploads:
         return
     store = LocalStore(config.local_output)
@@ -64,13 +64,13 @@ def require_shared_output(config: RunConfig, hosts: Hosts) -> None:
         return probe.name
 
     try:
-        name = hosts.share("probe", write)
+        name = hosts.broadcast("probe", write)
         if not (store.root / name).exists():
             raise UsageError(
-                f"--output_dir {config.output_dir}: host {hosts.number} does not see there what host 0 writes: "
-                "name a folder on a shared disk, a gs:// URL, or --upload_to_gcs"
+                f"--output_dir {config.output_dir}: host {hosts.host_id} does not see the files of host 0 there: "
+                "pass a folder on a shared disk, a gs:// URL, or --upload_to_gcs"
             )
-        hosts.tell(f"saw_probe/{hosts.number}", True)
+        hosts.publish(f"saw_probe/{hosts.host_id}", True)
         for host in range(1, hosts.count) if hosts.is_first else ():
             hosts.wait_for(f"saw_probe/{host}")
     finally:
@@ -89,7 +89,7 @@ def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
         primary=stores.primary,
         spool=stores.spool,
         mirror=stores.mirror,
-        index_extra={
+        extra_metadata={
             "shard_size_gb": config.shard_size_gb,
             "gcs_bucket": config.gcs_bucket if config.uploads else None,
             "gcs_prefix": config.gcs_prefix if config.uploads else None,
@@ -98,5 +98,5 @@ def open_storage(job: Job, stores: Stores | None = None) -> ActivationStorage:
 
 
 def _scratch_folder() -> Path:
-    """One for all runs of a user: what a killed run leaves there, the next one finds and removes."""
+    """Shared by all runs of a user, so that the next run finds and removes what a killed run left."""
     return Path(tempfile.gettempdir()) / f"extract_activations_{os.getuid()}"

@@ -1,4 +1,4 @@
-"""One stream, or one shard of a dataset, from what is committed to its end."""
+"""Extracts one stream or dataset shard, from the last committed window to its end."""
 
 import itertools
 import os
@@ -21,14 +21,14 @@ from core.run.extraction import Extraction, is_complete, resume_place
 from core.run.job import Job
 from core.run.pipeline import Pipeline
 from core.run.progress import Progress, Summary
-from core.run.survey import Survey, refuse_full_disk, survey_stream
+from core.run.survey import Survey, check_disk_space, survey_stream
 from core.samples.windows import Window
 from core.shards.encoding import ShardEncoder
 from core.shards.formats import FORMATS
 from core.step.backend import Step
 
-# A reader of metadata.json may be that much behind; GCS takes about one write a second for one name.
-_INDEX_EVERY_S = 30.0
+# metadata.json may be this old; GCS accepts about one write per second for one name.
+_METADATA_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class LoadedStep:
 class PreparedStream:
     """A stream whose folder has been opened and whose first window has been read, in `read_seconds`.
 
-    No windows: it is complete, or has no sample for this folder and still `must_say_so`.
-    first_shape: of its first step.
+    windows: None when the stream is complete, or when it `is_empty`: without a sample for this folder, which must still
+    be committed.
+    first_shape: (rows, length) of its first step.
     """
 
     job: Job
@@ -54,13 +55,13 @@ class PreparedStream:
     windows: Iterator[Window] | None
     read_seconds: float = 0.0
     first_shape: tuple[int, int] | None = None
-    must_say_so: bool = False
+    is_empty: bool = False
 
 
 def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
-    """Loads as much of the job's model as it captures, on all devices of this process.
+    """Loads the layers of the model that the job captures, on all devices of this process.
 
-    first_shape: (rows, length) of the step that comes first, which is compiled meanwhile; None: a full one.
+    first_shape: (rows, length) of the first step, which is compiled meanwhile; None: a full one.
     """
     started = time.monotonic()
     full = job.batch_shape.rows_per_step, job.batch_shape.row_lengths[-1]
@@ -71,47 +72,49 @@ def load(job: Job, first_shape: tuple[int, int] | None = None) -> LoadedStep:
 
 
 def prepare_stream(
-    job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any] | None = None
+    job: Job, storage: ActivationStorage, broadcast: Callable[[str, Callable[[], Any]], Any] | None = None
 ) -> PreparedStream:
-    """Finds what is left to do; raises RunError when the stream is bad at once or the disk too small for the rest.
+    """Finds what is left to do; raises RunError when the stream starts with a bad record or the disk is too small.
 
-    agree: gives all hosts what the first one finds, see `Hosts.share` and `HostSession.agree`.
+    broadcast: sends a result of host 0 to all hosts: `Hosts.broadcast` (None) or `HostSession.broadcast`.
     """
-    records = _open(job, storage, agree or job.hosts.share)
+    records = _open(job, storage, broadcast or job.hosts.broadcast)
     storage.spool.remove_stale_temporaries(storage.folder)
     survey = survey_stream(job)
     if is_complete(records):
         logging.info("%s is complete: nothing to do", storage.url)
         return PreparedStream(job, storage, survey, None)
-    refuse_full_disk(job, survey, storage.committed_bytes, storage.spool.free_bytes())
+    check_disk_space(job, survey, storage.committed_bytes, storage.spool.free_bytes())
     place, index, bad_before = resume_place(records)
     if place is not None:
-        logging.info("%s: going on at sample %d: %d shards are committed", job.folder, place.sample_idx, len(records))
+        logging.info("%s: continuing at sample %d: %d shards are committed", job.folder, place.sample_idx, len(records))
     windows = job.windows(start=place, first_index=index, bad_before=bad_before)
-    # A stream that is bad from the start is refused before seconds are spent on the weights.
+    # A bad first record must be reported before seconds are spent on loading weights.
     started = time.monotonic()
     first = next(windows, None)
     read_seconds = time.monotonic() - started
     _require_writable(job, storage)
     if first is None:
         logging.info("%s: the stream has no line for this machine", storage.url)
-        return PreparedStream(job, storage, survey, None, read_seconds, must_say_so=True)
+        return PreparedStream(job, storage, survey, None, read_seconds, is_empty=True)
     layout = job.layouts_of(next(job.parts_of(first)))[0]
     shape = layout.n_rows, layout.length
     return PreparedStream(job, storage, survey, itertools.chain([first], windows), read_seconds, first_shape=shape)
 
 
-def _open(job: Job, storage: ActivationStorage, agree: Callable[[str, Callable[[], Any]], Any]) -> list[CommitRecord]:
-    """What is committed. The first host looks first: what it finds the others find too, and perhaps more."""
+def _open(
+    job: Job, storage: ActivationStorage, broadcast: Callable[[str, Callable[[], Any]], Any]
+) -> list[CommitRecord]:
+    """The committed records. Host 0 reads first, so that the others find all of its records, and perhaps more."""
     if job.hosts.is_first:
         records = storage.open()
-        agree("found", lambda: len(records))
+        broadcast("found", lambda: len(records))
         return records
-    return storage.open(agree("found", lambda: None))
+    return storage.open(broadcast("found", lambda: None))
 
 
 def _require_writable(job: Job, storage: ActivationStorage) -> None:
-    """Finds out before the weights are loaded, not at the first commit. Raises RunError naming the folder."""
+    """Raises RunError naming a folder that cannot be written: before weights are loaded, not at the first commit."""
     folders = [storage.spool]
     if job.config.enable_checkpointing:
         folders.append(LocalStore(job.config.checkpoint_dir))
@@ -129,13 +132,13 @@ def run_stream(
     *,
     log: Callable[[str], None] = logging.info,
     on_start: Callable[[Progress], None] | None = None,
-    may_write_index: Callable[[], bool] = lambda: True,
+    may_write_metadata: Callable[[], bool] = lambda: True,
 ) -> Summary:
     """Extracts what is left, until the end or until `session.stop` is set.
 
     Args:
-      on_start: gets the counters that go up while the run goes on.
-      may_write_index: asked before the index is replaced: false when the folder has passed to somebody else.
+      on_start: called with the progress counters when the run starts.
+      may_write_metadata: called before metadata.json is replaced: False when another worker has taken the folder over.
     """
     job, storage = prepared.job, prepared.storage
     pipeline = Pipeline()
@@ -145,16 +148,16 @@ def run_stream(
         expected_samples=prepared.survey.samples,
         committed_samples=storage.committed_samples,
         log=log,
-        metrics_path=job.config.metrics_path_of(job.folder, job.hosts.number),
+        metrics_path=job.config.metrics_path_of(job.folder, job.hosts.host_id),
         n_hosts=min(job.hosts.count, job.identity.parts),
         is_shown=job.hosts.is_first,
     )
     if on_start is not None:
         on_start(progress)
-    bookkeeper = _Bookkeeper(job, storage, may_write_index)
+    bookkeeper = _Bookkeeper(job, storage, may_write_metadata)
     with progress:
-        if prepared.must_say_so:
-            storage.commit_nothing()
+        if prepared.is_empty:
+            storage.commit_empty()
         if prepared.windows is not None and model is not None:
             with ThreadPoolExecutor(os.cpu_count(), "compress") as compressors:
                 Extraction(
@@ -185,32 +188,32 @@ def _encoder(job: Job, storage: ActivationStorage, compressors: ThreadPoolExecut
 
 
 class _Bookkeeper:
-    """Keeps the derived files up to date: the checkpoint after every commit, the index now and then."""
+    """Keeps derived files up to date: the checkpoint after every commit, metadata.json every `_METADATA_EVERY_S`."""
 
-    def __init__(self, job: Job, storage: ActivationStorage, may_write_index: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, storage: ActivationStorage, may_write_metadata: Callable[[], bool]) -> None:
         self._job = job
         self._storage = storage
-        self._may_write_index = may_write_index
-        self._index_written = time.monotonic()
+        self._may_write_metadata = may_write_metadata
+        self._metadata_written_at = time.monotonic()
 
     def committed(self, record: CommitRecord) -> None:
         self._save_checkpoint(record, "running")
-        if time.monotonic() - self._index_written >= _INDEX_EVERY_S:
-            self._write_index()
+        if time.monotonic() - self._metadata_written_at >= _METADATA_EVERY_S:
+            self._write_metadata()
 
     def finish(self) -> str:
-        """Brings everything up to date; returns "complete" or "stopped"."""
+        """Writes all derived files; returns "complete" or "stopped"."""
         last = self._storage.last_record
         status = "complete" if last is not None and last.next_place is None else "stopped"
         if last is not None:
-            self._write_index()
+            self._write_metadata()
             self._save_checkpoint(last, status)
         return status
 
-    def _write_index(self) -> None:
-        if self._job.hosts.is_first and self._may_write_index():
-            self._storage.write_index()
-            self._index_written = time.monotonic()
+    def _write_metadata(self) -> None:
+        if self._job.hosts.is_first and self._may_write_metadata():
+            self._storage.write_metadata()
+            self._metadata_written_at = time.monotonic()
 
     def _save_checkpoint(self, record: CommitRecord, status: str) -> None:
         config = self._job.config

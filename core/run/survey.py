@@ -1,4 +1,4 @@
-"""An estimate of a stream from a few of its records, and whether what it makes fits on the disk."""
+"""Estimates a stream's size from a few of its records, and whether its output fits on the disk."""
 
 import errno
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from core.samples.windows import TokenizedSample
 from core.shards.formats import FORMATS
 
 _SURVEYED_RECORDS = 32
-# Stored over raw bytes of gzipped activations, measured on real models: what a survey assumes before any is computed.
+# Stored over raw bytes of gzipped activations, measured on real models; assumed until a step has been computed.
 _GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93, "int8": 0.9, "float8_e4m3fn": 0.85}
 # A token in the sample table: its id and its share of preview and labels, compressed.
 TABLE_BYTES_PER_TOKEN = 4
@@ -21,9 +21,9 @@ TABLE_BYTES_PER_TOKEN = 4
 
 @dataclass(frozen=True)
 class Survey:
-    """An estimate of a stream from a few records spread evenly over it: what the model sees, and what is stored.
+    """An estimate of a stream, from a few evenly spread records: tokens that the model sees, and stored rows.
 
-    rows: of the stored arrays, each a token or a pool of a sample.
+    rows: of the stored arrays; each is a token or a pool of a sample.
     """
 
     samples: int
@@ -32,7 +32,7 @@ class Survey:
 
 
 def survey_stream(job: Job) -> Survey:
-    """Counts the records and tokenises a few of them; a small stream is counted whole."""
+    """Counts the records and tokenizes a few of them, or all of a small stream."""
     config = job.config
     share = (config.machine_id, config.total_machines, job.stream.max_tasks)
     n_records, records = survey_records(job.stream_path, *share, wanted=_SURVEYED_RECORDS)
@@ -46,23 +46,23 @@ def survey_stream(job: Job) -> Survey:
 
 
 def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
-    """Bytes on disk when the model sees `tokens` and stored arrays have `rows`.
+    """Bytes on disk when the model sees `tokens` tokens and stored arrays have `rows` rows.
 
-    ratio: of stored over raw bytes, where it was measured.
+    ratio: stored over raw bytes, where it was measured.
     """
     config = job.config
     if ratio is None:
-        ratio = usual_share(config, job.stored_dtype)
+        ratio = typical_ratio(config, job.stored_dtype)
     return int(rows * sum(job.bytes_per_row.values()) * ratio + tokens * TABLE_BYTES_PER_TOKEN)
 
 
-def usual_share(config: RunConfig, dtype: str) -> float:
-    """Stored over raw bytes of values in `dtype`, as real models have given it."""
+def typical_ratio(config: RunConfig, dtype: str) -> float:
+    """Stored over raw bytes of values in `dtype`, measured on real models."""
     return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[dtype]
 
 
 def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:
-    """Local bytes a run needs: everything, or the few windows under way when the local files do not stay."""
+    """Local bytes that a run needs: all output, or a few windows when local files are deleted after upload."""
     needed = stored_bytes(job, tokens, rows, ratio)
     if job.keeps_local_copy:
         return needed
@@ -70,7 +70,7 @@ def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) ->
     return min(needed, int(2 * WINDOWS_IN_MEMORY * job.config.shard_bytes * sum(sizes) / max(sizes)))
 
 
-def refuse_full_disk(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
+def check_disk_space(job: Job, survey: Survey, already_stored: int, free: int | None) -> None:
     """Raises RunError when the run cannot fit on the disk."""
     needed = disk_needed(job, survey.tokens, survey.rows) - already_stored
     if free is not None and needed > free:

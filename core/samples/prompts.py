@@ -1,4 +1,4 @@
-"""From stream records to tokens: the prompt of each sample, its token ids and its preview."""
+"""From stream records to samples: prompts, token ids and previews."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from arc24.encoders import create_grid_encoder
 from arc24.prompting import PROMPT_VERSIONS, create_prompts_from_task
 from core.base.errors import UsageError
 from core.dataset_utils import BadRecord, StreamRecord, sample_index
-from core.samples.selection import TokenFacts, facts_of
+from core.samples.selection import TokenFacts, token_facts
 from core.samples.windows import TokenizedSample
 
 PREVIEW_PROMPT_CHARS = 100
 PREVIEW_CHARS = 200
-# Enough prompts in one call for the tokenizer's threads, few enough to stay small in memory.
+# Enough prompts in one call for the tokenizer's threads, few enough to need little memory.
 _RECORDS_PER_CALL = 16
 
 
@@ -28,8 +28,8 @@ class PromptOptions:
 
     Attributes:
       grid_encoder, prompt_version, predictions: for ARC tasks.
-      seed: of the augmentations; a sample's prompt depends on it and on the sample's place in the stream alone.
-      max_seq_length: tokens a sample may have; `overlong` says what happens to longer ones.
+      seed: of the augmentations; a sample's prompt depends only on it and on the sample's position in the stream.
+      max_seq_length: maximum tokens of a sample; longer ones are truncated or refused, by `overlong`.
     """
 
     grid_encoder: str
@@ -40,7 +40,7 @@ class PromptOptions:
     overlong: str
 
     def validate(self) -> None:
-        """Raises UsageError naming the flag that cannot be."""
+        """Raises UsageError naming the invalid flag."""
         try:
             create_grid_encoder(self.grid_encoder)
         except ValueError as error:
@@ -51,7 +51,7 @@ class PromptOptions:
 
 
 class Tokenizer:
-    """Turns records into samples; the tokenizer itself is loaded when the first record needs one.
+    """Turns records into samples; the tokenizer itself is loaded when the first record needs it.
 
     Args:
       load: loads a transformers tokenizer.
@@ -69,8 +69,8 @@ class Tokenizer:
         return self._load()
 
     def facts(self) -> TokenFacts:
-        """What the tokenizer says of token ids; loads it, with whatever that raises."""
-        return facts_of(self._tokenizer)
+        """The tokenizer's facts about token ids. Loads the tokenizer, and raises what loading raises."""
+        return token_facts(self._tokenizer)
 
     def samples(
         self, records: Iterable[StreamRecord | BadRecord], first_sample_idx: int = 0
@@ -115,7 +115,7 @@ class Tokenizer:
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
         if self._tokenizer.chat_template is None:
-            raise UsageError("the stream holds messages but the tokenizer has no chat template: give --tokenizer_path")
+            raise UsageError("the stream holds messages but the tokenizer has no chat template: pass --tokenizer_path")
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False)
         except Exception as error:  # templates raise what they like
@@ -134,7 +134,7 @@ class Tokenizer:
     ) -> Iterator[TokenizedSample | BadRecord]:
         reason = next(filter(None, (self._refusal(ids) for _, ids in encoded)), None)
         if reason:
-            # All samples of a record are refused together: half a task would be a hole nobody sees.
+            # All samples of a record are refused together: a partial task would be an unnoticed gap.
             yield BadRecord(record.position, record.line, reason)
             return
         for prediction, (prompt, ids) in enumerate(encoded):
@@ -161,7 +161,7 @@ class Tokenizer:
 
 
 def text_preview(record: StreamRecord, sample_idx: int, prompt: str | list[int]) -> str:
-    """`Task: {id}, Prompt: {first 100 characters}`, at most 200 characters; token ids stand for a text not known."""
+    """`Task: {id}, Prompt: {first 100 characters}`, at most 200 characters; token ids where the text is unknown."""
     text = prompt if isinstance(prompt, str) else " ".join(map(str, prompt[:PREVIEW_PROMPT_CHARS]))
     name = record.task_id if record.task_id is not None else str(sample_idx)
     return f"Task: {name}, Prompt: {text[:PREVIEW_PROMPT_CHARS]}"[:PREVIEW_CHARS]

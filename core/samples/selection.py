@@ -1,7 +1,7 @@
-"""Which tokens of a sample are stored: token ids, places and norms in, one reason for each token out.
+"""Which tokens of a sample are stored: token ids, positions and norms in, one reason for each token out.
 
-Every rule is applied to what the rules before it left, in the order of REASONS, so that each dropped token has one
-reason. All but the norms are known before the forward pass.
+The rules apply in the order of REASONS, each to the tokens that the previous ones left, so that each dropped token has
+one reason. All but the norms are known before the forward pass.
 
 Axis letters: T tokens of a sample, P pairs of a residual-stream site and a layer.
 """
@@ -20,10 +20,10 @@ from core.base.errors import UsageError
 
 TOKEN_KINDS = ("bos", "pad", "eos", "special", "newline_first")
 REASONS = (*TOKEN_KINDS, "position", "norm_outlier", "limit")
-"""Why a token is not stored. Reason i has the code i + 1; 0 is a token that is."""
+"""Why a token is not stored. Reason i has the code i + 1; the code of a stored token is 0."""
 TOKEN_CHOICES = ("first", "last", "random")
 NORM_SITES = ("resid_pre", "resid_mid", "residual")
-"""The residual stream: where the norm of a token says whether it is an outlier."""
+"""The sites of the residual stream, whose norms decide whether a token is an outlier."""
 
 Reasons = UInt8[np.ndarray, "T"]
 _POSITIONS = re.compile(r"(-?\d+)?:(-?\d+)?")
@@ -31,7 +31,7 @@ _POSITIONS = re.compile(r"(-?\d+)?:(-?\d+)?")
 
 @dataclass(frozen=True)
 class TokenFacts:
-    """What a tokenizer says of token ids.
+    """A tokenizer's facts about token ids.
 
     Attributes:
       ids: the token ids of each kind but `newline_first`.
@@ -42,8 +42,8 @@ class TokenFacts:
     ends_line: Callable[[int], bool]
 
 
-def facts_of(tokenizer: Any) -> TokenFacts:
-    """The facts of a transformers tokenizer. Special are all tokens that it marks so, those of a chat among them."""
+def token_facts(tokenizer: Any) -> TokenFacts:
+    """The facts of a transformers tokenizer. All tokens that it marks as special are, including those of chats."""
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     ids = {kind: frozenset({getattr(tokenizer, f"{kind}_token_id")} - {None}) for kind in ("bos", "pad", "eos")}
     ids["special"] = frozenset(special | set(tokenizer.all_special_ids))
@@ -65,9 +65,9 @@ class Selection:
       exclude: of TOKEN_KINDS, in their order.
       positions: ranges as Python slices a sample's tokens; a token outside all of them is dropped. Empty: no rule.
       outlier_factor: a token is dropped when its L2 norm, in any stored layer of any stored NORM_SITES, exceeds this
-        many times the median norm, at that site and layer, of the sample's tokens that the rules before left.
-      max_tokens: at most so many of what is left then, by `choice`.
-      seed: of the random choice, which depends on it and on the sample's index alone.
+        many times the median norm, at that site and layer, of the sample's tokens that the previous rules left.
+      max_tokens: maximum number of the tokens that are left then, chosen by `choice`.
+      seed: of the random choice, which depends only on it and on the sample's index.
     """
 
     exclude: tuple[str, ...] = ()
@@ -79,11 +79,11 @@ class Selection:
 
     @property
     def needs_norms(self) -> bool:
-        """Whether norms decide, so that what is stored is known only after the forward pass."""
+        """Whether norms decide, so that the stored tokens are known only after the forward pass."""
         return self.outlier_factor is not None
 
     def to_json(self) -> dict[str, Any]:
-        """The rules as the identity keeps them, under the names of their flags."""
+        """The rules as in the identity, under the names of their flags."""
         return {
             "exclude_tokens": list(self.exclude),
             "positions": [":".join("" if end is None else str(end) for end in range_) for range_ in self.positions],
@@ -95,7 +95,7 @@ class Selection:
     def before(self, token_ids: Int32[np.ndarray, "T"], sample_idx: int, facts: TokenFacts | None) -> Reasons:
         """The reasons known before the forward pass: all of them when no norms are needed.
 
-        facts: None will do where no kind of token is excluded.
+        facts: may be None where no kind of token is excluded.
         """
         reasons = np.zeros(len(token_ids), np.uint8)
         for kind in self.exclude:
@@ -111,7 +111,7 @@ class Selection:
     def after(self, reasons: Reasons, norms: Float[np.ndarray, "P T"], sample_idx: int) -> Reasons:
         """The final reasons, from those of `before` and the norms.
 
-        A norm that is not finite is no outlier: the model computed NaN or infinity, and that has to be reported.
+        A norm that is not finite is not an outlier: the model computed NaN or infinity, which must be reported.
         """
         assert self.outlier_factor is not None
         final, kept = reasons.copy(), reasons == 0
@@ -122,7 +122,7 @@ class Selection:
         return self._limited(final, sample_idx)
 
     def most_kept(self, reasons: Reasons) -> int:
-        """How many tokens will be stored at most, given the reasons of `before`."""
+        """The maximum number of tokens that will be stored, given the reasons of `before`."""
         left = int(np.count_nonzero(reasons == 0))
         return left if self.max_tokens is None else min(left, self.max_tokens)
 
@@ -131,9 +131,10 @@ class Selection:
         if self.max_tokens is None or len(places) <= self.max_tokens:
             return reasons
         if self.choice == "random":
-            # Raw PCG64 words are the one stream that numpy promises to keep. One a token: a token's luck is its own.
-            luck = np.random.PCG64(np.random.SeedSequence([self.seed, sample_idx])).random_raw(len(reasons))
-            places = places[np.argsort(luck[places], kind="stable")]
+            # Raw PCG64 words are the only random stream that numpy guarantees across versions. One word per token, so
+            # that a token's word does not depend on which other tokens were dropped.
+            words = np.random.PCG64(np.random.SeedSequence([self.seed, sample_idx])).random_raw(len(reasons))
+            places = places[np.argsort(words[places], kind="stable")]
         chosen = places[-self.max_tokens :] if self.choice == "last" else places[: self.max_tokens]
         unchosen = np.ones(len(reasons), bool)
         unchosen[chosen] = False
@@ -150,12 +151,12 @@ def _is_kind(kind: str, token_ids: Int32[np.ndarray, "T"], facts: TokenFacts) ->
 
 
 def _drop(reasons: Reasons, which: Bool[np.ndarray, "T"], reason: str) -> None:
-    """In place: a token that has a reason keeps it."""
+    """Sets the reason of `which` tokens in place; a token that has a reason keeps it."""
     reasons[which & (reasons == 0)] = REASONS.index(reason) + 1
 
 
 def parse_positions(text: str) -> tuple[int | None, int | None]:
-    """`START:STOP`, either end may be left out or negative. Raises UsageError."""
+    """Parses `START:STOP`; either end may be left out or negative. Raises UsageError."""
     match = _POSITIONS.fullmatch(text)
     if match is None:
         raise UsageError(f"--positions {text}: expected START:STOP, such as 0:128, -8: or 1:-1")
@@ -173,11 +174,11 @@ def dropped_ranges(reasons: Reasons) -> dict[str, list[list[int]]]:
     return ranges
 
 
-def reasons_of(ranges: Any, n_tokens: int) -> Reasons:
-    """The inverse of `dropped_ranges`. Raises ValueError when the ranges cannot be those of so many tokens."""
+def reasons_from_ranges(ranges: Any, n_tokens: int) -> Reasons:
+    """The inverse of `dropped_ranges`. Raises ValueError for ranges that do not fit `n_tokens` tokens."""
     reasons = np.zeros(n_tokens, np.uint8)
     if not isinstance(ranges, dict) or not ranges.keys() <= set(REASONS):
-        raise ValueError(f"its reasons are none of {', '.join(REASONS)}")
+        raise ValueError(f"unknown reasons: they must be among {', '.join(REASONS)}")
     for reason, runs in ranges.items():
         for run in runs if isinstance(runs, list) else [runs]:
             if not (isinstance(run, list) and len(run) == 2 and all(type(end) is int for end in run)):

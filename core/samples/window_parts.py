@@ -1,8 +1,8 @@
-"""Windows in parts: what each host of a slice computes and writes of a window.
+"""Windows in parts: the share of a window that each host of a slice computes and writes.
 
-A part is a run of consecutive samples; the parts of a window hold about the same number of tokens. How many there are
-is part of the run's identity, and so is not up to the hosts that happen to work: with as many hosts as parts each takes
-one, with fewer they take turns.
+A part is a run of consecutive samples; the parts of a window hold about the same number of tokens. Their number is in
+the run's identity and does not depend on how many hosts there are: with as many hosts as parts each computes one part,
+with fewer hosts each computes several in turn.
 """
 
 import itertools
@@ -16,12 +16,12 @@ from core.samples.windows import Window
 
 @dataclass(frozen=True)
 class PartOfWindow:
-    """What a host computes of a window at one turn.
+    """The part of a window that a host computes in one turn.
 
     Attributes:
       window: the whole window. turn: counts from 0.
-      part: the number of the part; None if there is none left for this host at this turn.
-      own: the window with the part's samples alone; it may have none.
+      part: the index of the part; None if no part is left for this host in this turn.
+      own: the window with only the part's samples, which may be none.
     """
 
     window: Window
@@ -32,7 +32,7 @@ class PartOfWindow:
 
 
 def part_ranges(lengths: Sequence[int], n_parts: int) -> list[range]:
-    """Cuts the samples of a window, of `lengths` tokens, into runs: a sample is where its middle token falls."""
+    """Cuts the samples of a window, of `lengths` tokens, into runs; a sample's middle token decides its part."""
     ends = np.cumsum(lengths, dtype=np.int64)
     middles = 2 * ends - np.asarray(lengths)
     part_of = np.minimum(middles * n_parts // (2 * max(int(ends[-1]), 1)), n_parts - 1)
@@ -41,10 +41,10 @@ def part_ranges(lengths: Sequence[int], n_parts: int) -> list[range]:
 
 
 def parts_of_window(window: Window, *, n_parts: int, host: int = 0, n_hosts: int = 1) -> Iterator[PartOfWindow]:
-    """The turns of one of the hosts."""
+    """The turns of host `host`."""
     ranges = part_ranges(window.lengths, n_parts)
     turns = [range(first, min(first + n_hosts, n_parts)) for first in range(0, n_parts, n_hosts)]
-    # A turn without a sample is none: all hosts leave it out alike.
+    # All hosts skip a turn without samples.
     turns = [parts for parts in turns if any(ranges[part] for part in parts)]
     for turn, parts in enumerate(turns):
         part = parts[host] if host < len(parts) else None

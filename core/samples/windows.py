@@ -1,8 +1,8 @@
 """Windows: runs of consecutive samples of one stream, cut where the stored bytes reach the shard size.
 
-A window is the unit of packing, of output files, of commit and of resume. Where it ends depends on token counts alone,
-those that may be stored and those that the model sees, so it is known before any forward pass and is the same on every
-worker.
+A window is the unit of packing, of output files, of commit and of resume. Its end depends only on token counts (of
+tokens that may be stored, and of tokens that the model sees), so it is known before any forward pass and is the same
+on every worker.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +15,8 @@ from jaxtyping import Int32, Int64, UInt8
 
 from core.dataset_utils import BadRecord
 
-# What a token costs that is computed but not stored: its id, in memory and in the sample table. It keeps a window small
-# whose samples give next to nothing.
+# The cost of a token that is computed but not stored: its id, in memory and in the sample table. It bounds a window
+# whose samples store next to nothing.
 TOKEN_ID_BYTES = 4
 
 
@@ -32,8 +32,8 @@ class TokenizedSample:
       text_preview: at most 200 characters, for people.
       labels: the record's other keys, as they were in the stream.
       reasons: (T,) why each token is not stored, 0 for one that is (`core.samples.selection`); None: all are stored.
-      most_kept: how many of those without a reason are stored at most, while norms still decide; None: all.
-      n_pools: how many vectors are stored in the place of its tokens; 0: the tokens themselves.
+      most_kept: maximum number of stored tokens among those without a reason, until norms have decided; None: all.
+      n_pools: how many vectors are stored instead of its tokens; 0: the tokens themselves.
     """
 
     sample_idx: int
@@ -49,25 +49,25 @@ class TokenizedSample:
 
     @property
     def n_kept(self) -> int:
-        """How many tokens are stored; at most so many while norms still decide."""
+        """How many tokens are stored; an upper bound until norms have decided."""
         if self.reasons is None:
             return len(self.token_ids)
         return len(self.kept) if self.most_kept is None else self.most_kept
 
     @property
     def n_rows(self) -> int:
-        """How many rows its stored arrays have: one a token, or one a pool if it has a token."""
+        """How many rows its stored arrays have: one per token, or one per pool if a token is left."""
         return min(1, self.n_kept) * self.n_pools if self.n_pools else self.n_kept
 
     @property
     def kept(self) -> Int64[np.ndarray, "K"]:
-        """The places of the tokens that are stored, ascending."""
+        """The positions of the stored tokens, ascending."""
         return np.arange(len(self.token_ids)) if self.reasons is None else np.flatnonzero(self.reasons == 0)
 
 
 @dataclass(frozen=True)
 class StreamPlace:
-    """Where a resumed run goes on: the record to read first and the first sample of it that is still missing."""
+    """Where a resumed run continues: the record to read first, and its first sample that is still missing."""
 
     position: int
     sample_idx: int
@@ -99,17 +99,17 @@ class Window:
 
     @property
     def n_kept(self) -> int:
-        """Tokens of all samples that are stored; at most so many while norms still decide."""
+        """Stored tokens of all samples; an upper bound until norms have decided."""
         return sum(sample.n_kept for sample in self.samples)
 
     @property
     def n_rows(self) -> int:
-        """Rows of the stored arrays; at most so many while norms still decide."""
+        """Rows of the stored arrays; an upper bound until norms have decided."""
         return int(self.offsets[-1])
 
     @cached_property
     def offsets(self) -> Int64[np.ndarray, "S_plus_1"]:
-        """Where the stored rows of each sample begin in those of the window, and the end."""
+        """Where the stored rows of each sample begin among those of the window, and the end."""
         return np.concatenate([[0], np.cumsum([sample.n_rows for sample in self.samples], dtype=np.int64)])
 
 
@@ -118,13 +118,13 @@ def cut_windows(
 ) -> Iterator[Window]:
     """Yields the windows of a stream in order.
 
-    A window closes at the first sample with which the bytes of its largest file, or else the token ids of its samples,
-    reach `shard_bytes`. It is handed on only when the next sample or the end is seen, so that bad records behind it
-    belong to it and the last window knows that it is. Bad records alone make no window: a stream without a usable
-    sample yields none.
+    A window ends at the first sample with which the bytes of its largest file, or of the token ids of its samples,
+    reach `shard_bytes`. It is yielded only when the next sample or the end of the stream is seen, so that bad records
+    after it belong to it and the last window has `next_place` None. Bad records alone make no window: a stream without
+    a usable sample yields none.
 
     Args:
-      bytes_per_row: that a stored row, which is a token or a pool, adds to the largest file of a window.
+      bytes_per_row: bytes that a stored row (a token or a pool) adds to the largest file of a window.
     """
     samples: list[TokenizedSample] = []
     bad_records: list[BadRecord] = []

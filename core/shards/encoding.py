@@ -10,11 +10,11 @@ from typing import Any, BinaryIO
 
 from core.base.fault_points import fault_point
 from core.object_store import LocalStore, disk_errors
+from core.object_store.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 from core.samples.selection import dropped_ranges
 from core.samples.windows import TokenizedSample
 from core.shards.formats import Outline, ShardFormat, read_shard
 from core.shards.names import site_file_name, table_name
-from core.shards.sinks import DigestWriter, EagerFile, FileDigest, ParallelGzipWriter, Sink, WriteBehind
 from core.shards.window_activations import WindowActivations
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from core.step.layout import StepArrays
+from core.step.layout import BatchShape, StepArrays, default_row_lengths, packed_row_lengths
 from core.step.model_shape import ModelShape
 from qwen2_jax.taps import Capture
 
@@ -115,3 +115,12 @@ class Backend(Protocol):
     def load(self, path: str, revision: str | None, request: StepRequest) -> Step:
         """Loads as much of the model as `request` needs. Raises ModelError in one line."""
         ...
+
+
+def batch_shape(
+    backend: Backend, model: ModelShape, request: StepRequest, *, batch_size: int, pack: bool, longest: int
+) -> BatchShape:
+    """How samples of at most `longest` tokens are laid into steps of `batch_size` rows a device."""
+    row_multiple, pack = backend.row_multiple(model, request), pack and backend.can_pack
+    lengths = packed_row_lengths(longest, long_rows=backend.has_long_rows) if pack else default_row_lengths(longest)
+    return BatchShape(batch_size * row_multiple, row_multiple, lengths, pack)

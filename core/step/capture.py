@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from core.base.dtypes import DTYPES
 from core.base.errors import ModelError, UsageError
 from core.step.model_shape import ModelShape
-from qwen2_jax.hook_names import parse_hook_name
+from qwen2_jax.mapping.hook_names import parse_hook_name
 from qwen2_jax.taps import SITES, Capture
 
 

@@ -76,7 +76,7 @@ def fetch_of(layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Se
 def places_of(wanted: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B K"] | None:
     """The places of the wanted tokens of each row, in their order; None where too many are wanted to gather them.
 
-    Rows with fewer of them than K repeat token 0, which nobody reads.
+    Rows with fewer of them than K repeat token 0, which is not read.
     """
     size = fetch_size(int(wanted.sum(axis=1).max()), wanted.shape[1])
     if size is None:

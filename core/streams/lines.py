@@ -1,8 +1,8 @@
-"""What a line of a stream is as a sample: a JSON object, told apart by its keys and checked.
+"""Parses and checks the lines of a stream: JSON objects whose keys determine the kind of sample.
 
-A line is an ARC task (`train` and `test`, or the `examples` pairs of Hugging Face sets), `{"text": ...}`,
-`{"messages": [...]}` or `{"input_ids": [...]}`. `task_id` names it; every other key is a label that travels with the
-sample. Whatever is wrong with a line is a ValueError that says so.
+A line is an ARC task (`train` and `test`, or the `examples` pairs of Hugging Face datasets), `{"text": ...}`,
+`{"messages": [...]}` or `{"input_ids": [...]}`. `task_id` names it; every other key is a label that is stored with the
+sample. Any problem with a line is a ValueError whose message describes it.
 """
 
 import json
@@ -18,7 +18,7 @@ _BLANK = "blank line: remove it, or make it a sample"
 
 
 class Content(NamedTuple):
-    """What a JSON object holds as a sample."""
+    """The sample in a JSON object."""
 
     kind: Kind
     payload: Any
@@ -27,7 +27,7 @@ class Content(NamedTuple):
 
 
 def parse_json_line(raw: bytes) -> dict[str, Any]:
-    """The JSON object on one line. Raises ValueError, saying what is wrong with it."""
+    """The JSON object on one line. Raises ValueError describing the problem."""
     if not raw.strip():
         raise ValueError(_BLANK)
     try:
@@ -61,7 +61,7 @@ def _finite_float(digits: str) -> float:
 
 
 def kind_of(value: dict[str, Any]) -> Kind:
-    """What kind of sample an object is, by its keys. Raises ValueError if it is none or more than one."""
+    """The kind of sample of an object, by its keys. Raises ValueError if no kind or several kinds match."""
     found: list[tuple[Kind, str]] = []
     if "train" in value and "test" in value:
         found.append(("arc", "train"))
@@ -80,7 +80,7 @@ def kind_of(value: dict[str, Any]) -> Kind:
 
 
 def parse_object(value: dict[str, Any]) -> Content:
-    """The sample that an object is. Raises ValueError, saying what is wrong with it."""
+    """The sample in an object. Raises ValueError describing the problem."""
     kind = kind_of(value)
     labels = dict(value)
     task_id = _task_id(labels.pop("task_id", None))
@@ -108,7 +108,7 @@ def _task_id(value: Any) -> str | None:
 def task_from_pairs(pairs: Any) -> dict[str, Any]:
     """The ARC task of a list of [input, output] pairs, or of such objects: the last pair is the test.
 
-    Grids are not looked at. Raises ValueError if there are fewer than two pairs.
+    Grids are not checked. Raises ValueError if there are fewer than two pairs.
     """
     if not isinstance(pairs, list):
         raise ValueError(f"'examples' is a list of [input, output] pairs, not {_json_type(pairs)}")

@@ -1,11 +1,11 @@
-"""Sharded datasets: one set of samples cut into shards that workers claim one after another.
+"""Sharded datasets: one set of samples cut into dataset shards that workers claim one after another.
 
     <dir>/shard_000/chunk_0000.jsonl …   consecutive lines of the dataset
-    <dir>/shard_000/metadata.json        what the shard holds
-    <dir>/master_metadata.json           all shards; written last: without it there is no dataset
+    <dir>/shard_000/metadata.json        the shard's chunks, with sizes and checksums
+    <dir>/master_metadata.json           all shards; written last: without it the dataset is incomplete
 
-A shard holds consecutive tasks, and its folder is a stream: its lines are those of its chunks, and a line's position is
-its place in the whole dataset.
+A dataset shard holds consecutive tasks, and its folder is a stream: its lines are those of its chunks, and a line's
+position counts from the start of the whole dataset.
 """
 
 import json
@@ -37,7 +37,7 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class ChunkEntry:
-    """One file of a shard: its name in the shard's folder, lines, and bytes and crc32c as stored."""
+    """One file of a dataset shard: its name in the shard's folder, number of lines, and stored bytes and crc32c."""
 
     name: str
     num_tasks: int
@@ -47,7 +47,7 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class DatasetShard:
-    """One shard, as `metadata.json` and `master_metadata.json` describe it; its tasks are consecutive."""
+    """One dataset shard, as in `metadata.json` and `master_metadata.json`; its tasks are consecutive."""
 
     shard_id: int
     name: str
@@ -62,7 +62,7 @@ class DatasetShard:
 
     @property
     def crc32c(self) -> str:
-        """Of the list of chunks with their sizes and checksums, 8 hex digits: it tells shards apart unread."""
+        """Checksum of the list of chunks with their sizes and checksums, 8 hex digits; needs no chunk to be read."""
         listed = "".join(f"{chunk.name} {chunk.bytes} {chunk.crc32c}\n" for chunk in self.chunks)
         return f"{google_crc32c.value(listed.encode()):08x}"
 
@@ -92,7 +92,7 @@ class DatasetManifest:
 
 @dataclass(frozen=True)
 class _Piece:
-    """A chunk that is still a range of one file: where it begins there."""
+    """A chunk that is still part of the one staged file, and its offset there."""
 
     offset: int
     chunk: ChunkEntry
@@ -101,22 +101,22 @@ class _Piece:
 def read_dataset(url: str) -> DatasetManifest:
     """The manifest of the dataset at `url`; every name in it has been checked and may be used in a path.
 
-    Raises UsageError if no complete dataset is there, RunError if its manifest does not hold together.
+    Raises UsageError if no complete dataset is there, RunError if its manifest is inconsistent.
     """
     store = open_store(url)
     try:
         data = store.read_bytes(MASTER_FILE)
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
-            f"{url}: no {MASTER_FILE}: name a folder that create_dataset_streams.py --sharded has finished"
+            f"{url}: no {MASTER_FILE}: pass a folder that create_dataset_streams.py --sharded has finished writing"
         ) from None
     return _parsed(data, _dataset_of, f"{store.url}/{MASTER_FILE}")
 
 
 def find_shard(path: str) -> DatasetShard | None:
-    """The shard whose folder `path` is; None if it is no such folder, which its name mostly tells already.
+    """The dataset shard in the folder `path`; None if it is not such a folder, in most cases by its name alone.
 
-    Raises RunError if its metadata does not hold together.
+    Raises RunError if its metadata is inconsistent.
     """
     folder = path.rstrip("/")
     if not SHARD_NAME.fullmatch(folder.rpartition("/")[2]):
@@ -139,14 +139,14 @@ def is_dataset(path: str) -> bool:
 
 
 def check_chunk(folder: str, chunk: ChunkEntry) -> None:
-    """Raises RunError unless the chunk in a shard's folder has the size and checksum that the metadata says."""
+    """Raises RunError unless the chunk in a shard's folder has the size and checksum in the metadata."""
     found = open_store(folder).info(chunk.name)
     if found is None:
         raise RunError(f"{folder}/{chunk.name}: no such file: copy the dataset again")
     if found != ObjectInfo(chunk.bytes, chunk.crc32c):
         raise RunError(
-            f"{folder}/{chunk.name} has {found.size} bytes with crc32c {found.crc32c}, {SHARD_FILE} says {chunk.bytes} "
-            f"with {chunk.crc32c}: it was changed after the dataset was made; make or copy the dataset again"
+            f"{folder}/{chunk.name} has {found.size} bytes with crc32c {found.crc32c}, {SHARD_FILE} lists "
+            f"{chunk.bytes} with {chunk.crc32c}: it was changed after the dataset was made; make or copy it again"
         )
 
 
@@ -170,7 +170,7 @@ def _dataset_of(value: Any) -> DatasetManifest:
     starts = list(accumulate((shard.num_tasks for shard in shards), initial=0))
     for shard, start in zip(shards, starts, strict=False):
         if shard.first_task != start:
-            raise ValueError(f"{shard.name} begins at task {shard.first_task}, the one before it ends at {start}")
+            raise ValueError(f"{shard.name} begins at task {shard.first_task}, the previous shard ends at {start}")
     if starts[-1] != manifest.total_tasks:
         raise ValueError(f"total_tasks is {manifest.total_tasks}, its shards have {starts[-1]}")
     return manifest
@@ -186,11 +186,11 @@ def _shard_of(value: Any) -> DatasetShard:
     )
     if not SHARD_NAME.fullmatch(shard.name) or int(shard.name.removeprefix("shard_")) != shard.shard_id:
         raise ValueError(f"{shard.name!r} is not the name of shard {shard.shard_id}")
-    held = sum(chunk.num_tasks for chunk in shard.chunks)
-    if shard.num_tasks != held:
-        raise ValueError(f"{shard.name} has {shard.num_tasks} tasks, its chunks have {held}")
+    in_chunks = sum(chunk.num_tasks for chunk in shard.chunks)
+    if shard.num_tasks != in_chunks:
+        raise ValueError(f"{shard.name} has {shard.num_tasks} tasks, its chunks have {in_chunks}")
     if len({chunk.name for chunk in shard.chunks}) != len(shard.chunks):
-        raise ValueError(f"{shard.name} names a chunk twice")
+        raise ValueError(f"{shard.name} lists a chunk twice")
     return shard
 
 
@@ -204,7 +204,7 @@ def _chunk_of(value: Any) -> ChunkEntry:
     if not CHUNK_NAME.fullmatch(chunk.name):
         raise ValueError(f"{chunk.name!r} is not the name of a chunk")
     if chunk.num_tasks < 1:
-        raise ValueError(f"{chunk.name} holds no task")
+        raise ValueError(f"{chunk.name} has no tasks")
     return chunk
 
 
@@ -217,7 +217,7 @@ def _field(value: Any, name: str, *kinds: type) -> Any:
 
 
 def shard_sizes(total: int, num_shards: int) -> list[int]:
-    """How many tasks each shard gets: their sum is `total` and no two differ by more than one."""
+    """The number of tasks of each shard: they add up to `total`, and no two differ by more than one."""
     return [total // num_shards + (index < total % num_shards) for index in range(num_shards)]
 
 
@@ -226,8 +226,9 @@ def write_dataset(
 ) -> DatasetManifest:
     """Cuts a finished JSON Lines file into the dataset at `url`, a local folder or gs://.
 
-    A chunk ends before the line with which it would exceed `chunk_size_mb` MiB. The same dataset, whole or half
-    written, is completed. Raises UsageError if another one is there and `overwrite` is off; then nothing is changed.
+    A chunk ends before the line with which it would exceed `chunk_size_mb` MiB. If the same dataset is there already,
+    in whole or in part, it is completed. Raises UsageError if a different one is there and `overwrite` is off; then
+    nothing is changed.
     """
     with lines.open("rb") as file:
         shards = _cut(file, shard_sizes(n_lines, num_shards), max(1, int(chunk_size_mb * (1 << 20))))
@@ -241,8 +242,8 @@ def write_dataset(
     _make_room(store, wanted, overwrite)
     with ThreadPoolExecutor(_UPLOAD_THREADS) as pool:
         list(pool.map(lambda name: _store_chunk(store, name, lines, chunks[name]), chunks))
-        list(pool.map(lambda name: refuse_taken(store, name, store.create_bytes(name, records[name])), records))
-    refuse_taken(store, MASTER_FILE, store.create_bytes(MASTER_FILE, master))
+        list(pool.map(lambda name: check_not_taken(store, name, store.create_bytes(name, records[name])), records))
+    check_not_taken(store, MASTER_FILE, store.create_bytes(MASTER_FILE, master))
     return manifest
 
 
@@ -274,15 +275,16 @@ def _pieces(lines: Iterator[bytes], offset: int, chunk_bytes: int) -> Iterator[_
 
 
 def _make_room(store: ObjectStore, wanted: dict[str, ObjectInfo], overwrite: bool) -> None:
-    """Removes what does not belong to the dataset that is about to be written, or refuses to."""
-    standing = [name for name in store.list() if _DATASET_FILE.fullmatch(name)]
-    other = [name for name in standing if store.info(name) != wanted.get(name)]
+    """Removes the files of a different dataset if `overwrite`, else raises UsageError when there are any."""
+    existing = [name for name in store.list() if _DATASET_FILE.fullmatch(name)]
+    other = [name for name in existing if store.info(name) != wanted.get(name)]
     if other and not overwrite:
         raise UsageError(
             f"{store.url}/{other[0]}: another dataset is already there: pass --overwrite or another --output_dir"
         )
     if other:
-        # The manifest goes first and comes last, so that no reader takes a half-replaced dataset for a whole one.
+        # The manifest is deleted first and written last, so that no reader mistakes a half-replaced dataset for a
+        # complete one.
         for name in dict.fromkeys([MASTER_FILE, *other]):
             store.delete(name)
 
@@ -298,10 +300,10 @@ def _store_chunk(store: ObjectStore, name: str, lines: Path, piece: _Piece) -> N
         outcome = store.create_file(name, part, ObjectInfo(piece.chunk.bytes, piece.chunk.crc32c))
     finally:
         part.unlink(missing_ok=True)
-    refuse_taken(store, name, outcome)
+    check_not_taken(store, name, outcome)
 
 
-def refuse_taken(store: ObjectStore, name: str, outcome: Created) -> None:
-    """Raises RunError if something else was created under the name after it had been found free."""
+def check_not_taken(store: ObjectStore, name: str, outcome: Created) -> None:
+    """Raises RunError if another process created something else under the name after it was found free."""
     if outcome is Created.ALREADY_DIFFERENT:
-        raise RunError(f"{store.url}/{name}: someone else is writing other data there: use another --output_dir")
+        raise RunError(f"{store.url}/{name}: another process is writing other data there: use another --output_dir")

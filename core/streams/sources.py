@@ -1,4 +1,4 @@
-"""Where streams come from: ARC JSON, JSON Lines, text, Parquet and Hugging Face datasets, as rows with their place."""
+"""Sources of streams: ARC JSON, JSON Lines, text, Parquet and Hugging Face datasets, as rows with their location."""
 
 import importlib.util
 import json
@@ -29,9 +29,9 @@ class SourceRow:
     """`file:line`, `file:key` or `dataset:row`, for errors."""
     values: dict[str, Any]
     task_id: str | None = None
-    """The name that the source gives the row outside its columns, such as a file's."""
+    """The row's name where it is not in a column, such as the name of its file."""
     is_blank: bool = False
-    """A blank line of a text file, which is no row but is counted."""
+    """Whether this is a blank line of a text file: left out, but counted."""
 
 
 def read_source(name: str, split: str, config: str | None, text_unit: TextUnit) -> Iterator[SourceRow]:
@@ -74,7 +74,7 @@ def _file_rows(path: str, split: str, text_unit: TextUnit) -> Iterator[SourceRow
         return _text_rows(path, text_unit)
     if suffix == ".parquet":
         return _parquet_rows(path)
-    raise UsageError(f"{path}: cannot tell what it holds: expected a name ending in {', '.join(_READABLE)}")
+    raise UsageError(f"{path}: unknown file type: expected a name ending in {', '.join(_READABLE)}")
 
 
 def _folder_rows(path: str, split: str, config: str | None, text_unit: TextUnit) -> Iterator[SourceRow]:
@@ -112,7 +112,7 @@ def _json_rows(path: str, split: str) -> Iterator[SourceRow]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
-            # JSON Lines under the name .json, as many exports are.
+            # Many exports are JSON Lines with the suffix .json.
             yield from _jsonl_rows(path)
             return
         raise RunError(f"{path}:{error.lineno}: broken JSON: {error.msg} at column {error.colno}") from None
@@ -218,7 +218,7 @@ def _saved_dataset_rows(path: str, split: str) -> Iterator[SourceRow]:
 
 def _hub_rows(name: str, split: str, config: str | None) -> Iterator[SourceRow]:
     datasets = _datasets(name)
-    # Streaming reads no more than is asked for; without the hub only what was downloaded before is there.
+    # Streaming downloads no more than is needed, but offline only what was downloaded before is available.
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false")
     with storage_errors(f"{name}: cannot load the dataset"):
         loaded = datasets.load_dataset(name, config, split=split, streaming=not offline or os.path.isdir(name))
@@ -236,6 +236,6 @@ def _datasets(name: str) -> Any:
         import huggingface_hub
     except ImportError:
         raise UsageError(f"{name}: reading it needs the package datasets: {_INSTALL_DATASETS}") from None
-    # A hub out of reach is one error, not a dozen warnings before it.
+    # Otherwise an unreachable hub is reported by a dozen warnings before our one error.
     huggingface_hub.logging.set_verbosity_error()
     return datasets

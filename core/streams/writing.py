@@ -1,4 +1,4 @@
-"""Streams from a source: rows become checked lines, dealt to N files that appear together or not at all."""
+"""Writes streams from a source: rows become checked lines, dealt to N files that appear together or not at all."""
 
 import datetime
 import json
@@ -16,7 +16,7 @@ from core.base.errors import RunError, UsageError
 from core.object_store import LocalStore, ObjectInfo, ObjectStore, file_info, open_store, sync_folder
 from core.object_store.stored_files import storage_errors
 from core.streams.lines import Kind, kind_of, parse_object, task_from_pairs
-from core.streams.sharded_dataset import DEFAULT_CHUNK_MB, refuse_taken, write_dataset
+from core.streams.sharded_dataset import DEFAULT_CHUNK_MB, check_not_taken, write_dataset
 from core.streams.sources import SourceRow, TextUnit, read_source
 
 DEFAULT_COLUMN = "examples"
@@ -28,7 +28,7 @@ _CONTENT_KEYS = ("train", "test", "examples", "text", "messages", "input_ids")
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """What `create_streams` and `create_sharded_dataset` do; the flags of the command."""
+    """The options of `create_streams` and `create_sharded_dataset`; the flags of the command."""
 
     dataset_name: str
     output_dir: str
@@ -48,7 +48,7 @@ class StreamOptions:
 
 @dataclass(frozen=True)
 class WrittenStream:
-    """One stream (a file, or the folder of a shard) as it stands in the output folder."""
+    """One stream in the output folder: a file, or the folder of a dataset shard."""
 
     path: str
     samples: int
@@ -58,7 +58,7 @@ class WrittenStream:
 
 @dataclass(frozen=True)
 class StreamsSummary:
-    """What was written, and what was left out or renamed on the way."""
+    """What was written, left out and renamed."""
 
     kind: Kind
     samples: int
@@ -68,28 +68,28 @@ class StreamsSummary:
 
 
 class TaskIds:
-    """Task ids, each given out once.
+    """Makes task ids unique.
 
-    Ids made from the row's number are kept as one byte a row, so that a large source without ids costs little memory.
+    Ids generated from the row index take one byte each, so that a large source without ids needs little memory.
     """
 
     def __init__(self) -> None:
         self.renamed = 0
-        self._given: set[str] = set()
+        self._used: set[str] = set()
         self._copies: dict[str, int] = {}
-        self._rows_numbered = bytearray()
+        self._is_generated = bytearray()
 
     def unique(self, wanted: str | None) -> str:
-        """`wanted`, with a suffix if it is taken; `task_{row:08d}` if there is none. Call once a row."""
-        numbered = f"task_{len(self._rows_numbered):08d}"
-        is_numbered = wanted is None and not self._is_taken(numbered)
-        name = numbered if is_numbered else self._free(wanted or numbered)
-        if not is_numbered:
-            self._given.add(name)
-        self._rows_numbered.append(is_numbered)
+        """`wanted`, with a suffix if it is taken; `task_{row:08d}` if it is None. Call once for each row."""
+        generated = f"task_{len(self._is_generated):08d}"
+        is_generated = wanted is None and not self._is_taken(generated)
+        name = generated if is_generated else self._with_suffix(wanted or generated)
+        if not is_generated:
+            self._used.add(name)
+        self._is_generated.append(is_generated)
         return name
 
-    def _free(self, wanted: str) -> str:
+    def _with_suffix(self, wanted: str) -> str:
         name = wanted
         while self._is_taken(name):
             self._copies[wanted] = self._copies.get(wanted, 0) + 1
@@ -98,17 +98,18 @@ class TaskIds:
         return name
 
     def _is_taken(self, name: str) -> bool:
-        number = _GENERATED_ID.fullmatch(name)
-        if number is not None and name == f"task_{int(number[1]):08d}" and int(number[1]) < len(self._rows_numbered):
-            return bool(self._rows_numbered[int(number[1])]) or name in self._given
-        return name in self._given
+        match = _GENERATED_ID.fullmatch(name)
+        if match is not None and name == f"task_{int(match[1]):08d}" and int(match[1]) < len(self._is_generated):
+            return bool(self._is_generated[int(match[1])]) or name in self._used
+        return name in self._used
 
 
 def stream_line(row: SourceRow, options: StreamOptions) -> dict[str, Any]:
     """The stream line of a row, with its task id under "task_id" if the source has one.
 
-    The named column becomes the sample: pairs an ARC task, a text a text, objects with a role messages, whole numbers
-    token ids. Rows without the default column are read by their own keys. Raises ValueError if the row is no sample.
+    `options.column_name` holds the sample: pairs are an ARC task, a string is a text, objects with a role are messages,
+    whole numbers are token ids. Rows without the default column are read by their own keys. Raises ValueError if the
+    row is not a sample.
     """
     values = {key: value for key, value in row.values.items() if key not in options.drop_columns}
     if options.id_column not in values and options.id_column != "task_id":
@@ -127,7 +128,7 @@ def _content(values: dict[str, Any], column: str) -> dict[str, Any]:
         clash = next((key for key in _CONTENT_KEYS if key in values and key not in (column, *content)), None)
         clash = clash or next((key for key in content if key in values and key != column), None)
         if clash is not None:
-            raise ValueError(f"the column {clash!r} would be read as another sample: pass --drop_columns {clash}")
+            raise ValueError(f"the column {clash!r} would be read as a second sample: pass --drop_columns {clash}")
         return content
     if column != DEFAULT_COLUMN:
         raise ValueError(f"no column {column!r}: the columns are {', '.join(values)}")
@@ -139,7 +140,7 @@ def _content_of_column(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value}
     if not isinstance(value, list):
-        raise ValueError(f"the column holds {value!r:.40}: expected pairs of grids, a text, messages or token ids")
+        raise ValueError(f"the column is {value!r:.40}: expected pairs of grids, a text, messages or token ids")
     if value and all(type(item) is int for item in value):
         return {"input_ids": value}
     if value and all(isinstance(item, dict) and "role" in item for item in value):
@@ -150,9 +151,9 @@ def _content_of_column(value: Any) -> dict[str, Any]:
 def create_streams(options: StreamOptions) -> StreamsSummary:
     """Deals the rows of a source round robin to `stream_000.jsonl` … in the output folder, which may be a URL.
 
-    Streams that are there already with the same bytes are left alone. Raises UsageError if others are there and
-    `overwrite` is off, or if there are fewer samples than streams, and RunError at the first row that is no sample;
-    then nothing is written.
+    Existing streams with the same bytes are left alone. Raises UsageError if different ones exist and `overwrite` is
+    off, or if there are fewer samples than streams, and RunError at the first row that is not a sample; then nothing
+    is written.
     """
     _check_options(options)
     rows = read_source(options.dataset_name, options.split, options.config, options.text_unit)
@@ -172,16 +173,16 @@ def create_streams(options: StreamOptions) -> StreamsSummary:
 
 
 def create_sharded_dataset(options: StreamOptions) -> StreamsSummary:
-    """Cuts the rows of a source into `num_shards` runs of consecutive tasks, each a folder of chunks.
+    """Cuts the rows of a source into `num_shards` dataset shards of consecutive tasks, each a folder of chunks.
 
-    The summary's streams are the shards. The same dataset, whole or half written, is completed. Raises as
-    `create_streams` does.
+    The summary's streams are the shards. If the same dataset is there already, in whole or in part, it is completed.
+    Raises as `create_streams` does.
     """
     _check_options(options)
     rows = read_source(options.dataset_name, options.split, options.config, options.text_unit)
     with _staging_folder(open_store(options.output_dir)) as folder:
         lines = _Lines(rows, options)
-        # How many tasks a shard gets is known only when all have been counted.
+        # All tasks must be counted before the first shard can be cut.
         part = folder / "lines.jsonl"
         _write_parts([part], lines)
         lines.check_fill(options.num_shards, "shards")
@@ -203,13 +204,13 @@ def _check_options(options: StreamOptions) -> None:
     for name in ("num_streams", "num_shards", "max_samples"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name} is at least 1, not {value}")
+            raise UsageError(f"--{name} {value}: must be at least 1")
     if not 0 < options.chunk_size_mb < float("inf"):
-        raise UsageError(f"--chunk_size_mb is above 0, not {options.chunk_size_mb}")
+        raise UsageError(f"--chunk_size_mb {options.chunk_size_mb}: must be above 0 and finite")
 
 
 class _Lines:
-    """The encoded lines of a source, counting on the way."""
+    """The encoded lines of a source; counts them as they are read."""
 
     def __init__(self, rows: Iterator[SourceRow], options: StreamOptions) -> None:
         self.kind: Kind | None = None
@@ -236,12 +237,12 @@ class _Lines:
     def check_fill(self, parts: int, what: str) -> None:
         """Raises RunError if there is no sample, UsageError if there are fewer samples than parts."""
         if not self.count:
-            raise RunError(f"{self._options.dataset_name}: no samples in it")
+            raise RunError(f"{self._options.dataset_name}: it has no samples")
         if self.count < parts:
             raise UsageError(f"{self.count} samples cannot fill {parts} {what}: pass --num_{what} {self.count}")
 
     def summary(self, streams: Iterable[WrittenStream]) -> StreamsSummary:
-        """What was written, once all lines have been."""
+        """The summary, once all lines have been written."""
         assert self.kind is not None
         return StreamsSummary(self.kind, self.count, tuple(streams), self.skipped_empty, self.ids.renamed)
 
@@ -286,7 +287,7 @@ def _iso_time(value: Any) -> str:
 
 @contextmanager
 def _staging_folder(store: ObjectStore) -> Iterator[Path]:
-    """A folder for unfinished streams: beside the finished ones if they are local, so that a rename moves them."""
+    """A folder for unfinished streams, inside a local output folder so that they can be renamed into place."""
     target = store.root if isinstance(store, LocalStore) else None
     made = target is not None and not target.is_dir()
     with storage_errors(f"{store.url}: cannot write there"):
@@ -315,16 +316,16 @@ def _write_parts(parts: Sequence[Path], lines: _Lines) -> None:
 
 
 def _publish(parts: Sequence[Path], store: ObjectStore, overwrite: bool) -> dict[str, ObjectInfo]:
-    """Moves finished streams to where they belong; returns name → what is stored there, in order."""
+    """Moves finished streams into the output folder; returns name → size and checksum, in order."""
     wanted = {part.name: file_info(part) for part in parts}
     with storage_errors(f"{store.url}: cannot write the streams"):
-        standing = [name for name in _names(store) if _STREAM_NAME.fullmatch(name)]
-        other = [name for name in standing if name not in wanted or store.info(name) != wanted[name]]
+        existing = [name for name in _names(store) if _STREAM_NAME.fullmatch(name)]
+        other = [name for name in existing if name not in wanted or store.info(name) != wanted[name]]
         if other and not overwrite:
             raise UsageError(
                 f"{store.url}/{other[0]}: another stream is already there: pass --overwrite or another --output_dir"
             )
-        missing = [part for part in parts if part.name not in standing or part.name in other]
+        missing = [part for part in parts if part.name not in existing or part.name in other]
         if isinstance(store, LocalStore):
             _rename_into(store, missing, [name for name in other if name not in wanted])
         else:
@@ -333,12 +334,12 @@ def _publish(parts: Sequence[Path], store: ObjectStore, overwrite: bool) -> dict
 
 
 def _names(store: ObjectStore) -> list[str]:
-    # A store lists at any depth; a local folder may hold much else that is no stream.
+    # A store lists recursively, which is slow in a local folder with many other files.
     return sorted(os.listdir(store.root)) if isinstance(store, LocalStore) else store.list("stream_")
 
 
 def _rename_into(store: LocalStore, parts: Sequence[Path], surplus: Sequence[str]) -> None:
-    """Puts each stream in the place of the one before it, which stands until then."""
+    """Replaces each stream in one step, so that the old one is readable until then."""
     for part in parts:
         part.replace(store.root / part.name)
     for name in surplus:
@@ -349,8 +350,8 @@ def _rename_into(store: LocalStore, parts: Sequence[Path], surplus: Sequence[str
 def _store_new(
     store: ObjectStore, parts: Sequence[Path], wanted: Mapping[str, ObjectInfo], other: Sequence[str]
 ) -> None:
-    """Creates each stream. The other ones go first, so that old and new streams never stand side by side."""
+    """Creates each stream. Different ones are deleted first, so that old and new streams are never mixed."""
     for name in other:
         store.delete(name)
     for part in parts:
-        refuse_taken(store, part.name, store.create_file(part.name, part, wanted[part.name]))
+        check_not_taken(store, part.name, store.create_file(part.name, part, wanted[part.name]))

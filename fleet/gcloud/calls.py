@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from enum import Enum
 
 from core.base.errors import RunError
-from fleet.decisions import Machine, Slot
 from fleet.gcloud.listing import (
     FLEET_LABEL,
     WORKER_LABEL,
@@ -24,6 +23,7 @@ from fleet.gcloud.listing import (
     parse_description,
     parse_list,
 )
+from fleet.gcloud.machines import Machine, Slot
 from fleet.gcloud.parallel import each
 
 _TPUS = ("compute", "tpus")

@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from qwen2_jax.attention import MASKED_LOGIT
 from qwen2_jax.attention.gpu_tiles import Tiles
-from qwen2_jax.rope import Tables, rotate
+from qwen2_jax.attention.logits import MASK_VALUE, Scale
+from qwen2_jax.rope import Tables, rotate_q_k
 
 # The unit that computes exponentials takes powers of two.
 _LOG2_E = math.log2(math.e)
@@ -35,20 +35,19 @@ def triton_attention(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    first: Int[Array, "B T"],
+    start: Int[Array, "B T"],
     rotary: Tables | None,
     *,
-    scale: Any,
+    scale: Scale,
     softcap: float | None,
     tiles: Tiles,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
-    """See `attention.attention`; `first` is what `attention.first_visible` gives, T a multiple of 128.
+    """See `dispatch.attention`; `start` is what `logits.kv_start` gives, T a multiple of 128.
 
     interpret: run the kernel without a GPU.
     """
-    if rotary is not None:
-        q, k = rotate(q, rotary), rotate(k, rotary)
+    q, k = rotate_q_k(q, k, rotary)
     rows, length, kv_heads, groups, head_dim = q.shape
     width = max(_NARROWEST, pl.next_power_of_2(head_dim))
     last = length // tiles.queries - 1
@@ -70,13 +69,13 @@ def triton_attention(
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name="attention",
-    )(jnp.asarray(scale, jnp.float32).reshape(1), first, q.reshape(rows, length, -1, head_dim), k, v)
+    )(jnp.asarray(scale, jnp.float32).reshape(1), start, q.reshape(rows, length, -1, head_dim), k, v)
     return out.reshape(q.shape)
 
 
 def _kernel(
     scale_ref: Any,
-    first_ref: Any,
+    start_ref: Any,
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -92,26 +91,26 @@ def _kernel(
     load = partial(plgpu.load, mask=held, other=None if held is None else 0.0)
     block = pl.num_programs(0) - 1 - pl.program_id(0)
     place = block * tiles.queries + jnp.arange(tiles.queries, dtype=jnp.int32)
-    first, q, scale = first_ref[...], load(q_ref), scale_ref[0]
+    start, q, scale = start_ref[...], load(q_ref), scale_ref[0]
 
     def visit(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        peak, total, out = carry
+        m, l, acc = carry
         tokens = pl.ds(index * tiles.keys, tiles.keys)
         logits = _powers(plgpu.dot(q, load(k_ref.at[tokens]).T), scale, softcap)
         key = index * tiles.keys + jnp.arange(tiles.keys, dtype=jnp.int32)
-        visible = (first[:, None] <= key) & (key <= place[:, None])
-        logits = jnp.where(visible, logits, MASKED_LOGIT)
-        new_peak = jnp.maximum(peak, logits.max(axis=-1))
-        keep, probs = jnp.exp2(peak - new_peak), jnp.exp2(logits - new_peak[:, None])
-        seen = plgpu.dot(probs.astype(v_ref.dtype), load(v_ref.at[tokens]))
-        return new_peak, keep * total + probs.sum(axis=-1), keep[:, None] * out + seen
+        visible = (start[:, None] <= key) & (key <= place[:, None])
+        logits = jnp.where(visible, logits, MASK_VALUE)
+        m_new = jnp.maximum(m, logits.max(axis=-1))
+        alpha, p = jnp.exp2(m - m_new), jnp.exp2(logits - m_new[:, None])
+        weighted = plgpu.dot(p.astype(v_ref.dtype), load(v_ref.at[tokens]))
+        return m_new, alpha * l + p.sum(axis=-1), alpha[:, None] * acc + weighted
 
-    begin = lax.div(jnp.min(first), tiles.keys)
+    begin = lax.div(jnp.min(start), tiles.keys)
     end = lax.div((block + 1) * tiles.queries + tiles.keys - 1, tiles.keys)
-    nothing = jnp.zeros((tiles.queries,), jnp.float32)
-    start = (nothing + MASKED_LOGIT, nothing, jnp.zeros((tiles.queries, width), jnp.float32))
-    _, total, out = lax.fori_loop(begin, end, visit, start)
-    plgpu.store(out_ref, (out / total[:, None]).astype(out_ref.dtype), mask=held)
+    l = jnp.zeros((tiles.queries,), jnp.float32)
+    carry = (l + MASK_VALUE, l, jnp.zeros((tiles.queries, width), jnp.float32))
+    _, l, acc = lax.fori_loop(begin, end, visit, carry)
+    plgpu.store(out_ref, (acc / l[:, None]).astype(out_ref.dtype), mask=held)
 
 
 def _powers(dots: Array, scale: Array, softcap: float | None) -> Array:

@@ -11,7 +11,7 @@ inside a block comes from a function of one integer a query, so that integer hol
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 from jaxtyping import Array, Bool, Float, Int
 
+from qwen2_jax.attention.logits import Scale
 from qwen2_jax.rope import Tables
 
 # The longer a block, the less often the kernel starts anew; a block of logits must fit on the chip.
@@ -51,16 +52,16 @@ def splash_attention(
     q: Float[Array, "B T K G H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
-    first: Int[Array, "B T"],
+    start: Int[Array, "B T"],
     rotary: Tables | None,
     *,
-    scale: Any,
+    scale: Scale,
     softcap: float | None,
     interpret: bool = False,
 ) -> Float[Array, "B T K G H"]:
-    """See `attention.attention`; `first` is what `attention.first_visible` gives.
+    """See `dispatch.attention`; `start` is what `logits.kv_start` gives.
 
-    The scale is part of the queries, which are rounded once, behind rotation and scale. Rows are strung together, so
+    The scale is part of the queries, which are rounded once, after rotation and scale. Rows are strung together, so
     that heads come first as the kernel wants them and projections can write and read that layout.
     interpret: run the kernel without a TPU.
     """
@@ -68,7 +69,7 @@ def splash_attention(
     q, k = _placed(q.reshape(rows, length, -1, head_dim), rotary, scale), _placed(k, rotary)
     bits, block = (length - 1).bit_length(), block_of(length)
     kernel = SplashAttentionKernel(
-        _mask_info(first, block, bits),
+        _mask_info(start, block, bits),
         None,
         None,
         block_sizes=BlockSizes(block_q=block, block_kv=block),
@@ -88,7 +89,7 @@ def _heads_first(x: Float[Array, "B T N H"]) -> Float[Array, "N P H"]:
     return x.reshape(-1, *x.shape[2:]).swapaxes(0, 1)
 
 
-def _placed(x: Float[Array, "B T N H"], rotary: Tables | None, scale: Any = 1.0) -> Float[Array, "N P H"]:
+def _placed(x: Float[Array, "B T N H"], rotary: Tables | None, scale: Scale = 1.0) -> Float[Array, "N P H"]:
     """Rotated, scaled, heads first. By the compiler's cycles, whole lanes are best turned where they are to lie."""
     if rotary is None:
         return _heads_first((x.astype(jnp.float32) * scale).astype(x.dtype))
@@ -107,7 +108,7 @@ def _widened(table: Float[Array, "B T R"], head_dim: int, *, fixed: float) -> Fl
 
 
 def _turned(
-    x: Float[Array, "*P H"], cos: Float[Array, "*#P H"], sin: Float[Array, "*#P H"], n_pairs: int, scale: Any
+    x: Float[Array, "*P H"], cos: Float[Array, "*#P H"], sin: Float[Array, "*#P H"], n_pairs: int, scale: Scale
 ) -> Float[Array, "*P H"]:
     """`rope.rotate` and a scale, rounded once.
 
@@ -123,12 +124,12 @@ def _turned(
     return ((x.astype(jnp.float32) * cos + other * sin) * scale).astype(x.dtype)
 
 
-def _mask_info(first: Int[Array, "B T"], block: int, bits: int) -> MaskInfo:
-    """first counts within a row, what is made of it in all rows together."""
-    rows, length = first.shape
+def _mask_info(start: Int[Array, "B T"], block: int, bits: int) -> MaskInfo:
+    """start counts within a row, what is made of it in all rows together."""
+    rows, length = start.shape
     place = jnp.arange(rows * length, dtype=jnp.int32)
-    first = (first + length * jnp.arange(rows, dtype=jnp.int32)[:, None]).reshape(-1)
-    begin = first.reshape(-1, block).min(1, keepdims=True) // block
+    start = (start + length * jnp.arange(rows, dtype=jnp.int32)[:, None]).reshape(-1)
+    begin = start.reshape(-1, block).min(1, keepdims=True) // block
     end = jnp.arange(len(begin), dtype=jnp.int32)[:, None]
     visited = begin + jnp.arange(length // block, dtype=jnp.int32)
     return MaskInfo(
@@ -136,5 +137,5 @@ def _mask_info(first: Int[Array, "B T"], block: int, bits: int) -> MaskInfo:
         mask_next=None,
         block_mask=(visited <= end).astype(jnp.int32)[None],
         partial_mask_blocks=None,
-        q_sequence=place << bits | (place - first),  # type: ignore[arg-type]  # annotated as numpy's, passed on as is
+        q_sequence=place << bits | (place - start),  # type: ignore[arg-type]  # annotated as numpy's, passed on as is
     )

@@ -254,13 +254,13 @@ def insist(action: Callable[[], _T], url: str) -> _T:
         except FileNotFoundError as error:
             raise ModelError(f"{url}: no such folder or file, or it was replaced while it was read") from error
         except Exception as error:  # the file system's own, the HTTP library's and the credentials' errors
-            if failures == _TRIES or not _may_pass(error):
+            if failures == _TRIES or not _is_transient(error):
                 raise ModelError(f"{url}: cannot be read ({_reason(error)})") from error
         time.sleep(min(16.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0))
     raise AssertionError("unreachable")
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     """Whether to try again: of the errors with an HTTP status those of the server, and every broken connection."""
     code = str(getattr(error, "code", None) or getattr(error, "status", None) or "")
     if code.isdigit():

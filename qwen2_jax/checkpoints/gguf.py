@@ -27,26 +27,26 @@ LONG_DIVISORS, SHORT_DIVISORS = "rope_factors_long.weight", "rope_factors_short.
 _NOT_WEIGHTS = {ROPE_DIVISORS, LONG_DIVISORS, SHORT_DIVISORS}  # part of the config
 _BLOCK = "blk.{layer}."
 _STEMS = {
-    "embedding": "token_embd",
-    "position_embedding": "position_embd",
     "layers.attn_norm": _BLOCK + "attn_norm",
-    "layers.q": _BLOCK + "attn_q",
-    "layers.k": _BLOCK + "attn_k",
-    "layers.v": _BLOCK + "attn_v",
-    "layers.q_norm": _BLOCK + "attn_q_norm",
-    "layers.k_norm": _BLOCK + "attn_k_norm",
-    "layers.o": _BLOCK + "attn_output",
+    "layers.attn.q": _BLOCK + "attn_q",
+    "layers.attn.k": _BLOCK + "attn_k",
+    "layers.attn.v": _BLOCK + "attn_v",
+    "layers.attn.q_norm": _BLOCK + "attn_q_norm",
+    "layers.attn.k_norm": _BLOCK + "attn_k_norm",
+    "layers.attn.o": _BLOCK + "attn_output",
     "layers.attn_post_norm": _BLOCK + "post_attention_norm",
     "layers.mlp_norm": _BLOCK + "ffn_norm",
-    "layers.gate": _BLOCK + "ffn_gate",
-    "layers.up": _BLOCK + "ffn_up",
-    "layers.down": _BLOCK + "ffn_down",
+    "layers.mlp.gate": _BLOCK + "ffn_gate",
+    "layers.mlp.up": _BLOCK + "ffn_up",
+    "layers.mlp.down": _BLOCK + "ffn_down",
     "layers.mlp_post_norm": _BLOCK + "post_ffw_norm",
     "final_norm": "output_norm",
     "lm_head": "output",
 }
-WEIGHTS = plain({param: f"{stem}.weight" for param, stem in _STEMS.items()}) | plain(
-    {f"{param}_bias": f"{stem}.bias" for param, stem in _STEMS.items()}
+WEIGHTS = (
+    plain({"embedding": "token_embd.weight", "position_embedding": "position_embd.weight"})
+    | plain({f"{param}.weight": f"{stem}.weight" for param, stem in _STEMS.items()})
+    | plain({f"{param}.bias": f"{stem}.bias" for param, stem in _STEMS.items()})
 )
 
 _SIZES = {
@@ -111,8 +111,11 @@ def _fused_qkv(config: DecoderConfig) -> dict[str, Stored]:
     """q, k and v one after the other."""
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     rows = {"q": Rows(0, q), "k": Rows(q, q + kv), "v": Rows(q + kv, q + 2 * kv)}
-    weights = {f"layers.{param}": Stored(_BLOCK + "attn_qkv.weight", part) for param, part in rows.items()}
-    return weights | {f"layers.{param}_bias": Stored(_BLOCK + "attn_qkv.bias", part) for param, part in rows.items()}
+    return {
+        f"layers.attn.{part}.{kind}": Stored(f"{_BLOCK}attn_qkv.{kind}", of_part)
+        for part, of_part in rows.items()
+        for kind in ("weight", "bias")
+    }
 
 
 def _qkv_weights(config: DecoderConfig) -> WeightTable:
@@ -121,7 +124,10 @@ def _qkv_weights(config: DecoderConfig) -> WeightTable:
 
 def _phi3_weights(config: DecoderConfig) -> WeightTable:
     gate_up, d_ff = _BLOCK + "ffn_up.weight", config.d_ff
-    mlp = {"layers.gate": Stored(gate_up, Rows(0, d_ff)), "layers.up": Stored(gate_up, Rows(d_ff, 2 * d_ff))}
+    mlp = {
+        "layers.mlp.gate.weight": Stored(gate_up, Rows(0, d_ff)),
+        "layers.mlp.up.weight": Stored(gate_up, Rows(d_ff, 2 * d_ff)),
+    }
     return WEIGHTS | _fused_qkv(config) | mlp
 
 

@@ -92,7 +92,7 @@ def load_model(
     if params is None:
         source = open_weights(files)
         params = load_parameters(source, family, config, n_layers=kept, dtype=compute_dtype, mesh=mesh, **parts)
-    return Decoder(cut_config(config, kept), params)
+    return Decoder(cut_config(config, kept), params, mesh)
 
 
 @dataclass(frozen=True)

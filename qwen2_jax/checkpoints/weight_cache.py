@@ -27,7 +27,7 @@ from qwen2_jax.checkpoints.placement import Placement, place
 from qwen2_jax.parameters import ParamSpec
 from qwen2_jax.sharding import ModelMesh
 
-_FORMAT = 1  # of what the parameters are and how they are chunked
+_FORMAT = 2  # of what the parameters are and how they are chunked
 _CHUNK_BYTES = 1 << 20
 _MARKER = "complete.json"
 
@@ -127,7 +127,7 @@ class CompleteCache:
         stores = self._open(specs)
         placements = {}
         for name, spec in specs.items():
-            stacked = spec.axes[0] == "layers"
+            stacked = spec.stacked
             layers = range(spec.shape[0]) if stacked else (None,)
             chunk_rows = stores[name].shape[-2] if len(spec.axes) - stacked == 2 else None
             arrays = tuple(CachedArray(stores[name], layer, chunk_rows) for layer in layers)
@@ -143,7 +143,7 @@ class CompleteCache:
         opened = {}
         for name, spec in specs.items():
             whole = tuple(self.shapes.get(name, ()))
-            first = 1 if spec.axes[0] == "layers" else 0
+            first = int(spec.stacked)
             if len(whole) != len(spec.shape) or whole[first:] != spec.shape[first:] or whole < spec.shape:
                 raise DamagedCacheError(f"{self.url}: {name} has shape {whole} where {spec.shape} is needed")
             described = {"driver": "zarr3", "kvstore": {**kvstore, "path": f"{name}/"}}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -18,12 +17,10 @@ from qwen2_jax.checkpoints.files import is_remote
 from qwen2_jax.checkpoints.placement import Placement, place
 from qwen2_jax.checkpoints.weight_source import WeightSource
 from qwen2_jax.config import DecoderConfig
+from qwen2_jax.families import Family
 from qwen2_jax.mapping.weight_table import Rows, Stored, WeightTable
 from qwen2_jax.parameters import ParamSpec, parameter_specs
 from qwen2_jax.sharding import ModelMesh
-
-if TYPE_CHECKING:
-    from qwen2_jax.families import Family
 
 _COMPARED_BYTES = 8 << 20
 
@@ -53,7 +50,7 @@ def load_parameters(
             shape=spec.shape,
             sharding=None if mesh is None else mesh.sharding(spec.axes),
             layers=tensors.layers(table[name], spec),
-            stacked=spec.axes[0] == "layers",
+            stacked=spec.stacked,
         )
         for name, spec in specs.items()
     }
@@ -107,7 +104,7 @@ class CheckedTensors:
     ) -> None:
         self._source = source
         shapes = _expected_shapes(table, parameter_specs(config), config.n_layers)
-        head = table["lm_head"].name if head_optional and "lm_head" in table else None
+        head = table["lm_head.weight"].name if head_optional and "lm_head.weight" in table else None
         self._names = _stored_names(source, family, config, shapes, optional=head)
         for name, shape in shapes.items():
             if name in self._names and source.shape(self._names[name]) != shape:
@@ -121,7 +118,7 @@ class CheckedTensors:
 
 
 def _tensor_names(stored: Stored, spec: ParamSpec) -> list[str]:
-    if spec.axes[0] != "layers":
+    if not spec.stacked:
         return [stored.name]
     return [stored.name.format(layer=layer) for layer in range(spec.shape[0])]
 
@@ -131,7 +128,7 @@ def _expected_shapes(table: WeightTable, specs: Mapping[str, ParamSpec], n_layer
     shapes: dict[str, tuple[int, ...]] = {}
     for param, spec in specs.items():
         stored = table[param]
-        rows, *columns = spec.shape[1:] if spec.axes[0] == "layers" else spec.shape
+        rows, *columns = spec.shape[1:] if spec.stacked else spec.shape
         for name in _tensor_names(stored, spec):
             before = shapes.get(name, (0, 0))[1 if stored.transposed else 0]
             shapes[name] = (*columns, before + rows) if stored.transposed else (before + rows, *columns)
@@ -154,7 +151,7 @@ def _stored_names(
         for name, stored in names.items()
         if name not in expected and not any(re.search(pattern, stored) for pattern in family.ignored)
     ]
-    head = family.weights(config).get("lm_head")
+    head = family.weights(config).get("lm_head.weight")
     if config.tie_embeddings and head is not None and left_over == [head.name]:
         _check_tied(source, names[head.name], names[family.weights(config)["embedding"].name])
     elif left_over:

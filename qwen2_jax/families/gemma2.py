@@ -23,10 +23,10 @@ from qwen2_jax.mapping.weight_table import WeightTable, plain
 
 SANDWICH_NORMS = plain(
     {
-        "layers.attn_norm": LAYER + "input_layernorm.weight",
-        "layers.attn_post_norm": LAYER + "post_attention_layernorm.weight",
-        "layers.mlp_norm": LAYER + "pre_feedforward_layernorm.weight",
-        "layers.mlp_post_norm": LAYER + "post_feedforward_layernorm.weight",
+        "layers.attn_norm.weight": LAYER + "input_layernorm.weight",
+        "layers.attn_post_norm.weight": LAYER + "post_attention_layernorm.weight",
+        "layers.mlp_norm.weight": LAYER + "pre_feedforward_layernorm.weight",
+        "layers.mlp_post_norm.weight": LAYER + "post_feedforward_layernorm.weight",
     }
 )
 

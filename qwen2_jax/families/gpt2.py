@@ -22,21 +22,21 @@ WEIGHTS = plain(
     {
         "embedding": "transformer.wte.weight",
         "position_embedding": "transformer.wpe.weight",
-        "layers.attn_norm": LAYER + "ln_1.weight",
-        "layers.attn_norm_bias": LAYER + "ln_1.bias",
-        "layers.o_bias": LAYER + "attn.c_proj.bias",
-        "layers.mlp_norm": LAYER + "ln_2.weight",
-        "layers.mlp_norm_bias": LAYER + "ln_2.bias",
-        "layers.up_bias": LAYER + "mlp.c_fc.bias",
-        "layers.down_bias": LAYER + "mlp.c_proj.bias",
-        "final_norm": "transformer.ln_f.weight",
-        "final_norm_bias": "transformer.ln_f.bias",
-        "lm_head": "lm_head.weight",
+        "layers.attn_norm.weight": LAYER + "ln_1.weight",
+        "layers.attn_norm.bias": LAYER + "ln_1.bias",
+        "layers.attn.o.bias": LAYER + "attn.c_proj.bias",
+        "layers.mlp_norm.weight": LAYER + "ln_2.weight",
+        "layers.mlp_norm.bias": LAYER + "ln_2.bias",
+        "layers.mlp.up.bias": LAYER + "mlp.c_fc.bias",
+        "layers.mlp.down.bias": LAYER + "mlp.c_proj.bias",
+        "final_norm.weight": "transformer.ln_f.weight",
+        "final_norm.bias": "transformer.ln_f.bias",
+        "lm_head.weight": "lm_head.weight",
     }
 ) | {
-    "layers.o": Stored(LAYER + "attn.c_proj.weight", transposed=True),
-    "layers.up": Stored(LAYER + "mlp.c_fc.weight", transposed=True),
-    "layers.down": Stored(LAYER + "mlp.c_proj.weight", transposed=True),
+    "layers.attn.o.weight": Stored(LAYER + "attn.c_proj.weight", transposed=True),
+    "layers.mlp.up.weight": Stored(LAYER + "mlp.c_fc.weight", transposed=True),
+    "layers.mlp.down.weight": Stored(LAYER + "mlp.c_proj.weight", transposed=True),
 }
 
 
@@ -76,6 +76,8 @@ def gpt2_weights(config: DecoderConfig) -> WeightTable:
     """q, k and v lie one after the other."""
     fused, width = LAYER + "attn.c_attn.", config.d_model
     thirds = {param: Rows(i * width, (i + 1) * width) for i, param in enumerate("qkv")}
-    weights = {f"layers.{param}": Stored(fused + "weight", rows, transposed=True) for param, rows in thirds.items()}
-    biases = {f"layers.{param}_bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
+    weights = {
+        f"layers.attn.{param}.weight": Stored(fused + "weight", rows, transposed=True) for param, rows in thirds.items()
+    }
+    biases = {f"layers.attn.{param}.bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
     return WEIGHTS | weights | biases

@@ -13,19 +13,19 @@ LAYER = "gpt_neox.layers.{layer}."
 WEIGHTS = plain(
     {
         "embedding": "gpt_neox.embed_in.weight",
-        "layers.attn_norm": LAYER + "input_layernorm.weight",
-        "layers.attn_norm_bias": LAYER + "input_layernorm.bias",
-        "layers.o": LAYER + "attention.dense.weight",
-        "layers.o_bias": LAYER + "attention.dense.bias",
-        "layers.mlp_norm": LAYER + "post_attention_layernorm.weight",
-        "layers.mlp_norm_bias": LAYER + "post_attention_layernorm.bias",
-        "layers.up": LAYER + "mlp.dense_h_to_4h.weight",
-        "layers.up_bias": LAYER + "mlp.dense_h_to_4h.bias",
-        "layers.down": LAYER + "mlp.dense_4h_to_h.weight",
-        "layers.down_bias": LAYER + "mlp.dense_4h_to_h.bias",
-        "final_norm": "gpt_neox.final_layer_norm.weight",
-        "final_norm_bias": "gpt_neox.final_layer_norm.bias",
-        "lm_head": "lm_head.weight",
+        "layers.attn_norm.weight": LAYER + "input_layernorm.weight",
+        "layers.attn_norm.bias": LAYER + "input_layernorm.bias",
+        "layers.attn.o.weight": LAYER + "attention.dense.weight",
+        "layers.attn.o.bias": LAYER + "attention.dense.bias",
+        "layers.mlp_norm.weight": LAYER + "post_attention_layernorm.weight",
+        "layers.mlp_norm.bias": LAYER + "post_attention_layernorm.bias",
+        "layers.mlp.up.weight": LAYER + "mlp.dense_h_to_4h.weight",
+        "layers.mlp.up.bias": LAYER + "mlp.dense_h_to_4h.bias",
+        "layers.mlp.down.weight": LAYER + "mlp.dense_4h_to_h.weight",
+        "layers.mlp.down.bias": LAYER + "mlp.dense_4h_to_h.bias",
+        "final_norm.weight": "gpt_neox.final_layer_norm.weight",
+        "final_norm.bias": "gpt_neox.final_layer_norm.bias",
+        "lm_head.weight": "lm_head.weight",
     }
 )
 # The head's name in checkpoints of transformers 4.
@@ -78,6 +78,6 @@ def gpt_neox_weights(config: DecoderConfig) -> WeightTable:
     fused = LAYER + "attention.query_key_value."
     size = config.head_dim
     thirds = {param: Rows(i * size, (i + 1) * size, groups=config.n_heads) for i, param in enumerate("qkv")}
-    weights = {f"layers.{param}": Stored(fused + "weight", rows) for param, rows in thirds.items()}
-    biases = {f"layers.{param}_bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
+    weights = {f"layers.attn.{param}.weight": Stored(fused + "weight", rows) for param, rows in thirds.items()}
+    biases = {f"layers.attn.{param}.bias": Stored(fused + "bias", rows) for param, rows in thirds.items()}
     return WEIGHTS | weights | biases

@@ -16,28 +16,33 @@ MLP = LAYER + "mlp."
 WEIGHTS = plain(
     {
         "embedding": "model.embed_tokens.weight",
-        "layers.attn_norm": LAYER + "input_layernorm.weight",
-        "layers.q": ATTENTION + "q_proj.weight",
-        "layers.q_bias": ATTENTION + "q_proj.bias",
-        "layers.k": ATTENTION + "k_proj.weight",
-        "layers.k_bias": ATTENTION + "k_proj.bias",
-        "layers.v": ATTENTION + "v_proj.weight",
-        "layers.v_bias": ATTENTION + "v_proj.bias",
-        "layers.o": ATTENTION + "o_proj.weight",
-        "layers.o_bias": ATTENTION + "o_proj.bias",
-        "layers.mlp_norm": LAYER + "post_attention_layernorm.weight",
-        "layers.gate": MLP + "gate_proj.weight",
-        "layers.gate_bias": MLP + "gate_proj.bias",
-        "layers.up": MLP + "up_proj.weight",
-        "layers.up_bias": MLP + "up_proj.bias",
-        "layers.down": MLP + "down_proj.weight",
-        "layers.down_bias": MLP + "down_proj.bias",
-        "final_norm": "model.norm.weight",
-        "lm_head": "lm_head.weight",
+        "layers.attn_norm.weight": LAYER + "input_layernorm.weight",
+        "layers.attn.q.weight": ATTENTION + "q_proj.weight",
+        "layers.attn.q.bias": ATTENTION + "q_proj.bias",
+        "layers.attn.k.weight": ATTENTION + "k_proj.weight",
+        "layers.attn.k.bias": ATTENTION + "k_proj.bias",
+        "layers.attn.v.weight": ATTENTION + "v_proj.weight",
+        "layers.attn.v.bias": ATTENTION + "v_proj.bias",
+        "layers.attn.o.weight": ATTENTION + "o_proj.weight",
+        "layers.attn.o.bias": ATTENTION + "o_proj.bias",
+        "layers.mlp_norm.weight": LAYER + "post_attention_layernorm.weight",
+        "layers.mlp.gate.weight": MLP + "gate_proj.weight",
+        "layers.mlp.gate.bias": MLP + "gate_proj.bias",
+        "layers.mlp.up.weight": MLP + "up_proj.weight",
+        "layers.mlp.up.bias": MLP + "up_proj.bias",
+        "layers.mlp.down.weight": MLP + "down_proj.weight",
+        "layers.mlp.down.bias": MLP + "down_proj.bias",
+        "final_norm.weight": "model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
     }
 )
 # Norms of queries and keys, in the families that have them.
-QK_NORMS = plain({"layers.q_norm": ATTENTION + "q_norm.weight", "layers.k_norm": ATTENTION + "k_norm.weight"})
+QK_NORMS = plain(
+    {
+        "layers.attn.q_norm.weight": ATTENTION + "q_norm.weight",
+        "layers.attn.k_norm.weight": ATTENTION + "k_norm.weight",
+    }
+)
 
 
 def llama_weights(_: DecoderConfig) -> WeightTable:

@@ -19,7 +19,7 @@ def olmo2_config(fields: Fields) -> DecoderConfig:
 def olmo2_weights(_: DecoderConfig) -> WeightTable:
     """Llama's names, but for the norms."""
     post_norms = {
-        "layers.attn_post_norm": LAYER + "post_attention_layernorm.weight",
-        "layers.mlp_post_norm": LAYER + "post_feedforward_layernorm.weight",
+        "layers.attn_post_norm.weight": LAYER + "post_attention_layernorm.weight",
+        "layers.mlp_post_norm.weight": LAYER + "post_feedforward_layernorm.weight",
     }
     return WEIGHTS | QK_NORMS | plain(post_norms)

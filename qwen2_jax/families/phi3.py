@@ -30,9 +30,9 @@ def phi3_weights(config: DecoderConfig) -> WeightTable:
     q, kv, d_ff = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.d_ff
     qkv, gate_up = ATTENTION + "qkv_proj.weight", MLP + "gate_up_proj.weight"
     return WEIGHTS | {
-        "layers.q": Stored(qkv, Rows(0, q)),
-        "layers.k": Stored(qkv, Rows(q, q + kv)),
-        "layers.v": Stored(qkv, Rows(q + kv, q + 2 * kv)),
-        "layers.gate": Stored(gate_up, Rows(0, d_ff)),
-        "layers.up": Stored(gate_up, Rows(d_ff, 2 * d_ff)),
+        "layers.attn.q.weight": Stored(qkv, Rows(0, q)),
+        "layers.attn.k.weight": Stored(qkv, Rows(q, q + kv)),
+        "layers.attn.v.weight": Stored(qkv, Rows(q + kv, q + 2 * kv)),
+        "layers.mlp.gate.weight": Stored(gate_up, Rows(0, d_ff)),
+        "layers.mlp.up.weight": Stored(gate_up, Rows(d_ff, 2 * d_ff)),
     }

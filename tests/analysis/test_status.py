@@ -13,10 +13,10 @@ from fake_gcs import FakeGcs, gcs_environment
 from tiny_run import cache_dir, run, token_lines, write_jsonl, write_model
 
 from analysis.fleet_status.report import Commit, ShardStatus, fleet_status, rate_of
-from analysis.fleet_status.status import FleetWatch, retry, status, watch
+from analysis.fleet_status.status import FleetMonitor, retry, status, watch
 from core.base.errors import RunError, UsageError
 from core.claims.leases import ShardClaims
-from core.claims.records import Owner, poison_of, read_claims
+from core.claims.records import Owner, poison_error, read_claims
 from core.commit.record import CommitRecord
 from core.object_store import LocalStore, open_store
 from core.run.config import RunConfig
@@ -120,18 +120,18 @@ def test_a_shard_that_is_set_aside_says_why_until_it_is_to_be_tried_again(out):
         claimant = claims(out)
         with claimant.try_next(["shard_001"]) as lease:
             claimant.record_failure(lease, "chunk_0000.jsonl:7: \x1b[31mbroken")
-    assert claims(out).left(["shard_001"]) == []
+    assert claims(out).remaining(["shard_001"]) == []
     fleet = status(str(out))
     assert (fleet.finished, fleet.settled, fleet.states) == (False, True, {"finished": 3, "poisoned": 1})
     assert shard(fleet, "shard_001").error == "chunk_0000.jsonl:7: \x1b[31mbroken"
     assert any("?[31mbroken" in line for line in fleet.lines())
     assert not any("\x1b" in line for line in fleet.lines())
-    with pytest.raises(UsageError, match="shard_9: no shard of"):
+    with pytest.raises(UsageError, match="shard_9: not a shard of"):
         retry(str(out), ["shard_9"])
     assert retry(str(out), ["shard_001"]) == {"shard_001": 3}
     assert shard(status(str(out)), "shard_001").state == "waiting"
-    assert claims(out).left(["shard_001"]) == ["shard_001"]
-    assert poison_of(LocalStore(out), "shard_001", read_claims(LocalStore(out))["shard_001"]) is None
+    assert claims(out).remaining(["shard_001"]) == ["shard_001"]
+    assert poison_error(LocalStore(out), "shard_001", read_claims(LocalStore(out))["shard_001"]) is None
 
 
 def test_a_record_that_is_damaged_or_lacks_its_file_ends_what_counts(out):
@@ -234,18 +234,18 @@ def test_a_refresh_in_a_bucket_costs_a_listing_and_what_is_new(out, monkeypatch)
         for path in out.rglob("*"):
             if path.is_file():
                 server.state.insert("bucket", {"name": f"out/{path.relative_to(out)}"}, path.read_bytes(), {})
-        fleet = FleetWatch(open_store("gs://bucket/out"))
-        assert fleet.look().states == {"finished": 3, "running": 1}
+        fleet = FleetMonitor(open_store("gs://bucket/out"))
+        assert fleet.refresh().states == {"finished": 3, "running": 1}
         before = len(server.requests)
-        assert fleet.look().states == fleet.look().states
+        assert fleet.refresh().states == fleet.refresh().states
         assert [request.kind for request in server.requests[before:]] == ["object.list"] * 2
         beat = f"out/claims/shard_000/{lease.epoch:06d}.beat"
         before, stored = len(server.requests), server.objects()[beat]
         time.sleep(0.01)
         server.state.insert("bucket", {"name": beat}, stored, {})
-        assert fleet.look().workers == 1
+        assert fleet.refresh().workers == 1
         assert [request.kind for request in server.requests[before:]] == ["object.list", "object.media"]
-        assert all(found.silent_s is None or found.silent_s < 60 for found in fleet.look().shards)
+        assert all(found.silent_s is None or found.silent_s < 60 for found in fleet.refresh().shards)
 
 
 def test_throughput_is_that_of_the_last_minutes_and_the_first_commit_only_starts_the_clock():

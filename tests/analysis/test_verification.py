@@ -107,19 +107,21 @@ def test_a_damaged_record_or_plan_is_found(out):
 def test_a_missing_tail_is_unfinished_and_only_a_note_when_that_is_allowed(out):
     last = sorted((out / "tpu_0").glob("shard_*.json"))[-1]
     last.unlink()
-    assert any("not finished: the run goes on at sample" in problem for problem in problems(out))
+    assert any(
+        "not finished: run the same extraction again to continue at sample" in problem for problem in problems(out)
+    )
     allowed = verify(str(out), allow_unfinished=True)
     assert allowed.ok
-    assert any("that no record names" in warning for warning in allowed.folders[0].warnings)
+    assert any("without a record" in warning for warning in allowed.folders[0].warnings)
 
 
 def test_windows_that_skip_or_repeat_samples_are_found(out):
     first = record_of(out / "tpu_0/shard_0001.json")
     rewrite_record(out, 2, bad_records=[{"position": 0, "line": 1, "reason": "made up"}])
-    assert any("stands where sample" in problem for problem in problems(out))
+    assert any("instead of" in problem for problem in problems(out))
     rewrite_record(out, 2, bad_records=[])
     rewrite_record(out, 1, n_samples=first.n_samples + 1)
-    assert any("the record says" in problem for problem in problems(out))
+    assert any(", the record " in problem for problem in problems(out))
 
 
 def test_nan_and_wrong_shapes_inside_a_valid_file_are_found(out):
@@ -148,9 +150,9 @@ def test_nan_and_wrong_shapes_inside_a_valid_file_are_found(out):
     def wider(shard):
         shard[0][1]["activation"] = shard[0][1]["activation"].astype(np.float32)
 
-    assert any("layer 1, sample 0: it holds NaN" in problem for problem in damaged(nan))
+    assert any("layer 1, sample 0: it contains NaN" in problem for problem in damaged(nan))
     assert any("layer 1, sample 0: shape" in problem for problem in damaged(short))
-    assert any("it holds layers [0, 1]" in problem for problem in damaged(lost_layer))
+    assert any("it has layers [0, 1]" in problem for problem in damaged(lost_layer))
     assert any("layer 0, sample 1: dtype float32" in problem for problem in damaged(wider))
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import time
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from statistics import median
 from types import ModuleType, SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
 from benchmarks import generation, quantization, start, utilisation
+from benchmarks.common import engine as common_engine
 from benchmarks.common.engine import Engine
 from benchmarks.common.measuring import Ratio, Timings, alternate
 from benchmarks.common.workload import LONGEST, SHORTEST, Workload, build_workload
@@ -23,6 +25,7 @@ from benchmarks.storage import benchmark as storage
 from benchmarks.storage import codecs
 from core.base.errors import RunError, UsageError
 from core.object_store.stored_files import read_jsonl_lines
+from core.step.backend import StepOutput
 
 PROMPTS = 6
 
@@ -290,15 +293,29 @@ def test_starts_with_and_without_what_earlier_ones_left_take_turns(tmp_path, mon
     assert "compiled" in start.report(found)
 
 
-@pytest.mark.benchmark
-def test_the_forward_passes_alone_have_two_steps_under_way_as_a_run_has():
+class AtOnce(Executor):
+    """Runs what it is given before `submit` returns."""
+
+    def __init__(self, lanes: int) -> None:
+        assert lanes == 2
+
+    def submit(self, function, *args):
+        future: Future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_the_forward_passes_alone_have_two_steps_under_way_as_a_run_has(monkeypatch):
     events: list[str] = []
 
-    def step(name: str) -> SimpleNamespace:
+    def step(name: str) -> StepOutput:
         events.append(f"start {name}")
-        return SimpleNamespace(wait=lambda: events.append(f"wait {name}"))
+        return StepOutput({}, name)
 
-    engine = Engine(job=None, model=SimpleNamespace(step=step))
+    monkeypatch.setattr(common_engine, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(common_engine, "wait_for", lambda peaks: events.append(f"wait {peaks}"))
+    job = SimpleNamespace(backend=SimpleNamespace(lanes=lambda *_: 2), model=None, step_request=None)
+    engine = Engine(job=job, model=SimpleNamespace(step=step))
     engine.run_steps(["a", "b", "c"])
     assert events == ["start a", "start b", "wait a", "start c", "wait b", "wait c"]
     events.clear()

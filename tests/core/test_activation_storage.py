@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.base.canonical_json import read_sealed_json, sealed_json
 from core.commit.record import CommitRecord, StoredFile, StoredSite
-from core.commit.stored_records import index_of
+from core.commit.stored_records import folder_metadata
 from core.samples.windows import StreamPlace
 
 TABLE = "samples_0001.jsonl.gz"
@@ -120,7 +120,7 @@ def test_what_is_no_object_is_refused(data):
 
 def test_the_index_sums_over_windows_and_lists_each_site_with_its_own_layers():
     second = replace(RECORD, window=2, n_tokens=5, n_dropped={"limit": 1}, n_empty=0, next_place=None)
-    index = index_of([RECORD, second])
+    index = folder_metadata([RECORD, second])
     assert (index["total_shards"], index["total_tokens"], index["total_empty_samples"]) == (2, 35, 1)
     assert index["total_activations"] == 2 * 4 * 3
     assert index["total_dropped_tokens"] == {"bos": 4, "limit": 7}

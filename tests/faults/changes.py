@@ -140,8 +140,8 @@ def checkpoints_come_before_commits() -> None:
 
     init = stream_run._Bookkeeper.__init__
 
-    def hooked(keeper, job, storage, may_write_index):
-        init(keeper, job, storage, may_write_index)
+    def hooked(keeper, job, storage, may_write_metadata):
+        init(keeper, job, storage, may_write_metadata)
         storage.hook = keeper.committed
 
     stream_run._Bookkeeper.__init__ = hooked
@@ -198,7 +198,7 @@ def zombies_give_signs_of_life() -> None:
 @change
 def hung_workers_give_signs_of_life() -> None:
     """The heartbeat goes on whatever the work does."""
-    Lease._goes_on = lambda lease: True
+    Lease._is_progressing = lambda lease: True
 
 
 @change

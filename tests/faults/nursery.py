@@ -113,7 +113,7 @@ def prepare(worker: Worker) -> None:
 
         CHANGES[worker.change]()
     if worker.fault is not None:
-        fault_points.arm(fault_points.armed_by(worker.fault))
+        fault_points.arm(fault_points.parse_fault(worker.fault))
     if worker.points_file is not None:
         fault_points.arm(_Points(Path(worker.points_file)))
 

@@ -24,13 +24,13 @@ from core.claims.leases import Lease, ShardClaims
 from core.claims.records import POISON_AFTER, Owner, clear_failures, read_claims
 from core.commit.identity import RunIdentity, StreamIdentity
 from core.commit.record import RECORD_NAME, CommitRecord, StoredFile, StoredSite
-from core.commit.stored_records import INDEX_FILE, committed_records, index_of
+from core.commit.stored_records import METADATA_FILE, committed_records, folder_metadata
 from core.object_store import LocalStore
+from core.object_store.sinks import DigestWriter
 from core.run.sharded_run import is_shard_finished
 from core.samples.windows import StreamPlace
 from core.shards.encoding import SpooledFile
 from core.shards.names import shard_stem
-from core.shards.sinks import DigestWriter
 
 SHARDS = ("shard_000", "shard_001")
 WINDOWS, WORKERS, TTL_S = 3, 3, 90.0
@@ -224,7 +224,7 @@ class Protocol(RuleBasedStateMachine):
             worker.storage.commit(self.record(worker.lease.shard, worker.window, worker.storage, worker.stored))
             worker.window, worker.stored = worker.window + 1, None
         if worker.window > WINDOWS and worker.lease.is_held():
-            worker.storage.write_index()
+            worker.storage.write_metadata()
             self.give_back(worker, "done")
 
     def record(self, shard: str, window: int, storage: ActivationStorage, stored: StoredFile) -> CommitRecord:
@@ -359,13 +359,13 @@ class Protocol(RuleBasedStateMachine):
     def an_index_says_what_the_records_say(self) -> None:
         """Where a window was lost and made again an index may be of the first one; then nobody calls the shard done."""
         for shard in SHARDS:
-            data = self.store.objects.get(f"{shard}/{INDEX_FILE}")
+            data = self.store.objects.get(f"{shard}/{METADATA_FILE}")
             names = [f"{shard}/{shard_stem(window)}.json" for window in range(1, WINDOWS + 1)]
             if data is not None and all(name in self.store.objects for name in names):
                 records = [CommitRecord.from_bytes(self.store.objects[name]) for name in names]
                 index = read_sealed_json(data)
                 of_those = records[: index["total_shards"]]
-                assert index == index_of(of_those), "an index lists what nobody committed"
+                assert index == folder_metadata(of_those), "an index lists what nobody committed"
 
     @invariant()
     def at_most_one_worker_holds_a_shard(self) -> None:

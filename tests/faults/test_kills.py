@@ -133,7 +133,7 @@ def test_a_successor_computes_nothing_that_is_committed(nursery, place):
     successor = nursery.start(Worker(flags(data, out, 1)))
     summary = successor.finish()
     assert (summary["samples"], summary["total_samples"]) == (30 - committed, 30)
-    assert f"going on at sample {committed}" in successor.errors
+    assert f"continuing at sample {committed}" in successor.errors
     check_finished(out, leave_alone(place / "calm/out"), n_lines=30)
 
 

@@ -11,7 +11,7 @@ from fleets import check_committed, check_finished, flags, is_full, leave_alone,
 from forks import Fork
 from nursery import Worker
 
-from core.run.signals import STOP_GRACE_S
+from core.base.signals import STOP_GRACE_S
 
 # Nobody takes over from a live or dead worker: only a shard that was given back is free.
 NEVER = {"claim_ttl_s": 2000.0, "claim_heartbeat_s": 1000.0}
@@ -45,7 +45,7 @@ def test_a_step_that_does_not_end_does_not_keep_sigterm_from_ending_the_worker(g
     seconds = seconds_to_end(worker)
     assert worker.returncode == 143
     assert grace_s <= seconds <= min(grace_s + SLACK_S, 20.0)
-    assert "what is under way is given up" in worker.errors
+    assert "dropping uncommitted work" in worker.errors
     check_committed(out, files)
     assert releases(out)[-1] == "stopped"
     assert not list(out.glob("claims/*/failures"))
@@ -85,7 +85,7 @@ def test_a_worker_that_can_finish_in_time_commits_what_is_computed(nursery, calm
     wait_until(lambda: len(list(out.glob("*/shard_[0-9]*.json"))) >= 2)
     assert seconds_to_end(worker) < 5.0
     assert worker.returncode == 143
-    assert "given up" not in worker.errors
+    assert "dropping" not in worker.errors
     check_committed(out, files)
     assert not list(out.rglob(".tmp~*"))
     assert releases(out)[-1] == "stopped"
@@ -110,7 +110,7 @@ def test_a_worker_that_waits_for_others_ends_at_once(nursery, calm, place):
     holders = [nursery.start(Worker(flags(data, out, number, **NEVER), **holds)) for number in range(6)]
     wait_until(lambda: len(list(out.glob("claims/*/000001.json"))) == 6)
     waiting = nursery.start(Worker(flags(data, out, 7, **NEVER)))
-    wait_until(lambda: "waiting: other workers hold what is left" in waiting.errors)
+    wait_until(lambda: "waiting: other workers hold the remaining shards" in waiting.errors)
     assert seconds_to_end(waiting) < SLACK_S
     assert waiting.returncode == 143
     for holder in holders:

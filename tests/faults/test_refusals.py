@@ -55,7 +55,7 @@ def test_another_run_in_the_same_folder_is_refused_and_writes_nothing(kind, nurs
     for worker, (name, (_, _, field)) in zip(others, OTHER.items(), strict=True):
         assert worker.wait() == 2, (name, worker.errors)
         assert field in worker.errors, (name, worker.errors)
-        assert "holds another run" in worker.errors
+        assert "belongs to another run" in worker.errors
     assert everything(place) == before
     tally(REFUSED, len(OTHER))
 

@@ -3,7 +3,8 @@
 import pytest
 
 from core.base.errors import RunError, UsageError
-from fleet.decisions import Action, Decision, Machine, Slot
+from fleet.decisions import Action, Decision
+from fleet.gcloud.machines import Machine, Slot
 from fleet.launching import ExtractionState, Launched
 from fleet.reconciling import Outcome, Result
 from fleet.watching import Round, dataset_finished, output_url, watch

@@ -158,13 +158,13 @@ def forward(
     if positions is None:
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     options = {} if optimised else {"xla_backend_optimization_level": 0}
-    run = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs, capture), compiler_options=options)
+    run = jax.jit(lambda state, *inputs: nnx.merge(graph, state).forward(*inputs, capture), compiler_options=options)
     return {site: np.asarray(array, np.float32) for site, array in run(state, tokens, segment_ids, positions).items()}
 
 
 def everything(decoder: Decoder, *, logits: bool = True) -> Capture:
     """Every layer, every site the model has."""
-    sites = tuple(site for site in decoder.config.site_widths if site != "final_norm" or "final_norm" in decoder.head)
+    sites = tuple(site for site in decoder.config.site_widths if site != "final_norm" or decoder.final_norm)
     return Capture(tuple(range(decoder.config.n_layers)), sites, logits)
 
 

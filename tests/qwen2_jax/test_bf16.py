@@ -27,10 +27,11 @@ from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
 from qwen2_jax import load_model
 from qwen2_jax.activations import ACTIVATIONS, activate
-from qwen2_jax.block import linear
 from qwen2_jax.config import RopeConfig
 from qwen2_jax.families import FAMILIES
-from qwen2_jax.norms import norm
+from qwen2_jax.linear import Linear
+from qwen2_jax.norms import Norm
+from qwen2_jax.parameters import Parameters, ParamSpec
 from qwen2_jax.rope import rotary_tables, rotate
 
 VOCAB, D_MODEL, N_HEADS = 311, 96, 6
@@ -103,12 +104,9 @@ def test_each_norm_rounds_where_transformers_does(kind, reference):
     def as_jax(tensor):
         return jnp.asarray(tensor.detach().float().numpy(), jnp.bfloat16)
 
-    weights = {"n" if name == "weight" else "n_bias": as_jax(each) for name, each in reference.named_parameters()}
-
-    class Config:
-        norm, norm_eps = kind, 1e-5
-
-    ours = np.asarray(norm(as_jax(x), weights, "n", Config), np.float32)
+    weights = {name: as_jax(each) for name, each in reference.named_parameters()}
+    specs = {name: ParamSpec(each.shape, ("embed",)) for name, each in weights.items()}
+    ours = np.asarray(Norm(kind, 1e-5, Parameters(weights, specs))(as_jax(x)), np.float32)
     theirs = reference(x).detach().float().numpy()
     # A last bit of the float32 statistics tips the rounding of a value in ten thousand, no more.
     assert np.mean(ours != theirs) < 2e-4
@@ -130,8 +128,10 @@ def test_rotation_activation_and_bias_round_once():
     np.testing.assert_array_equal(np.asarray(rotate(x, tables), np.float32), rounded(rotate(x32, tables)))
     for name, exact in ACTIVATIONS.items():
         np.testing.assert_array_equal(np.asarray(activate(name, x), np.float32), rounded(exact(x32)))
+    specs = {"weight": ParamSpec(weight.shape, ("mlp", "embed")), "bias": ParamSpec(bias.shape, ("mlp",))}
+    given = Parameters({"weight": weight, "bias": bias}, specs)
     row, row32 = x[:, :, 0], x32[:, :, 0]
-    ours = np.asarray(linear(row, {"up": weight, "up_bias": bias}, "up"), np.float32)
+    ours = np.asarray(Linear("BTD,FD->BTF", given)(row), np.float32)
     theirs = rounded(jnp.einsum("BTI,OI->BTO", row32, weight.astype(jnp.float32), precision="highest") + bias)
     assert np.mean(ours != theirs) < 1e-3
 
@@ -139,7 +139,7 @@ def test_rotation_activation_and_bias_round_once():
 @pytest.mark.parametrize(("platform", "product"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
 def test_products_are_rounded_by_the_chip_except_on_cpu(platform, product):
     x, weight = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
-    up = jax.jit(lambda x, weight: linear(x, {"up": weight}, "up")).trace(x, weight)
+    up = jax.jit(lambda x, weight: product("BTD,FD->BTF", x, weight)).trace(x, weight)
     (dot,) = re.findall(r"dot_general.*-> tensor<1x4x16x(\w+)>", up.lower(lowering_platforms=(platform,)).as_text())
     assert dot == product
     assert up.out_info.dtype == jnp.bfloat16

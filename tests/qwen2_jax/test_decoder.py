@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from hf_reference import SIZES, everything, forward, save, tiny_model, worst_token
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import Olmo2Config, Qwen2Config
 
 from core.base.errors import ModelError
 from qwen2_jax import Capture, Decoder, load_config, load_model, parameter_specs
-from qwen2_jax.decoder import layer_runs
 from qwen2_jax.taps import SITES
 
 TOKENS = np.random.default_rng(1).integers(0, SIZES["vocab_size"], (2, 24))
@@ -81,16 +77,6 @@ def test_logits_are_the_same_whatever_is_captured(decoder, all_layers):
         np.testing.assert_allclose(found["logits"], all_layers["logits"], rtol=1e-5, atol=1e-5)
 
 
-@given(st.sets(st.integers(0, 9), min_size=1), st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
-def test_runs_cover_every_layer_once_and_split_at_captured_ones(captured, beyond):
-    end = max(captured) + 1 + beyond
-    runs = list(layer_runs(tuple(sorted(captured)), end))
-    assert [layer for run, _ in runs for layer in run] == list(range(end))
-    assert {layer for run, keeps in runs if keeps for layer in run} == captured
-    assert all(a[1] != b[1] for a, b in pairwise(runs))
-
-
 D_FF, VOCAB, N_LAYERS = 1009, 2003, 37  # sizes that appear in a program for one reason only
 
 
@@ -100,7 +86,12 @@ def trace(decoder):
     config = replace(decoder.config, d_ff=D_FF, vocab_size=VOCAB, n_layers=N_LAYERS, windows=(None,) * N_LAYERS)
     graph, state = nnx.split(Decoder.abstract(config, jnp.float32))
     ints = jax.ShapeDtypeStruct((2, 24), jnp.int32)
-    return lambda capture: jax.jit(lambda s, *xs: nnx.merge(graph, s)(*xs, capture)).trace(state, ints, ints, ints)
+
+    def traced(capture):
+        forward = jax.jit(lambda state, *inputs: nnx.merge(graph, state).forward(*inputs, capture))
+        return forward.trace(state, ints, ints, ints)
+
+    return traced
 
 
 def test_logits_and_the_mlp_of_the_last_layer_are_not_compiled_unless_asked(trace):
@@ -123,9 +114,9 @@ def test_sites_before_the_attention_cost_no_attention_and_those_once_a_token_no_
 
 @pytest.mark.parametrize(
     ("layers", "loops"),
-    [(range(N_LAYERS), [37]), ([20], [20]), ([9, 36], [9, 26]), ([0, 1], [2]), ([0], [])],
+    [(range(N_LAYERS), [37]), (range(1, N_LAYERS, 2), [36]), ([9, 36], [37]), ([0, 1], [2]), ([20], [20]), ([0], [])],
 )
-def test_each_run_of_layers_is_one_loop_that_ends_with_the_last_captured_layer(layers, loops, trace):
+def test_the_layers_are_one_loop_that_ends_with_the_last_captured_layer(layers, loops, trace):
     jaxpr = trace(Capture(tuple(layers))).jaxpr
     over_layers = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
     assert over_layers == loops
@@ -161,7 +152,7 @@ def test_a_site_that_the_block_does_not_have_is_refused(site, decoder):
 
 def test_the_final_norm_can_be_had_without_the_head(folder, decoder, all_layers):
     headless = load_model(str(folder), with_head=False)
-    assert set(headless.head) == {"final_norm"}
+    assert (headless.final_norm is None, headless.lm_head) == (False, None)
     found = forward(headless, TOKENS, Capture((), ("final_norm",)))
     assert worst_token(found["final_norm"], all_layers["final_norm"]) < 1e-6
     with pytest.raises(ModelError, match="logits need the final norm and the output head"):
@@ -185,10 +176,10 @@ def test_sites_and_parameters_follow_the_block(tmp_path):
         "mlp_act": 52,
     }
     names = parameter_specs(olmo2)
-    assert "layers.attn_norm" not in names
-    assert names["layers.q_norm"].axes == ("layers", "heads")
-    assert parameter_specs(parallel)["layers.mlp_norm_bias"].shape == (4, 48)
-    assert "final_norm" not in parameter_specs(olmo2, with_final_norm=False, with_head=False)
+    assert "layers.attn_norm.weight" not in names
+    assert names["layers.attn.q_norm.weight"].axes == ("layers", "heads")
+    assert parameter_specs(parallel)["layers.mlp_norm.bias"].shape == (4, 48)
+    assert "final_norm.weight" not in parameter_specs(olmo2, with_final_norm=False, with_head=False)
 
 
 def test_the_abstract_decoder_has_the_shapes_of_the_loaded_one(decoder):
@@ -197,7 +188,7 @@ def test_the_abstract_decoder_has_the_shapes_of_the_loaded_one(decoder):
         for each in (decoder, Decoder.abstract(decoder.config, jnp.float32))
     ]
     assert jax.tree.leaves(shapes[0]) == jax.tree.leaves(shapes[1])
-    assert parameter_specs(decoder.config)["layers.q"].shape == (4, 48, 48)
+    assert parameter_specs(decoder.config)["layers.attn.q.weight"].shape == (4, 48, 48)
 
 
 ON_A_MESH = """
@@ -217,7 +208,7 @@ inputs = tokens, np.ones_like(tokens), np.broadcast_to(np.arange(24), tokens.sha
 
 def run(decoder, *inputs):
     graph, state = nnx.split(decoder)
-    return jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs, capture))(state, *inputs)
+    return jax.jit(lambda state, *inputs: nnx.merge(graph, state).forward(*inputs, capture))(state, *inputs)
 
 one = run(load_model(sys.argv[1]), *inputs)
 decoder = load_model(sys.argv[1], mesh=whole)
@@ -226,9 +217,10 @@ placed = [jax.device_put(array, NamedSharding(mesh, P("data"))) for array in inp
 split = run(decoder, *placed)
 
 graph, state = nnx.split(decoder)
-of_a_device = lambda state, *inputs: nnx.merge(graph, state)(*inputs, capture)
+of_a_device = lambda state, *inputs: nnx.merge(graph, state).forward(*inputs, capture)
 out_specs = {"residual": P(None, "data"), "attn": P(None, "data"), "logits": P("data")}
-mapped = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=(P(), *[P("data")] * 3), out_specs=out_specs))
+in_specs = (P(), *[P("data")] * 3)
+mapped = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 assert "all-" not in mapped.lower(state, *placed).compile().as_text()
 mapped = mapped(state, *placed)
 assert mapped["residual"].sharding.shard_shape(mapped["residual"].shape)[1] == 2

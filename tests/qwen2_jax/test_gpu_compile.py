@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from benchmarks.common.shapes import Case
 from benchmarks.gpu.compilation import GPUS, Gpu, gpu_device, has_compiler, step_memory
-from qwen2_jax import attention as attention_module
+from qwen2_jax.attention import dispatch
 from qwen2_jax.attention.gpu import triton_attention
 from qwen2_jax.attention.gpu_tiles import Tiles, candidates
 
@@ -52,7 +52,7 @@ def test_a_gpu_older_than_ampere_is_an_error_of_the_compiler(monkeypatch):
 def test_a_step_on_an_h200_holds_no_logits(monkeypatch, model, layers):
     case = Case(model, layers, 2048)
     kernel = step_memory(case, "H200", 16384)
-    monkeypatch.setattr(attention_module, "kernel_tiles", lambda q, softcap: None)
+    monkeypatch.setattr(dispatch, "kernel_tiles", lambda q, softcap: None)
     dense = step_memory(case, "H200", 16384)
     assert dense.temporary >= dense.logits
     assert kernel.temporary <= dense.temporary - kernel.logits / 2

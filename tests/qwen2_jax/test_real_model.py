@@ -7,11 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import gguf
-import jax
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from hf_reference import everything, forward, hf_activations, worst_token
 from tiny_run import cache_dir
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -20,7 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.streams.writing import StreamOptions, create_streams
-from qwen2_jax import Capture, load_model, load_tokenizer
+from qwen2_jax import load_model, load_tokenizer
 
 N_PROMPTS = 4
 
@@ -104,7 +102,7 @@ def test_every_layer_of_real_prompts_is_that_of_transformers_and_so_is_the_next_
     transformers_smollm2.model.layers[-1].register_forward_hook(
         lambda module, args, out: last_block.append((out[0] if isinstance(out, tuple) else out)[0].numpy())
     )
-    next_token = next_token_of(load_model(str(smollm2)))
+    model = load_model(str(smollm2))
     for i, ids in enumerate(token_ids):
         with torch.no_grad():
             theirs = transformers_smollm2(torch.tensor([ids]), output_hidden_states=True)
@@ -113,21 +111,4 @@ def test_every_layer_of_real_prompts_is_that_of_transformers_and_so_is_the_next_
         for layer, expected in enumerate(layers):
             ours = shard[layer][i]["activation"]
             assert np.linalg.norm(ours - expected) <= 1e-4 * np.linalg.norm(expected), (i, layer)
-        assert next_token(ids) == int(theirs.logits[0, -1].argmax())
-
-
-def next_token_of(decoder):
-    """A function from token ids to the most likely next token, by logits asked of the decoder itself."""
-    graph, state = nnx.split(decoder)
-    forward = jax.jit(
-        lambda state, *inputs: nnx.merge(graph, state)(*inputs, Capture(layers=(), logits=True))["logits"]
-    )
-
-    def next_token(ids: list[int]) -> int:
-        length = -(-len(ids) // 128) * 128
-        tokens, positions = np.zeros((1, length), np.int32), np.arange(length)[None]
-        tokens[0, : len(ids)] = ids
-        logits = forward(state, tokens, (positions < len(ids)).astype(np.int32), positions)
-        return int(logits[0, len(ids) - 1].argmax())
-
-    return next_token
+        assert int(model(ids)[-1].argmax()) == int(theirs.logits[0, -1].argmax())

@@ -34,7 +34,7 @@ from core.object_store import LocalStore
 from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.runner import run
-from core.run.sharded_run import ShardedSummary, is_fault_of_the_machine, is_shard_finished
+from core.run.sharded_run import ShardedSummary, is_machine_fault, is_shard_finished
 from core.streams.sharded_dataset import read_dataset, write_dataset
 
 N_LINES, N_SHARDS = 260, 6
@@ -283,13 +283,13 @@ def test_faults_are_told_apart_by_what_caused_them():
         error.__cause__ = cause
         return error
 
-    assert is_fault_of_the_machine(caused(RunError("a"), caused(RunError("b"), OSError("c"))))
-    assert is_fault_of_the_machine(caused(RunError("a"), aiohttp.ClientPayloadError()))
-    assert is_fault_of_the_machine(MemoryError())
-    assert is_fault_of_the_machine(UsageError("a"))
-    assert not is_fault_of_the_machine(RunError("x.jsonl:3: broken"))
-    assert not is_fault_of_the_machine(KeyError("a"))
-    assert not is_fault_of_the_machine(caused(RunError("a"), EOFError("cut off")))
+    assert is_machine_fault(caused(RunError("a"), caused(RunError("b"), OSError("c"))))
+    assert is_machine_fault(caused(RunError("a"), aiohttp.ClientPayloadError()))
+    assert is_machine_fault(MemoryError())
+    assert is_machine_fault(UsageError("a"))
+    assert not is_machine_fault(RunError("x.jsonl:3: broken"))
+    assert not is_machine_fault(KeyError("a"))
+    assert not is_machine_fault(caused(RunError("a"), EOFError("cut off")))
 
 
 def test_another_dataset_or_plan_in_the_same_output_is_refused_before_anything_is_written(model, calm, tmp_path):
@@ -305,7 +305,7 @@ def test_another_dataset_or_plan_in_the_same_output_is_refused_before_anything_i
         replace(first, max_tasks=None),
         replace(first, dtype="float32"),
     ):
-        with pytest.raises(UsageError, match="holds another run"):
+        with pytest.raises(UsageError, match="belongs to another run"):
             run(changed)
     assert committed_files(out) == before
 

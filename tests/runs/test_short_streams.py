@@ -54,7 +54,7 @@ def test_a_machine_without_a_line_is_complete_and_the_whole_is_verified(model, t
     ]  # fmt: skip
     # Again: there is still nothing to do, and another share in the same folder is refused as ever.
     assert extract_here(config(model, stream, out, 3, 4)).status == "complete"
-    with pytest.raises(RunError, match="holds another run"):
+    with pytest.raises(RunError, match="belongs to another run"):
         extract_here(config(model, stream, out, 3, 5))
 
 

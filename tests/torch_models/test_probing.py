@@ -36,7 +36,7 @@ def test_exchanged_queries_and_keys_are_found_out(monkeypatch):
         modeling_stablelm, "apply_rotary_pos_emb", lambda q, k, *rest, **named: rotate(k, q, *rest, **named)
     )
     taps = taps_of(tiny_model("stablelm_parallel"))
-    assert taps.missing["q"] == taps.missing["k"] == "what looks like q is seen by other tokens"
+    assert taps.missing["q"] == taps.missing["k"] == "changing the presumed q of the first token changes other tokens"
     assert {"v", "attn_heads"} <= sites(taps)
 
 
@@ -46,7 +46,7 @@ def test_what_a_later_module_scales_is_read_behind_it(monkeypatch):
     taps = taps_of(model)
     assert taps.found["mlp", 0].module == "model.layers.0.mlp.down_proj"
     assert taps.found["mlp", 1].module == "model.layers.1.dropout"
-    assert taps.missing == {"mlp_act": "layer 1: no one linear map gives what the MLP adds"}
+    assert taps.missing == {"mlp_act": "layer 1: no single linear map outputs what the MLP adds"}
     # Layers that have the site keep it.
     assert {layer for site, layer in taps.found if site == "mlp_act"} == {0, 2}
 
@@ -68,12 +68,12 @@ def test_a_padded_row_that_sees_its_padding_makes_rows_run_alone(monkeypatch):
 def test_blocks_that_do_not_form_one_stream_are_refused():
     model = tiny_model("stablelm")
     model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
-    with pytest.raises(ModelError, match="block 1 does not take what block 0 gave"):
+    with pytest.raises(ModelError, match="the input of block 1 is not the output of block 0"):
         taps_of(model)
 
 
 def test_a_model_without_a_list_of_its_blocks_is_refused():
-    with pytest.raises(ModelError, match="has no list of its 7 decoder layers"):
+    with pytest.raises(ModelError, match="has no list of 7 decoder layers"):
         decoder_layers(tiny_model("opt"), 7)
 
 

@@ -189,14 +189,14 @@ def test_nan_is_an_infinite_peak(tmp_path):
 @pytest.mark.parametrize(
     ("name", "site", "why"),
     [
-        ("opt_350m", "attn", "resid_pre + attn + mlp is not residual"),
+        ("opt_350m", "attn", "no two module outputs satisfy"),
         ("opt_350m", "embedding", "not as wide as the residual stream"),
-        ("opt_350m", "final_norm", "16 wide, not 32"),
-        ("granite", "mlp", "resid_pre + attn + mlp is not residual"),
-        ("mixtral", "mlp_act", "no one linear map"),
-        ("gptj", "resid_mid", "side by side"),
+        ("opt_350m", "final_norm", "width 16 is not 32"),
+        ("granite", "mlp", "no two module outputs satisfy"),
+        ("mixtral", "mlp_act", "no single linear map"),
+        ("gptj", "resid_mid", "in parallel"),
         ("bloom", "embedding", "more than a scale and positions"),
-        ("stablelm", "attn_proj", "it is attn"),
+        ("stablelm", "attn_proj", "the same as attn"),
     ],
 )
 def test_a_site_whose_numbers_do_not_bear_it_out_is_refused_by_name(name, site, why, tmp_path):
@@ -241,7 +241,7 @@ def test_missing_weights_are_an_error_and_not_made_up(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(
-        ModelError, match=r"1 weights are missing or misshapen, model.layers.1.mlp.up_proj.weight first"
+        ModelError, match=r"1 weights are missing or have the wrong shape, model.layers.1.mlp.up_proj.weight first"
     ):
         load(tmp_path, "residual")
 

@@ -17,12 +17,12 @@ from torch_families import N_LAYERS, VOCAB, WIDTH, save_tiny, tiny_model, worst_
 from without_torch import hide_torch
 
 from analysis.verification.verify import verify
+from core.backends import choose_backend
 from core.base.errors import ModelError, UsageError
 from core.pricing.plan import price_run
 from core.reduce.reductions import restore
 from core.run.config import RunConfig
 from core.run.runner import run
-from core.step.backends import choose_backend
 
 SITES = ("attn", "mlp_act", "residual", "final_norm")
 
@@ -195,7 +195,7 @@ def test_a_site_that_the_model_lacks_leaves_nothing_behind(tmp_path):
         max_seq_length=64,
         activation_type=("resid_mid",),
     )
-    with pytest.raises(ModelError, match="resid_mid cannot be captured: attention and MLP run side by side"):
+    with pytest.raises(ModelError, match="resid_mid cannot be captured: attention and MLP run in parallel"):
         run(config)
     assert not (tmp_path / "out/run.json").exists()
 

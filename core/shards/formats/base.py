@@ -1,7 +1,7 @@
 """What a shard holds and what a format must offer. One file a format; `core.shards.formats.FORMATS` is the registry.
 
-Axis letters: L layers, S samples, N stored rows of all samples behind each other, K stored rows of one sample, D values
-of a row. A row is a token, or one of the vectors that its tokens were pooled to.
+Axis letters: L layers, S samples, N stored rows of all samples, one after the other, K stored rows of one sample, W
+values of a row. A row is a token, or one of the vectors that its tokens were pooled to.
 """
 
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Int32, Int64, Shaped
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
+from core.object_store.sinks import Sink
 from core.reduce.reductions import VALUES
 from core.samples.windows import TokenizedSample
-from core.shards.sinks import Sink
 
 UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES | CODE_DTYPES, 1.0))
 """`ShardFormat.usual_share` of a format that keeps values as they are."""
@@ -58,7 +58,7 @@ class ShardContent:
     samples: tuple[TokenizedSample, ...]
 
     @property
-    def values(self) -> Shaped[np.ndarray, "L N D"]:
+    def values(self) -> Shaped[np.ndarray, "L N W"]:
         """The activations, or their codes."""
         return self.arrays[VALUES]
 

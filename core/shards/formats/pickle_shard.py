@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Shaped
 
+from core.object_store.sinks import Sink
 from core.shards.formats.base import UNCOMPRESSED, ShardContent, StoredShard, stored_sample
-from core.shards.sinks import Sink
 
 # numpy 1 and 2 write different module names for the same two functions.
 _ALLOWED = {

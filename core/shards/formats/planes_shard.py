@@ -31,8 +31,8 @@ from jaxtyping import Shaped, UInt8
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
 from core.base.json_types import Kinds, require_all, require_types
+from core.object_store.sinks import Sink
 from core.shards.formats.base import ShardContent, StoredShard
-from core.shards.sinks import Sink
 
 # Prompts that begin alike have the same activations there: a block holds several, and zstd looks back that far.
 BLOCK_BYTES = 4 << 20

@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from core.base.safetensors_file import read_tensors, safetensors_header
+from core.object_store.sinks import Sink
 from core.reduce.reductions import array_name
 from core.shards.formats.base import UNCOMPRESSED, ShardContent, StoredShard
-from core.shards.sinks import Sink
 
 
 class SafetensorsFormat:

@@ -15,7 +15,7 @@ from tiny_run import extract, run, token_lines, write_jsonl, write_model
 
 from analysis.verification.stored_identity import read_dataset_shards
 from core.base.canonical_json import canonical_json, sealed_json
-from core.base.command_line import _refuse_clear_hub
+from core.base.command_line import _refuse_plaintext_hub
 from core.base.errors import RunError, UsageError
 from core.base.redaction import RedactingFormatter, printable, redact
 from core.commit.record import CommitRecord
@@ -185,9 +185,9 @@ def test_an_emulator_on_this_machine_or_behind_tls_is_used(host, monkeypatch):
 
 def test_a_hub_in_the_clear_is_refused():
     with pytest.raises(UsageError, match="HF_ENDPOINT"):
-        _refuse_clear_hub({"HF_ENDPOINT": "http://hub.example.com"})
+        _refuse_plaintext_hub({"HF_ENDPOINT": "http://hub.example.com"})
     for endpoint in ("https://hub.example.com", "http://127.0.0.1:8000", ""):
-        _refuse_clear_hub({"HF_ENDPOINT": endpoint})
+        _refuse_plaintext_hub({"HF_ENDPOINT": endpoint})
 
 
 SECRETS = {

@@ -14,7 +14,7 @@ from fake_gcs import CommitThenReset, CommitThenStatus, FakeGcs, Status, gcs_env
 
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError
-from core.claims.leases import Lease, ShardClaims, look_interval_s
+from core.claims.leases import Lease, ShardClaims, poll_interval_s
 from core.claims.records import (
     ClaimState,
     Owner,
@@ -197,13 +197,13 @@ def test_1000_observers_of_1000_leases_make_two_requests_each_a_heartbeat(server
         # Nothing that one of them does depends on the others, so a thousand make 2,000.
         assert kinds == {"object.list": 2 * len(observers)}
         clock.now += 14.9
-    assert look_interval_s(20.0, 1000) == 20.0
+    assert poll_interval_s(20.0, 1000) == 20.0
 
 
 def test_no_waiting_worker_makes_more_than_15_requests_a_heartbeat_however_many_shards_there_are():
     for n_shards in (1, 4_000, 5_000, 20_000, 1_000_000):
         requests = 3 * n_shards / 1000
-        assert requests * 20.0 / look_interval_s(20.0, n_shards) <= 15
+        assert requests * 20.0 / poll_interval_s(20.0, n_shards) <= 15
 
 
 def test_what_a_worker_saw_while_it_had_work_counts_for_the_ttl(store):
@@ -341,7 +341,7 @@ def test_a_shard_given_back_is_free_at_once_and_a_done_one_only_while_its_output
     assert reasons == ["stopped", "failed", "done"]
     assert claims(store, is_finished=always).next(["shard_000"]) is None
     observer = claims(store)
-    assert observer.left(["shard_000"]) == ["shard_000"]
+    assert observer.remaining(["shard_000"]) == ["shard_000"]
     assert claimed(observer).epoch == 4
 
 
@@ -350,7 +350,7 @@ def test_the_output_of_a_shard_released_as_done_is_looked_at_once(store):
         lease.release("done")
     looks = []
     observer = claims(store, is_finished=lambda shard: looks.append(shard) is None)
-    assert [observer.left(["shard_000"]), observer.try_next(["shard_000"]), observer.left(["shard_000"])] == [
+    assert [observer.remaining(["shard_000"]), observer.try_next(["shard_000"]), observer.remaining(["shard_000"])] == [
         [], None, [],
     ]  # fmt: skip
     assert looks == ["shard_000"]
@@ -401,12 +401,12 @@ def test_whoever_starts_late_asks_nothing_of_what_is_done_before_it_works(server
         claimed(claims(store), shard).release("done")
     late = claims(store, is_finished=lambda shard: asked.append(shard) or shard != shards[-1])
     before = len(server.requests)
-    assert late.is_anything_left(shards)
+    assert late.any_remaining(shards)
     assert late.try_next(shards).shard == shards[-1]
     assert asked == [shards[-1]]
     kinds = Counter(request.kind for request in server.requests[before:])
     assert kinds == {"object.list": 2, "object.get": 1, "upload.multipart": 1}
-    assert claims(store, is_finished=lambda shard: True).left(shards) == shards[-1:]
+    assert claims(store, is_finished=lambda shard: True).remaining(shards) == shards[-1:]
 
 
 def test_the_preferred_shard_comes_first_when_it_is_free(store):
@@ -438,7 +438,7 @@ def test_three_failures_with_the_same_error_set_a_shard_aside(store):
 def test_a_shard_that_fails_with_another_error_each_time_is_set_aside_too(store):
     for number in range(9):
         fail(claims(store), f"{number} bytes too few")
-    assert claims(store).left(["shard_000"]) == ["shard_000"]
+    assert claims(store).remaining(["shard_000"]) == ["shard_000"]
     fail(claims(store), "9 bytes too few")
     observer = claims(store)
     assert observer.next(["shard_000"]) is None
@@ -466,7 +466,7 @@ def test_a_shard_whose_failures_are_cleared_is_claimed_again_by_those_who_run(st
         fail(claims(store), "line 7 is broken")
     observer = claims(store)
     assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_001"
-    assert observer.left(["shard_000", "shard_001"]) == ["shard_001"]
+    assert observer.remaining(["shard_000", "shard_001"]) == ["shard_001"]
     assert observer.set_aside == {"shard_000": "line 7 is broken"}
     assert clear_failures(store, "shard_000") == 3
     assert observer.try_next(["shard_000", "shard_001"]).shard == "shard_000"
@@ -478,7 +478,7 @@ def test_a_verdict_that_was_lost_on_the_way_is_passed_again_by_the_next(store):
     for _ in range(3):
         fail(claims(store), "line 7 is broken")
     store.delete("claims/shard_000/poisoned.json")
-    assert claims(store).left(["shard_000"]) == []
+    assert claims(store).remaining(["shard_000"]) == []
     assert read_claims(store)["shard_000"].is_poisoned
 
 
@@ -535,7 +535,7 @@ def test_no_claim_can_make_a_trace(name, data, store):
     store.replace_bytes(f"claims/shard_000/{name}", data)
     error = ""
     try:
-        claims(store).left(["shard_000"])
+        claims(store).remaining(["shard_000"])
         claims(store).try_next(["shard_000"])
     except RunError as raised:
         error = str(raised)
@@ -563,7 +563,7 @@ def test_being_killed_again_and_again_does_not_count(store):
         clock.now += 90
         if epoch > 1:
             assert claimed(claimant).epoch == epoch
-    assert claims(store).left(["shard_000"]) == ["shard_000"]
+    assert claims(store).remaining(["shard_000"]) == ["shard_000"]
 
 
 def test_failed_shards_come_after_those_that_never_failed(store):

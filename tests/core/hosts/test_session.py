@@ -8,10 +8,10 @@ from contextlib import suppress
 
 import pytest
 
-from core.base.errors import RunError, is_fault_of_the_machine
+from core.base.errors import RunError, is_machine_fault
 from core.hosts import pod_slice as hosts_module
-from core.hosts.pod_slice import ALONE, Hosts
-from core.hosts.session import HostSession, StopOfAny
+from core.hosts.pod_slice import SINGLE_HOST, Hosts
+from core.hosts.session import HostSession, SharedStopEvent
 
 
 class Service:
@@ -69,14 +69,14 @@ def together(
 
 
 def test_what_the_first_host_finds_holds_on_all():
-    assert together(3, lambda hosts: hosts.share("what", lambda: [hosts.number, "x"])) == [[0, "x"]] * 3
+    assert together(3, lambda hosts: hosts.broadcast("what", lambda: [hosts.host_id, "x"])) == [[0, "x"]] * 3
 
 
 def test_the_first_host_gathers_what_each_one_stored_in_their_order():
     def work(hosts: Hosts) -> object:
         with HostSession(hosts, "run", threading.Event()) as session:
-            told = session.gather("stored/1", {"host": hosts.number})
-            return told, session.share("committed/1", told or None)
+            told = session.gather("stored/1", {"host": hosts.host_id})
+            return told, session.try_broadcast("committed/1", told or None)
 
     everyone = [{"host": host} for host in range(4)]
     results = together(4, work)
@@ -87,10 +87,10 @@ def test_the_first_host_gathers_what_each_one_stored_in_their_order():
 def test_a_window_that_one_host_does_not_finish_is_given_up_by_all():
     def work(hosts: Hosts) -> object:
         with HostSession(hosts, "run", threading.Event()) as session:
-            if hosts.number == 2:
+            if hosts.host_id == 2:
                 return "left"
             told = session.gather("stored/1", 1)
-            return session.share("committed/1", None if told is None else told or None)
+            return session.try_broadcast("committed/1", None if told is None else told or None)
 
     assert together(3, work) == [None, None, "left"]
 
@@ -100,7 +100,7 @@ def test_an_error_of_one_host_is_raised_where_its_part_is_missed_and_keeps_its_k
     def work(hosts: Hosts) -> object:
         try:
             with HostSession(hosts, "1", threading.Event()) as session:
-                if hosts.number == 1:
+                if hosts.host_id == 1:
                     raise error
                 return session.gather("stored/1", 1)
         except Exception as caught:
@@ -109,15 +109,15 @@ def test_an_error_of_one_host_is_raised_where_its_part_is_missed_and_keeps_its_k
     first, second = together(2, work)
     assert second is error
     assert str(first) == f"host 1: {error}"
-    assert is_fault_of_the_machine(first) == isinstance(error, OSError)
+    assert is_machine_fault(first) == isinstance(error, OSError)
 
 
 def test_one_host_that_is_to_stop_stops_all():
     def work(hosts: Hosts) -> object:
         own = threading.Event()
-        stop = StopOfAny(hosts, "run", own)
-        hosts.share("ready", lambda: True)
-        if hosts.number == 1:
+        stop = SharedStopEvent(hosts, "run", own)
+        hosts.broadcast("ready", lambda: True)
+        if hosts.host_id == 1:
             own.set()
         return stop.wait(10)
 
@@ -139,26 +139,26 @@ def test_the_stop_of_a_session_is_not_that_of_the_next():
     assert together(2, work) == [False, False]
 
 
-def test_what_was_told_in_sessions_is_forgotten_but_for_the_last_one():
+def test_the_keys_of_all_sessions_but_the_last_one_are_deleted():
     service, kept = Service(), list[int]()
 
     def work(hosts: Hosts) -> object:
         for number in range(1, 13):
             if hosts.is_first:
-                hosts.tell(f"session/{number}", f"shard_{number}")
+                hosts.publish(f"session/{number}", f"shard_{number}")
                 kept.append(len(service.values))
             else:
                 assert hosts.wait_for(f"session/{number}") == f"shard_{number}"
             stop = threading.Event()
             with suppress(RunError), HostSession(hosts, str(number), stop) as session:
-                session.agree("found", lambda: 0)
-                if number == 5 and hosts.number == 2:
+                session.broadcast("found", lambda: 0)
+                if number == 5 and hosts.host_id == 2:
                     raise RunError("s.jsonl:3: broken")
                 if number == 7 and hosts.is_first:
                     stop.set()
                     assert session.stop.is_set()
-                told = session.gather("stored/1", hosts.number)
-                session.share("committed/1", told or None)
+                told = session.gather("stored/1", hosts.host_id)
+                session.try_broadcast("committed/1", told or None)
         return "done"
 
     assert together(3, work, service=service) == ["done"] * 3
@@ -170,7 +170,7 @@ def test_what_was_told_in_sessions_is_forgotten_but_for_the_last_one():
 
 def test_a_host_that_fails_outside_of_a_session_ends_those_that_wait_for_it():
     def work(hosts: Hosts) -> object:
-        if hosts.number == 0:
+        if hosts.host_id == 0:
             raise RunError("no such model")
         return hosts.wait_for("never")
 
@@ -179,42 +179,42 @@ def test_a_host_that_fails_outside_of_a_session_ends_those_that_wait_for_it():
     assert str(second) == "host 0: no such model"
 
 
-def test_what_the_first_host_does_not_come_to_agree_on_keeps_nobody_waiting():
+def test_a_broadcast_that_host_0_never_makes_keeps_no_host_waiting():
     def work(hosts: Hosts) -> object:
         try:
             with HostSession(hosts, "1", threading.Event()) as session:
                 if hosts.is_first:
                     raise RunError("no such shard")
-                return session.agree("found", lambda: None)
+                return session.broadcast("found", lambda: None)
         except RunError as error:
             return str(error)
 
-    assert together(2, work) == ["no such shard", "host 0 has given up found"]
+    assert together(2, work) == ["no such shard", "host 0 left the session before it published 'found'"]
 
 
 def test_a_host_that_is_done_waits_as_long_as_the_others_live():
     def work(hosts: Hosts) -> object:
         if hosts.is_first:
             time.sleep(1.0)
-        return hosts.number
+        return hosts.host_id
 
     assert together(2, work, timeout_s=0.4) == [0, 1]
 
 
 def test_a_host_that_falls_silent_ends_the_process_of_the_others(monkeypatch):
     ended: list[str] = []
-    monkeypatch.setattr(Hosts, "_end", lambda self, reason: ended.append(f"{self.number}: {reason}"))
+    monkeypatch.setattr(Hosts, "_exit", lambda self, reason: ended.append(f"{self.host_id}: {reason}"))
     service = Service()
     service.key_value_set("extract_activations/beat/1", "7")
     with Hosts(1, 0, service, timeout_s=0.3):
         deadline = time.monotonic() + 10
         while not ended and time.monotonic() < deadline:
             time.sleep(0.02)
-    assert ended[0].startswith("0: host 1 has given no sign of life")
+    assert ended[0].startswith("0: host 1 has sent no heartbeat")
 
 
-def test_a_host_on_its_own_asks_nobody():
-    with ALONE, HostSession(ALONE, "run", threading.Event()) as session:
+def test_a_single_host_needs_no_service():
+    with SINGLE_HOST, HostSession(SINGLE_HOST, "run", threading.Event()) as session:
         assert session.gather("stored/1", "part") == ["part"]
-        assert session.share("committed/1", "record") == "record"
+        assert session.try_broadcast("committed/1", "record") == "record"
         assert not session.stop.is_set()

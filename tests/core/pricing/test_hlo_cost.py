@@ -85,10 +85,10 @@ def test_of_a_conditional_the_longest_branch_counts():
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("constant(24)", "parameter(1)", "does not tell how often its loop loop runs"),
-        ("direction=LT", "direction=GT", "loop loop that does not count up"),
+        ("constant(24)", "parameter(1)", "loop loop of the compiled program: its trip count cannot be determined"),
+        ("direction=LT", "direction=GT", "loop loop of the compiled program does not count up"),
         ("ENTRY %main", "%main", "has no entry"),
-        ("replica_groups={{0,2},{1,3}}", "groups=?", "does not tell which devices its all-reduce sum joins"),
+        ("replica_groups={{0,2},{1,3}}", "groups=?", "all-reduce sum of the compiled program: its device groups"),
     ],
 )
 def test_a_text_that_cannot_be_read_is_refused(old, new, reason):

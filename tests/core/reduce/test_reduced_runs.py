@@ -31,7 +31,7 @@ from analysis.verification.verify import verify
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.commit.record import CommitRecord
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.pricing.plan import price_run
 from core.reduce.pooling import fetch_rows
@@ -90,7 +90,7 @@ def reduced(full: RunConfig, step: Step, out: Path, **flags) -> Path:
     job = prepare_job(replace(full, output_dir=str(out), **flags), "float32")
     prepared = prepare_stream(job, open_storage(job))
     model = LoadedStep(step, 0.0, Reducer(job.reduction, DTYPES[job.config.dtype]))
-    session = HostSession(ALONE, "run", threading.Event())
+    session = HostSession(SINGLE_HOST, "run", threading.Event())
     assert run_stream(prepared, model, session, log=lambda line: None).status == "complete"
     assert verify(str(out)).ok, verify(str(out)).lines()
     return out
@@ -361,7 +361,7 @@ def test_damage_of_every_array_is_found(full, step, tmp_path):
 
     out = fresh("a")
     assert any("sample 3, scale: a scale is negative" in p for p in damaged(out, "k", "scale", np.negative))
-    assert any("3 different ones of 32" in p for p in damaged(out, "residual", "indices", np.zeros_like))
+    assert any("3 different ones below 32" in p for p in damaged(out, "residual", "indices", np.zeros_like))
     out = fresh("b")
     assert any("sample 3, indices: dtype int64" in p for p in damaged(out, "k", "indices", lambda a: a.astype(int)))
     assert any("sample 3: dtype float32" in p for p in damaged(out, "residual", "activation", np.float32))
@@ -383,7 +383,7 @@ def test_a_record_without_reduction_says_nothing_of_one(full):
         ({"pool": ("exp:0",)}, "--pool exp:0: expected"),
         ({"pool": ("exp",)}, "--pool exp: expected"),
         ({"pool": ("mean:2",)}, "--pool mean:2: expected"),
-        ({"pool": ("exp:0.5", "exp:.50")}, "--pool exp:0.5: it is there twice"),
+        ({"pool": ("exp:0.5", "exp:.50")}, "--pool exp:0.5: it is given twice"),
         ({"topk": 0}, "--topk 0: must be at least 1"),
         ({"quantize": "int4"}, "--quantize int4: must be one of int8, fp8"),
         ({"quantize_block": 4}, "--quantize_block 4: needs --quantize"),
@@ -404,8 +404,9 @@ def test_what_does_not_fit_the_model_is_refused_before_it_is_loaded(full, tmp_pa
     coded = {"quantize": "int8", "dtype": "float16"}
     for message, flags in {
         "--topk 17: k is only 16 wide": {"topk": 17},
-        "--quantize_block 33: no row has more than 32 values: 0 is one scale a row": coded | {"quantize_block": 33},
-        "--quantize_block 5: no row has more than 4 values: 0 is one scale a row": coded
+        "--quantize_block 33: no row has more than 32 values: pass 0 for one scale per row": coded
+        | {"quantize_block": 33},
+        "--quantize_block 5: no row has more than 4 values: pass 0 for one scale per row": coded
         | {"quantize_block": 5, "topk": 4},
         f"--project {tmp_path}/a.npy: its matrix has 32 rows, k is 16 wide": {"project": str(tmp_path / "a.npy")},
         f"--project {tmp_path}/b.npy: it has matrices for 3 layers, k has 2": {"project": str(tmp_path / "b.npy")},

@@ -247,7 +247,7 @@ def test_a_run_that_is_complete_does_nothing_more(config, tmp_path):
 def test_another_plan_in_the_same_folder_is_refused_by_name_and_nothing_is_written(config, tmp_path, change, named):
     run(config)
     before = committed_files(tmp_path / "out")
-    with pytest.raises(UsageError, match=rf"holds another run \(.*{named}"):
+    with pytest.raises(UsageError, match=rf"belongs to another run \(.*{named}"):
         run(replace(config, **change))
     assert committed_files(tmp_path / "out") == before
 
@@ -441,7 +441,7 @@ def test_a_foreign_file_under_a_shards_name_is_refused_not_adopted(config, tmp_p
         record.unlink()
     for content in (b"junk", foreign, foreign[:-20]):
         (folder / "shard_0004.pkl.gz").write_bytes(content)
-        with pytest.raises(RunError, match=r"shard_0004\.pkl\.gz stands there without a commit record"):
+        with pytest.raises(RunError, match=r"shard_0004\.pkl\.gz exists without a commit record"):
             run(config)
         assert not (folder / "shard_0004.json").exists()
 
@@ -450,7 +450,7 @@ def test_shards_of_another_run_whose_records_are_gone_are_refused(config, tmp_pa
     run(config)
     for path in [tmp_path / "out/run.json", *(tmp_path / "out/tpu_0").glob("*.json")]:
         path.unlink()
-    with pytest.raises(RunError, match="does not hold this window"):
+    with pytest.raises(RunError, match="does not contain this window"):
         run(replace(config, layers_to_extract=(1,)))
 
 

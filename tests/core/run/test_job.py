@@ -14,7 +14,7 @@ from core.pricing.plan import format_duration
 from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.job import Job
-from core.run.survey import disk_needed, refuse_full_disk, stored_bytes, survey_stream
+from core.run.survey import check_disk_space, disk_needed, stored_bytes, survey_stream
 
 
 @pytest.fixture(scope="module")
@@ -94,18 +94,18 @@ def test_bytes_on_disk_are_those_of_stored_tokens_and_of_all_token_ids(config):
 def test_a_selection_that_fits_is_not_refused_for_what_it_leaves_out(config):
     job = job_of(config, compress_shards=False)
     with pytest.raises(RunError, match="the run needs about"):
-        refuse_full_disk(job, survey_stream(job), 0, free=100_000)
+        check_disk_space(job, survey_stream(job), 0, free=100_000)
     job = job_of(config, compress_shards=False, positions=(":5",))
-    refuse_full_disk(job, survey_stream(job), 0, free=100_000)
+    check_disk_space(job, survey_stream(job), 0, free=100_000)
     with pytest.raises(RunError):
-        refuse_full_disk(job, survey_stream(job), 0, free=1_000)
+        check_disk_space(job, survey_stream(job), 0, free=1_000)
 
 
 def test_a_kind_of_token_that_the_tokenizer_lacks_is_said_and_leaves_nothing_out(config, monkeypatch):
     said = []
     monkeypatch.setattr("core.run.checks.logging.warning", lambda text, *args: said.append(text % args))
     job = job_of(config, exclude_tokens=("bos", "special", "newline_first"))
-    assert said == ["--exclude_tokens bos: the tokenizer has no such token, so none is left out"]
+    assert said == ["--exclude_tokens bos: the tokenizer has no such token, so no token is excluded"]
     assert {256, 257} <= job.facts.ids["special"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_run import cache_dir, committed_files, token_lines, write_jsonl, write_model
 
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.run import extraction
 from core.run.checks import prepare_job
@@ -51,7 +51,7 @@ def config(tmp_path_factory) -> RunConfig:
 
 
 def on_its_own(stop: threading.Event) -> HostSession:
-    return HostSession(ALONE, "run", stop)
+    return HostSession(SINGLE_HOST, "run", stop)
 
 
 def test_a_stream_stopped_at_any_step_ends_and_the_next_run_goes_on(config, tmp_path):

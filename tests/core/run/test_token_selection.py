@@ -29,7 +29,7 @@ from tiny_run import (
 from analysis.verification.verify import verify
 from core.activation_storage import ActivationStorage
 from core.base.errors import RunError, UsageError
-from core.hosts.pod_slice import ALONE
+from core.hosts.pod_slice import SINGLE_HOST
 from core.hosts.session import HostSession
 from core.pricing.plan import price_run
 from core.run import extraction
@@ -261,7 +261,7 @@ def test_a_whole_step_is_let_go_once_its_tokens_are_gathered(full, tmp_path, mon
         scatter(*args)
 
     monkeypatch.setattr(WindowActivations, "scatter", slow)
-    model, session = LoadedStep(watched, 0.0), HostSession(ALONE, "run", threading.Event())
+    model, session = LoadedStep(watched, 0.0), HostSession(SINGLE_HOST, "run", threading.Event())
     assert run_stream(prepare_stream(job, open_storage(job)), model, session).status == "complete"
     assert len(alive) > 10
     assert max(alive) <= 2
@@ -393,9 +393,9 @@ def test_another_selection_in_the_same_folder_is_refused_by_name(full, tmp_path)
 def test_kinds_of_tokens_need_a_tokenizer_and_norms_a_residual_stream(full, tmp_path):
     bare = write_model(tmp_path / "bare", tokenizer=False)
     config = replace(full, model_path=str(bare), output_dir=str(tmp_path / "out"))
-    with pytest.raises(UsageError, match=r"--exclude_tokens eos: only a tokenizer .*--tokenizer_path"):
+    with pytest.raises(UsageError, match=r"--exclude_tokens eos needs a tokenizer .*--tokenizer_path"):
         run(replace(config, exclude_tokens=("eos",)))
-    with pytest.raises(UsageError, match=r"--exclude_norm_outliers: .*resid_pre, resid_mid, residual"):
+    with pytest.raises(UsageError, match=r"--exclude_norm_outliers needs .*resid_pre, resid_mid, residual"):
         run(replace(config, activation_type=("mlp",), exclude_norm_outliers=4.0))
     assert run(replace(config, exclude_tokens=("eos",), tokenizer_path=full.model_path)).samples == len(LINES)
 
@@ -483,7 +483,7 @@ def test_a_mask_that_is_not_that_of_the_shard_is_found(full, tmp_path):
 
     samples, shard = "samples_0001.jsonl.gz", "shard_0001.pkl.gz"
     assert any("token positions are not those" in p for p in damaged(fresh("a"), samples, shifted))
-    assert any("left out, the record says" in p for p in damaged(fresh("b"), samples, renamed))
+    assert any("leaves out" in p for p in damaged(fresh("b"), samples, renamed))
     assert any("overlaps another" in p for p in damaged(fresh("c"), samples, overlapping))
     assert any("sample 3: its token positions" in p for p in damaged(fresh("d"), shard, moved))
-    assert any("alone leaves tokens out" in p for p in damaged(fresh("e"), shard, without))
+    assert any("only one of the shard and the sample table" in p for p in damaged(fresh("e"), shard, without))

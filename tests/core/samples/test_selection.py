@@ -16,9 +16,9 @@ from core.samples.selection import (
     TokenFacts,
     count_reasons,
     dropped_ranges,
-    facts_of,
     parse_positions,
-    reasons_of,
+    reasons_from_ranges,
+    token_facts,
 )
 
 FACTS = TokenFacts(
@@ -124,7 +124,7 @@ def test_random_choices_differ_between_samples_and_seeds_and_are_even():
 def test_ranges_keep_every_reason_and_plain_json(codes):
     reasons = np.array(codes, np.uint8)
     ranges = dropped_ranges(reasons)
-    np.testing.assert_array_equal(reasons_of(ranges, len(codes)), reasons)
+    np.testing.assert_array_equal(reasons_from_ranges(ranges, len(codes)), reasons)
     assert all(type(end) is int for runs in ranges.values() for run in runs for end in run)
     assert count_reasons([reasons, reasons]) == {
         reason: 2 * codes.count(code) for code, reason in enumerate(REASONS, 1) if code in codes
@@ -148,7 +148,7 @@ def test_ranges_keep_every_reason_and_plain_json(codes):
 )
 def test_ranges_that_cannot_be_are_refused(ranges):
     with pytest.raises(ValueError):
-        reasons_of(ranges, 4)
+        reasons_from_ranges(ranges, 4)
 
 
 @pytest.mark.parametrize(("text", "start", "stop"), [("0:4", 0, 4), (":4", 0, 4), ("-8:", -8, None), (":", 0, None)])
@@ -166,7 +166,7 @@ def test_the_facts_are_those_of_the_tokenizer(smollm2):
     from qwen2_jax import load_tokenizer
 
     tokenizer = load_tokenizer(str(smollm2))
-    facts = facts_of(tokenizer)
+    facts = token_facts(tokenizer)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<|im_start|>", "<|im_end|>", "<repo_name>")}
     assert facts.ids["bos"] == {ids["<|im_start|>"]}
     assert facts.ids["eos"] == {ids["<|im_end|>"]}

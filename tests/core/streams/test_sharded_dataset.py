@@ -157,7 +157,7 @@ def test_a_chunk_with_other_lines_than_its_metadata_says_is_refused(tmp_path):
         entry = json.loads(metadata.read_text())
         entry["num_tasks"] = entry["chunks"][0]["num_tasks"] = count
         metadata.write_text(json.dumps(entry))
-        with pytest.raises(RunError, match=f"6 lines, its metadata says {count}"):
+        with pytest.raises(RunError, match=f"has 6 lines, metadata.json lists {count}"):
             list(read_stream(str(metadata.parent)))
 
 

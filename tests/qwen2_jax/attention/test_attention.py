@@ -12,8 +12,9 @@ from attention_oracle import attention_in_float64
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen2_jax import attention as attention_module
-from qwen2_jax.attention import attention, first_visible
+from qwen2_jax.attention import attention
+from qwen2_jax.attention.dense import dense_attention
+from qwen2_jax.attention.logits import kv_start
 
 SCALE = 0.37
 oracle = partial(attention_in_float64, scale=SCALE)
@@ -36,8 +37,7 @@ def segments(*rows, length):
 @partial(jax.jit, static_argnames=("implementation", "softcap"))
 def run(q, k, v, segment_ids, window=None, implementation="dispatched", softcap=None):
     if implementation == "dense":
-        logit_of = partial(attention_module._logits, scale=SCALE, softcap=softcap)
-        return attention_module._dense(q, k, v, first_visible(segment_ids, window), logit_of=logit_of)
+        return dense_attention(q, k, v, kv_start(segment_ids, window), None, scale=SCALE, softcap=softcap)
     return attention(q, k, v, segment_ids, scale=SCALE, window=window, softcap=softcap)
 
 

@@ -10,11 +10,11 @@ from attention_oracle import attention_in_float64
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from core.base.errors import ModelError
-from qwen2_jax import attention as attention_module
-from qwen2_jax.attention import attention, first_visible, gpu_tiles
+from qwen2_jax.attention import attention, dispatch, gpu_trial
 from qwen2_jax.attention import gpu as gpu_attention
 from qwen2_jax.attention.gpu import triton_attention
 from qwen2_jax.attention.gpu_tiles import Tiles
+from qwen2_jax.attention.logits import kv_start
 from qwen2_jax.rope import rotate
 
 SCALE = 0.37
@@ -24,8 +24,8 @@ SMALL, LARGE = Tiles(64, 32, 4, 2), Tiles(128, 64, 4, 3)
 
 @partial(jax.jit, static_argnames=("softcap", "tiles"))
 def run(q, k, v, segment_ids, window=1 << 30, softcap=None, tiles=SMALL):
-    first = first_visible(segment_ids, jnp.int32(window))
-    return triton_attention(q, k, v, first, None, scale=SCALE, softcap=softcap, tiles=tiles, interpret=True)
+    start = kv_start(segment_ids, jnp.int32(window))
+    return triton_attention(q, k, v, start, None, scale=SCALE, softcap=softcap, tiles=tiles, interpret=True)
 
 
 def error_of(length, rows, *, kv_heads=2, groups=3, head_dim=64, dtype=jnp.float32, **settings):
@@ -93,10 +93,10 @@ def test_queries_and_keys_are_rotated_first():
     k, v = jnp.asarray(rng.normal(size=(2, 1, 128, 1, 64)), jnp.float32)
     angles = rng.normal(size=(1, 128, 32)) * 100
     rotary = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    first = first_visible(jnp.ones((1, 128), jnp.int32))
+    start = kv_start(jnp.ones((1, 128), jnp.int32))
     attend = partial(triton_attention, scale=SCALE, softcap=None, tiles=SMALL, interpret=True)
-    expected = attend(rotate(q, rotary), rotate(k, rotary), v, first, None)
-    np.testing.assert_allclose(attend(q, k, v, first, rotary), expected, rtol=0, atol=1e-6)
+    expected = attend(rotate(q, rotary), rotate(k, rotary), v, start, None)
+    np.testing.assert_allclose(attend(q, k, v, start, rotary), expected, rtol=0, atol=1e-6)
 
 
 H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
@@ -118,8 +118,8 @@ def lowered(platform, length=256, dtype=jnp.bfloat16, device=H200, **settings):
 @pytest.fixture
 def with_gpu(monkeypatch):
     """As in a process whose GPU was found to run the kernel."""
-    monkeypatch.setattr(attention_module, "_has_cuda", lambda: True)
-    monkeypatch.setattr(gpu_tiles, "usable_tiles", lambda head_dim, softcap: LARGE)
+    monkeypatch.setattr(dispatch, "_has_cuda", lambda: True)
+    monkeypatch.setattr(gpu_trial, "usable_tiles", lambda head_dim, softcap: LARGE)
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
@@ -136,14 +136,14 @@ def test_other_row_lengths_and_float32_take_the_dense_path(with_gpu, length, dty
 
 def test_without_a_gpu_nothing_is_tried(monkeypatch):
     """Neither for a CPU, nor for a GPU that is compiled for without saying which."""
-    monkeypatch.setattr(gpu_tiles, "usable_tiles", pytest.fail)
-    monkeypatch.setattr(gpu_tiles, "candidates", pytest.fail)
+    monkeypatch.setattr(gpu_trial, "usable_tiles", pytest.fail)
+    monkeypatch.setattr(dispatch, "candidates", pytest.fail)
     for device in (None, AbstractDevice(device_kind="cpu", num_cores=None, platform="cpu")):
         assert KERNEL not in lowered("cuda", device=device)
 
 
 def test_a_gpu_that_is_not_here_but_compiled_for_takes_the_best_tiles(monkeypatch):
-    monkeypatch.setattr(gpu_tiles, "usable_tiles", pytest.fail)
+    monkeypatch.setattr(gpu_trial, "usable_tiles", pytest.fail)
     assert "num_warps = 4 : i32" in lowered("cuda").partition(KERNEL)[2]
     assert KERNEL not in lowered("cpu")
 
@@ -158,9 +158,9 @@ def interpreted(monkeypatch):
         return out if tiles not in faults else faults[tiles](out)
 
     monkeypatch.setattr(gpu_attention, "triton_attention", kernel)
-    gpu_tiles.usable_tiles.cache_clear()
+    gpu_trial.usable_tiles.cache_clear()
     yield faults
-    gpu_tiles.usable_tiles.cache_clear()
+    gpu_trial.usable_tiles.cache_clear()
 
 
 def too_large(out):
@@ -170,10 +170,10 @@ def too_large(out):
 @pytest.mark.parametrize("fault", [too_large, lambda out: out.at[0, 0].add(0.1)])
 def test_tiles_that_fail_or_compute_something_else_are_passed_over(interpreted, fault, caplog):
     caplog.set_level("INFO")
-    best, small = gpu_tiles.candidates(64)
+    best, small = gpu_trial.candidates(64)
     interpreted[best] = fault
     for _ in range(2):
-        assert gpu_tiles.usable_tiles(64, None) == small
+        assert gpu_trial.usable_tiles(64, None) == small
     (record,) = caplog.records
     said = (
         "attention: the kernel for GPUs, cut as Tiles(queries=64, keys=32, warps=4, stages=2); larger blocks do not run"
@@ -197,9 +197,9 @@ def while_running(reason):
 
 @pytest.mark.parametrize("reason", ["Shared memory size limit exceeded: requested 9", "Register allocation failed"])
 def test_what_the_compiler_finds_too_large_for_the_gpu_passes_tiles_over(interpreted, reason):
-    best, small = gpu_tiles.candidates(64)
+    best, small = gpu_trial.candidates(64)
     interpreted[best] = while_compiling(f"RESOURCE_EXHAUSTED: {reason}")
-    assert gpu_tiles.usable_tiles(64, None) == small
+    assert gpu_trial.usable_tiles(64, None) == small
 
 
 @pytest.mark.parametrize(
@@ -211,17 +211,17 @@ def test_what_the_compiler_finds_too_large_for_the_gpu_passes_tiles_over(interpr
     ],
 )
 def test_a_gpu_whose_memory_is_full_is_an_error_and_chooses_no_tiles(interpreted, fault):
-    best = gpu_tiles.candidates(64)[0]
+    best = gpu_trial.candidates(64)[0]
     interpreted[best] = fault
     with pytest.raises(ModelError, match=r"^the GPU's memory is full before the first step; does something else run"):
-        gpu_tiles.usable_tiles(64, None)
+        gpu_trial.usable_tiles(64, None)
     interpreted.clear()
-    assert gpu_tiles.usable_tiles(64, None) == best
+    assert gpu_trial.usable_tiles(64, None) == best
 
 
 def test_a_gpu_that_runs_none_of_them_is_told_in_one_line_and_takes_the_dense_path(interpreted, caplog, monkeypatch):
-    interpreted.update(dict.fromkeys(gpu_tiles.candidates(64), too_large))
-    monkeypatch.setattr(attention_module, "_has_cuda", lambda: True)
+    interpreted.update(dict.fromkeys(gpu_trial.candidates(64), too_large))
+    monkeypatch.setattr(dispatch, "_has_cuda", lambda: True)
     assert KERNEL not in lowered("cuda")
     (record,) = caplog.records
     assert record.getMessage() == (
@@ -231,7 +231,7 @@ def test_a_gpu_that_runs_none_of_them_is_told_in_one_line_and_takes_the_dense_pa
 
 
 def test_a_jax_that_the_kernel_is_not_for_takes_the_dense_path(interpreted, caplog, monkeypatch):
-    monkeypatch.setattr(attention_module, "_has_cuda", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_cuda", lambda: True)
     monkeypatch.delattr(gpu_attention, "triton_attention")
     assert KERNEL not in lowered("cuda")
     assert "cannot be used here" in caplog.text
@@ -240,8 +240,8 @@ def test_a_jax_that_the_kernel_is_not_for_takes_the_dense_path(interpreted, capl
 
 def test_the_probe_computes_while_its_caller_is_being_traced(interpreted):
     found = []
-    jax.jit(lambda x: found.append(gpu_tiles.usable_tiles(256, 50.0)) or x)(jnp.zeros(()))
-    assert found == [gpu_tiles.candidates(256)[0]]
+    jax.jit(lambda x: found.append(gpu_trial.usable_tiles(256, 50.0)) or x)(jnp.zeros(()))
+    assert found == [gpu_trial.candidates(256)[0]]
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="no GPU; with one: JAX_PLATFORMS=cuda pytest -k real_gpu")

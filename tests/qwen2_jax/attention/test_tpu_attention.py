@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from attention_oracle import attention_in_float64
 
-from qwen2_jax.attention import first_visible
+from qwen2_jax.attention.logits import kv_start
 from qwen2_jax.attention.tpu import splash_attention
 from qwen2_jax.rope import rotate
 
@@ -17,8 +17,8 @@ SCALE = 0.37
 
 @partial(jax.jit, static_argnames="softcap")
 def run(q, k, v, segment_ids, window, softcap):
-    first = first_visible(segment_ids, window)
-    return splash_attention(q, k, v, first, None, scale=SCALE, softcap=softcap, interpret=True)
+    start = kv_start(segment_ids, window)
+    return splash_attention(q, k, v, start, None, scale=SCALE, softcap=softcap, interpret=True)
 
 
 def error_of(length, rows, *, kv_heads=2, groups=3, head_dim=64, window=1 << 30, softcap=None, dtype=jnp.float32):
@@ -65,10 +65,10 @@ def test_rotation_in_the_kernels_layout_is_that_of_every_other_path(head_dim, n_
     k, v = jnp.asarray(rng.normal(size=(2, 2, 128, 2, head_dim)), jnp.float32)
     angles = rng.normal(size=(2, 128, n_pairs)) * 100
     rotary = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
-    first = first_visible(jnp.ones((2, 128), jnp.int32))
+    start = kv_start(jnp.ones((2, 128), jnp.int32))
     attend = partial(splash_attention, scale=SCALE, softcap=None, interpret=True)
-    expected = attend(rotate(q, rotary), rotate(k, rotary), v, first, None)
-    np.testing.assert_allclose(attend(q, k, v, first, rotary), expected, rtol=0, atol=1e-5)
+    expected = attend(rotate(q, rotary), rotate(k, rotary), v, start, None)
+    np.testing.assert_allclose(attend(q, k, v, start, rotary), expected, rtol=0, atol=1e-5)
 
 
 def test_key_blocks_without_visible_keys_are_never_read():

@@ -82,19 +82,19 @@ def test_a_bf16_checkpoint_keeps_every_bit(dtype, tmp_path):
     loaded = parameters(load_model(str(save(model, tmp_path)), dtype=dtype))
     assert all(array.dtype == dtype for array in loaded.values())
     up = torch.stack([layer.mlp.up_proj.weight for layer in model.model.layers]).float().detach().numpy()
-    np.testing.assert_array_equal(loaded["layers.up"].astype(np.float32), up)
+    np.testing.assert_array_equal(loaded["layers.mlp.up.weight"].astype(np.float32), up)
 
 
 def test_rounding_to_bf16_is_to_nearest_even(folder):
-    exact = parameters(load_model(str(folder)))["layers.up"]
-    rounded = parameters(load_model(str(folder), dtype="bfloat16"))["layers.up"]
+    exact = parameters(load_model(str(folder)))["layers.mlp.up.weight"]
+    rounded = parameters(load_model(str(folder), dtype="bfloat16"))["layers.mlp.up.weight"]
     np.testing.assert_array_equal(rounded, exact.astype(ml_dtypes.bfloat16))
 
 
 def test_an_early_cut_reads_only_its_layers_and_computes_the_same(folder, pristine):
     cut = load_model(str(folder), n_layers=2)
-    assert parameters(cut)["layers.q"].shape[0] == 2
-    assert "head.lm_head" not in parameters(cut)
+    assert parameters(cut)["layers.attn.q.weight"].shape[0] == 2
+    assert "lm_head.weight" not in parameters(cut)
     ours = forward(cut, TOKENS, everything(cut, logits=False))
     whole = forward(load_model(str(pristine)), TOKENS, Capture((0, 1)))
     assert worst_token(ours["residual"], whole["residual"]) < 1e-6
@@ -106,7 +106,7 @@ def test_without_head_nothing_else_is_missing(folder):
     headless = load_model(str(folder), with_final_norm=False, with_head=False)
     everywhere = forward(headless, TOKENS, everything(headless, logits=False))
     assert everywhere["residual"].shape == (4, 1, 9, 48)
-    assert not any(name.startswith("head") for name in parameters(headless))
+    assert not any(name.startswith(("lm_head", "final_norm")) for name in parameters(headless))
 
 
 def test_a_model_saved_without_its_head_loads_where_no_logits_are_asked(pristine, tmp_path):

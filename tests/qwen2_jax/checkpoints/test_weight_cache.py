@@ -66,6 +66,7 @@ def warnings(monkeypatch):
     return said
 
 
+Q = "layers.attn.q.weight"
 PARTS = [{}, {"n_layers": 2}, {"with_head": False}, {"with_head": False, "with_final_norm": False}]
 
 
@@ -85,20 +86,20 @@ def test_matrices_are_stored_in_chunks_of_rows_that_can_be_read_alone(rows, chun
     """Also where the number of rows has no divisor of the right size: zeros follow then."""
     monkeypatch.setattr(weight_cache, "_CHUNK_BYTES", 8 * 5 * 4)
     values = np.random.default_rng(0).standard_normal((3, rows, 5), np.float32)
-    weight_cache._save(str(tmp_path / "x"), {"layers.q": jnp.asarray(values), "embedding": jnp.asarray(values[0])})
-    complete = weight_cache.CompleteCache(str(tmp_path / "x"), {"layers.q": [3, rows, 5], "embedding": [rows, 5]})
+    weight_cache._save(str(tmp_path / "x"), {"layers.up": jnp.asarray(values), "embedding": jnp.asarray(values[0])})
+    complete = weight_cache.CompleteCache(str(tmp_path / "x"), {"layers.up": [3, rows, 5], "embedding": [rows, 5]})
     specs = {
-        "layers.q": weight_cache.ParamSpec((3, rows, 5), ("layers", "heads", "embed")),
+        "layers.up": weight_cache.ParamSpec((3, rows, 5), ("layers", "mlp", "embed")),
         "embedding": weight_cache.ParamSpec((rows, 5), ("vocab", "embed")),
     }
     stores = complete._open(specs)
-    assert stores["layers.q"].shape == (3, *chunks, 5)
-    assert stores["layers.q"].chunk_layout.read_chunk.shape == (1, 1, chunks[1], 5)
+    assert stores["layers.up"].shape == (3, *chunks, 5)
+    assert stores["layers.up"].chunk_layout.read_chunk.shape == (1, 1, chunks[1], 5)
     assert stores["embedding"].chunk_layout.read_chunk.shape == (1, chunks[1], 5)
     for start, stop in {(0, rows), (rows // 3, rows // 2 + 1), (rows - 1, rows)}:
-        part = weight_cache.CachedArray(stores["layers.q"], 1, chunks[1]).read(slice(start, stop), slice(1, 4))
+        part = weight_cache.CachedArray(stores["layers.up"], 1, chunks[1]).read(slice(start, stop), slice(1, 4))
         np.testing.assert_array_equal(part, values[1, start:stop, 1:4])
-    for name, expected in (("layers.q", values), ("embedding", values[0])):
+    for name, expected in (("layers.up", values), ("embedding", values[0])):
         found = complete.load(specs, np.dtype(np.float32), None)[name]
         np.testing.assert_array_equal(found, expected)
 
@@ -108,13 +109,13 @@ def test_orbax_itself_reads_the_cache(llama, tmp_path):
     name = json.loads((Path(converted.url) / "complete.json").read_text())["name"]
     restored = ocp.PyTreeCheckpointer().restore(Path(converted.url) / name)
     expected = parameters(load_model(llama))
-    np.testing.assert_array_equal(restored["layers.q"].reshape(4, 48, 48), expected["layers.q"])
-    np.testing.assert_array_equal(restored["layers.attn_norm"], expected["layers.attn_norm"])
+    np.testing.assert_array_equal(restored[Q].reshape(4, 48, 48), expected[Q])
+    np.testing.assert_array_equal(restored["layers.attn_norm.weight"], expected["layers.attn_norm.weight"])
 
 
 def test_a_cache_of_another_dtype_or_model_is_not_taken(llama, tmp_path, warnings):
     convert_weights(llama, str(tmp_path / "cache"), dtype="bfloat16")
-    assert parameters(load_model(llama, weights_cache_dir=str(tmp_path / "cache")))["layers.q"].dtype == jnp.float32
+    assert parameters(load_model(llama, weights_cache_dir=str(tmp_path / "cache")))[Q].dtype == jnp.float32
     other = shutil.copytree(llama, tmp_path / "other")
     config = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 1e-3}
     (other / "config.json").write_text(json.dumps(config))
@@ -156,7 +157,8 @@ DAMAGE = {
     "a file lost": lambda cache: largest_file(cache).unlink(),
     "an unreadable marker": lambda cache: next(cache.glob("*/complete.json")).write_text("{"),
     "a marker of another kind": lambda cache: next(cache.glob("*/complete.json")).write_text("[]"),
-    "a later format": lambda cache: edit_marker(cache, format=2),
+    "an earlier format": lambda cache: edit_marker(cache, format=1),
+    "a later format": lambda cache: edit_marker(cache, format=3),
     "other shapes": lambda cache: edit_marker(cache, parameters={"embedding": [1, 2]}),
     "files that nothing says anything of": lambda cache: edit_marker(cache, files={}),
 }

@@ -24,6 +24,8 @@ def choose_backend(
     trust_remote_code: run the code that a model brings, which torch alone can. Raises UsageError for what the backend
     cannot do, RunError when torch is not installed, ModelError when there is no such model.
     """
+    if name not in BACKENDS:
+        raise UsageError(f"--backend {name}: must be one of {', '.join(BACKENDS)}")
     family = _unknown_family(path, revision) if name == "auto" else None
     if name != "torch" and family is None:
         if trust_remote_code:

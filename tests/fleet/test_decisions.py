@@ -8,20 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.base.errors import RunError
-from fleet.decisions import (
-    NODE_ACTIONS,
-    QUEUE_ACTIONS,
-    Action,
-    Machine,
-    Slot,
-    Wishes,
-    decide,
-    machine_for,
-    wanted_slots,
-)
+from fleet.decisions import NODE_ACTIONS, QUEUE_ACTIONS, Action, Wishes, decide, machine_for, wanted_slots
 from fleet.gcloud.accelerators import hosts_of, require_tpu_type, runtime_of
 from fleet.gcloud.calls import Failure, meaning_of
 from fleet.gcloud.listing import Kind, Resource, inventory, parse_list
+from fleet.gcloud.machines import Machine, Slot
 from fleet.reconciling import Result, delete
 
 A, B = "us-central1-a", "us-central1-b"

@@ -10,8 +10,8 @@ import google_crc32c
 import numpy as np
 import pytest
 
-from core.shards import sinks
-from core.shards.sinks import DigestWriter, ParallelGzipWriter, WriteBehind, digest_stream
+from core.object_store import sinks
+from core.object_store.sinks import DigestWriter, ParallelGzipWriter, WriteBehind, digest_stream
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the modules of a model took and gave in one forward pass.
+"""The inputs and outputs of a model's modules in one forward pass.
 
 Axis letters: B rows, T tokens, W width of a module's values.
 """
@@ -16,17 +16,17 @@ from torch_models.hooks import tokens_first
 
 @dataclass
 class Call:
-    """One module in the probe: when it began and ended, what it took and gave (B, T, W), and how often it ran."""
+    """The last call of one module: when it began and ended, input and output (B, T, W), and how often it ran."""
 
     began: int = -1
     ended: int = -1
-    took: Tensor | None = None
-    gave: Tensor | None = None
+    input: Tensor | None = None
+    output: Tensor | None = None
     times: int = 0
 
 
 @dataclass
-class Record:
+class CallLog:
     """The calls of one forward pass by module path."""
 
     shape: tuple[int, int]
@@ -34,24 +34,24 @@ class Record:
     clock: int = 0
 
     def began(self, name: str) -> Callable[[Any], None]:
-        def see(values: Any) -> None:
+        def hook(values: Any) -> None:
             call = self.calls.setdefault(name, Call())
-            call.took, call.began = self._copy(values), self._tick()
+            call.input, call.began = self._copy(values), self._tick()
 
-        return see
+        return hook
 
     def ended(self, name: str) -> Callable[[Any], None]:
-        def see(values: Any) -> None:
+        def hook(values: Any) -> None:
             call = self.calls.setdefault(name, Call())
-            call.gave, call.ended = self._copy(values), self._tick()
+            call.output, call.ended = self._copy(values), self._tick()
             call.times += 1
 
-        return see
+        return hook
 
     def _copy(self, values: Any) -> Tensor | None:
-        # A copy: models add to their tensors in place.
-        seen = tokens_first(values, self.shape)
-        return None if seen is None else seen.detach().clone()
+        # Models add to their tensors in place.
+        by_token = tokens_first(values, self.shape)
+        return None if by_token is None else by_token.detach().clone()
 
     def _tick(self) -> int:
         self.clock += 1

@@ -1,4 +1,4 @@
-"""Whoever is told to stop ends in time, whatever it is doing."""
+"""A process that is asked to stop ends in time, whatever it is doing."""
 
 import signal
 import subprocess
@@ -8,16 +8,16 @@ from pathlib import Path
 
 PROGRAM = """
 import sys, time
-from core.run.signals import stop_on_signals
+from core.base.signals import stop_on_signals
 grace_s, works_s = map(float, sys.argv[1:])
-with stop_on_signals(grace_s, say=lambda text: print(text, flush=True), is_told=lambda: True) as stop:
+with stop_on_signals(grace_s, log=lambda text: print(text, flush=True), peer_stopping=lambda: True) as stop:
     assert stop.wait(10)
     time.sleep(works_s)
 """
 
 
 def start(grace_s: float, works_s: float) -> subprocess.Popen[str]:
-    """A host that works on after another one has told it to stop."""
+    """A host that works on after another host requested a stop."""
     command = [sys.executable, "-c", PROGRAM, str(grace_s), str(works_s)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3])
 
@@ -26,8 +26,8 @@ def test_a_host_that_is_told_to_stop_and_cannot_ends_after_its_grace_as_after_si
     host = start(0.5, 60)
     said, _ = host.communicate(timeout=10)
     assert host.returncode == 128 + signal.SIGTERM
-    assert "another host stops: committing what is computed, then stopping" in said
-    assert "SIGTERM: what is under way is given up" in said
+    assert "another host is stopping: committing what is computed, then stopping" in said
+    assert "SIGTERM: dropping uncommitted work" in said
 
 
 def test_a_host_that_is_told_to_stop_and_does_ends_as_it_would():
@@ -38,7 +38,7 @@ def test_a_host_that_is_told_to_stop_and_does_ends_as_it_would():
 def test_the_sigterm_that_follows_is_the_one_that_it_was_told_of():
     host = start(20, 1.5)
     assert host.stdout is not None
-    assert "another host stops" in host.stdout.readline()
+    assert "another host is stopping" in host.stdout.readline()
     time.sleep(0.3)
     host.send_signal(signal.SIGTERM)
     assert host.wait(timeout=10) == 0

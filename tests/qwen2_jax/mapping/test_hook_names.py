@@ -3,7 +3,7 @@
 import pytest
 
 from core.base.errors import ModelError
-from qwen2_jax.hook_names import HookName, hugging_face_name, parse_hook_name, transformer_lens_name
+from qwen2_jax.mapping.hook_names import HookName, hugging_face_name, parse_hook_name, transformer_lens_name
 from qwen2_jax.taps import SITES
 
 PLAIN = tuple(site for site in SITES if site not in ("attn_proj", "mlp_proj"))
