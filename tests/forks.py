@@ -200,7 +200,7 @@ def run_script(wish: dict[str, Any]) -> int:
     sys.argv = [str(REPOSITORY / wish["script"]), *wish["args"]]
     fault = os.environ.get(fault_points.VARIABLE)
     if fault:
-        fault_points.arm(fault_points.armed_by(fault))
+        fault_points.arm(fault_points.parse_fault(fault))
     script = Path(sys.argv[0])
     sys.path[:0] = [str(script.parent)]
     runpy.run_path(str(script), run_name="__main__")
