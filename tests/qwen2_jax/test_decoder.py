@@ -97,6 +97,8 @@ def trace(decoder):
 def test_logits_and_the_mlp_of_the_last_layer_are_not_compiled_unless_asked(trace):
     attention_only = trace(Capture((0,), ("attn",))).lower().compile().as_text()
     assert f"{D_FF}" not in attention_only
+    attention_of_two = trace(Capture((3, 7), ("attn",))).lower().compile().as_text()
+    assert attention_of_two.count(" dot(") == trace(Capture((3, 7))).lower().compile().as_text().count(" dot(") + 4
     assert f"[2,24,{VOCAB}" not in attention_only
     assert f"{D_FF}" in trace(Capture((0,), ("mlp",))).lower().compile().as_text()
     assert f"[2,24,{VOCAB}" in trace(Capture((), logits=True)).lower().compile().as_text()
@@ -120,6 +122,22 @@ def test_the_layers_are_one_loop_that_ends_with_the_last_captured_layer(layers, 
     jaxpr = trace(Capture(tuple(layers))).jaxpr
     over_layers = [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
     assert over_layers == loops
+
+
+def test_every_other_layer_costs_no_larger_program_and_no_more_memory_than_all(trace):
+    programs = [trace(Capture(layers)).lower().compile() for layers in (tuple(range(N_LAYERS)), tuple(range(0, 37, 2)))]
+    text_of_all, text_of_some = (len(program.as_text()) for program in programs)
+    memory_of_all, memory_of_some = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert text_of_some <= 1.3 * text_of_all
+    assert memory_of_some <= memory_of_all
+
+
+def test_layers_that_are_captured_are_written_where_they_stay(trace):
+    """In place: beside its outputs the program needs no room that grows with them."""
+    few, many = (
+        trace(Capture(tuple(range(0, n, 2)))).lower().compile().memory_analysis().temp_size_in_bytes for n in (5, 37)
+    )
+    assert many <= few + 2 * 24 * 48 * 4
 
 
 @pytest.mark.parametrize(
@@ -223,6 +241,14 @@ in_specs = (P(), *[P("data")] * 3)
 mapped = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False))
 assert "all-" not in mapped.lower(state, *placed).compile().as_text()
 mapped = mapped(state, *placed)
+
+over_two = load_model(sys.argv[1], mesh=ModelMesh.of(load_config(sys.argv[1]), jax.devices(), 2))
+assert over_two.layers.mlp.up.weight[...].sharding.shard_shape((4, 52, 48)) == (4, 26, 48)
+texts = [tokens[0, :5], tokens[1], tokens[2, :9]]
+alone = load_model(sys.argv[1])
+for asked in (None, capture):
+    for one_text, of_split in zip(alone(texts, asked), over_two(texts, asked), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one_text, of_split)
 assert mapped["residual"].sharding.shard_shape(mapped["residual"].shape)[1] == 2
 for site in one:
     for found in (split, mapped):

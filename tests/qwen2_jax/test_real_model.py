@@ -111,4 +111,4 @@ def test_every_layer_of_real_prompts_is_that_of_transformers_and_so_is_the_next_
         for layer, expected in enumerate(layers):
             ours = shard[layer][i]["activation"]
             assert np.linalg.norm(ours - expected) <= 1e-4 * np.linalg.norm(expected), (i, layer)
-        assert int(model(ids)[-1].argmax()) == int(theirs.logits[0, -1].argmax())
+        assert worst_token(np.asarray(model(ids)), theirs.logits[0].numpy()) < 1e-4
