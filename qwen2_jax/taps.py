@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Protocol
 
 from core.base.errors import ModelError
@@ -41,7 +41,7 @@ SITES = {
 }
 EMBEDDING_LAYER = -1
 # The sites whose values are known before the MLP of their block runs.
-BEFORE_MLP = frozenset({"resid_pre", "q", "k", "v", "attn_heads", "attn_proj", "attn", "resid_mid"})
+BEFORE_MLP = frozenset(takewhile(lambda site: site != "mlp_act", SITES))
 
 
 class Capturable(Protocol):

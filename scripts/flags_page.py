@@ -47,8 +47,13 @@ def _sections(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
 
 
 def _table(actions: list[argparse.Action]) -> str:
-    rows = [_row(action) for action in actions if not isinstance(action, argparse._HelpAction)]
+    rows = [_row(action) for action in actions if not _is_hidden(action)]
     return "\n".join(["| flag | values | meaning |", "|---|---|---|", *rows, ""])
+
+
+def _is_hidden(action: argparse.Action) -> bool:
+    """--help, and flags of other packages that absl knows once they are imported."""
+    return isinstance(action, argparse._HelpAction) or "==SUPPRESS==" in str(action.help)
 
 
 def _row(action: argparse.Action) -> str:

@@ -107,7 +107,7 @@ def test_without_create_only_on_a_disk_a_zombie_changes_what_is_committed(nurser
     test_zombies.fall_asleep(zombie)
     nursery.start(Worker(flags(data, out, 2), rounding=test_zombies.OTHER_HARDWARE, **options)).finish()
     before = test_zombies.leave_alone(out)
-    zombie.signal(signal.SIGCONT)
+    zombie.send_signal(signal.SIGCONT)
     zombie.wait()
     with must_fail():
         assert test_zombies.leave_alone(out) == before
@@ -243,7 +243,7 @@ def test_signals_that_wait_for_the_main_thread_come_too_late(nursery, calm, plac
     )
     wait_until(lambda: bool(list(out.glob("claims/*/000001.json"))))
     time.sleep(0.5)
-    worker.signal(signal.SIGTERM)
+    worker.send_signal(signal.SIGTERM)
     with must_fail():
         worker.wait(0.5 + test_preemption.SLACK_S)
     worker.kill()

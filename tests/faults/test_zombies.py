@@ -39,7 +39,7 @@ def fall_asleep(worker: Fork) -> None:
 
 
 def wake_up(worker: Fork) -> None:
-    worker.signal(signal.SIGCONT)
+    worker.send_signal(signal.SIGCONT)
     assert worker.finish()["status"] == "complete"
 
 

@@ -25,7 +25,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 
-from qwen2_jax import load_model
+from qwen2_jax import linear, load_model
 from qwen2_jax.activations import ACTIVATIONS, activate
 from qwen2_jax.config import RopeConfig
 from qwen2_jax.families import FAMILIES
@@ -139,7 +139,7 @@ def test_rotation_activation_and_bias_round_once():
 @pytest.mark.parametrize(("platform", "product"), [("cpu", "f32"), ("tpu", "bf16"), ("cuda", "bf16")])
 def test_products_are_rounded_by_the_chip_except_on_cpu(platform, product):
     x, weight = jnp.ones((1, 4, 8), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
-    up = jax.jit(lambda x, weight: product("BTD,FD->BTF", x, weight)).trace(x, weight)
+    up = jax.jit(lambda x, weight: linear.product("BTD,FD->BTF", x, weight)).trace(x, weight)
     (dot,) = re.findall(r"dot_general.*-> tensor<1x4x16x(\w+)>", up.lower(lowering_platforms=(platform,)).as_text())
     assert dot == product
     assert up.out_info.dtype == jnp.bfloat16

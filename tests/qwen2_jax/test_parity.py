@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from hf_reference import SIZES, everything, forward, hf_activations, save, tiny_model, worst_token
 from transformers import (
     Gemma2Config,
@@ -221,8 +222,8 @@ def edited(config, path: str, value):
 def test_what_the_parity_cases_set_matters(case, edits, load):
     _, decoder, theirs = load(case)
     ((path, value),) = edits.items()
-    other = copy.copy(decoder)
-    other.config = edited(decoder.config, path, value)
+    arrays = {".".join(map(str, name)): param[...] for name, param in nnx.to_flat_state(nnx.state(decoder))}
+    other = Decoder(edited(decoder.config, path, value), arrays)
     without = forward(other, TOKENS, Capture((3,)), optimised=False)["residual"][0]
     assert worst_token(without, theirs["residual"][3]) > 1e-3
 

@@ -316,7 +316,7 @@ def test_a_file_system_without_exclusive_creation_is_read_only(tmp_path: Path) -
     store = open_store(f"simplecache::file://{tmp_path}")
     assert store.read_bytes("x") == b"data"
     for write in (store.create_bytes, store.replace_bytes):
-        with pytest.raises(RunError, match="two writers"):
+        with pytest.raises(RunError, match="cannot be created exclusively"):
             write("y", b"")
 
 

@@ -34,7 +34,7 @@ class Watched:
     def __init__(self, monkeypatch) -> None:
         self.events, self.compiled = [], threading.Event()
         call, load_model, lower = (
-            jax_utils.Decoder.__call__,
+            jax_utils.Decoder.forward,
             jax_utils.load_model,
             jax_utils.ExtractionStep.compile_ahead,
         )
@@ -52,7 +52,7 @@ class Watched:
             lower(step, *shape)
             step._ahead[shape].add_done_callback(lambda _: self.compiled.set())
 
-        monkeypatch.setattr(jax_utils.Decoder, "__call__", traced)
+        monkeypatch.setattr(jax_utils.Decoder, "forward", traced)
         monkeypatch.setattr(jax_utils, "load_model", loaded)
         monkeypatch.setattr(jax_utils.ExtractionStep, "compile_ahead", compile_ahead)
 
