@@ -5,10 +5,12 @@ Axis letters: L stored layers of a site, B rows, T tokens of a row, D width of t
 
 import hashlib
 import platform
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import jax
@@ -17,7 +19,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from core.base.errors import ModelError, UnsupportedError, UsageError
 from core.step.backend import StepOutput, StepRequest
@@ -28,6 +30,7 @@ from qwen2_jax import Decoder, DecoderConfig, load_config, load_model
 from qwen2_jax.checkpoints.loading import model_digest
 from qwen2_jax.checkpoints.weights import cut_config
 from qwen2_jax.sharding import DATA_AXIS, MeshAxes, ModelMesh, sum_over
+from qwen2_jax.taps import Capture
 
 # Steps that a CPU computes at once: one fills the cores while another waits for its slowest thread.
 _CPU_LANES = 2
@@ -149,6 +152,20 @@ class JaxBackend:
         step.take_weights(model)
         return step
 
+    def next_tokens(
+        self, path: str, revision: str | None, compute_dtype: str, texts: Sequence[Int32[np.ndarray, " _"]]
+    ) -> list[Int32[np.ndarray, " _"]]:
+        """See the protocol. One text at a time, because the logits of a whole step may not fit."""
+        capture = Capture((), (), logits=True)
+        mesh = self._mesh(load_config(path, revision), StepRequest(capture, "float32", compute_dtype))
+        model = load_model(path, dtype=COMPUTE_DTYPES[compute_dtype], revision=revision, mesh=mesh)
+        return _next_tokens(model, texts)
+
+
+def _next_tokens(model: Decoder, texts: Sequence[Int32[np.ndarray, " _"]]) -> list[Int32[np.ndarray, " _"]]:
+    logits: Iterator[Any] = map(model, texts)
+    return [np.asarray(jnp.argmax(of_text, axis=-1)) for of_text in logits]
+
 
 # Compiled steps of live models, by request.
 _STEPS: WeakKeyDictionary[Decoder, dict[StepRequest, "ExtractionStep"]] = WeakKeyDictionary()
@@ -194,6 +211,12 @@ class LoadedBackend(JaxBackend):
             steps[request] = ExtractionStep(self._model, request, mesh)
         steps[request].take_weights(self._model)
         return steps[request]
+
+    def next_tokens(
+        self, path: str, revision: str | None, compute_dtype: str, texts: Sequence[Int32[np.ndarray, " _"]]
+    ) -> list[Int32[np.ndarray, " _"]]:
+        """By the model that is loaded."""
+        return _next_tokens(self._model, texts)
 
 
 # Activations, peaks and norms by site.

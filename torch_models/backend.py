@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from absl import logging
+from jaxtyping import Int32, Int64
 
 from core.base.errors import ModelError
 from core.step.backend import StepRequest
 from qwen2_jax.taps import SITES, Capture
-from torch_models.hooks import Reader, Tap
+from torch_models.hooks import Batch, Reader, Tap, next_tokens
 from torch_models.loading import (
     LoadedModel,
     ModelSource,
@@ -88,6 +91,16 @@ class TorchBackend:
             norm_sites=request.norm_sites,
             rows_alone=rows_alone,
         )
+
+    def next_tokens(
+        self, path: str, revision: str | None, compute_dtype: str, texts: Sequence[Int32[np.ndarray, " _"]]
+    ) -> list[Int64[np.ndarray, " _"]]:
+        """See the protocol."""
+        source, device = ModelSource(path, revision, self.trust_remote_code), best_device()
+        loaded = load_causal_lm(source, compute_dtype, device=device)
+        if not loaded.has_head:
+            raise ModelError(f"{path}: the model has no output head")
+        return [next_tokens(loaded.model, Batch.of_text(text, torch.device(device))) for text in texts]
 
 
 def wanted_taps(taps: Taps, capture: Capture, shape: TorchModelShape, path: str) -> dict[tuple[str, int], Tap]:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
 
@@ -62,6 +63,12 @@ class Batch:
     attention_mask: Int[Tensor, "B T"]
     position_ids: Int[Tensor, "B T"]
 
+    @classmethod
+    def of_text(cls, token_ids: Int[np.ndarray, " T"], device: torch.device) -> Batch:
+        """One row without padding."""
+        ids = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(device)
+        return cls(ids, torch.ones_like(ids), torch.arange(len(token_ids), device=device)[None])
+
     @property
     def shape(self) -> tuple[int, int]:
         """(B, T)."""
@@ -79,6 +86,13 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
         return model(**inputs)
     except StopForward:
         return None
+
+
+@torch.no_grad()
+def next_tokens(model: nn.Module, batch: Batch) -> Int64[np.ndarray, " T"]:
+    """The most likely next token after each token of the one row of `batch`."""
+    tokens: Int64[np.ndarray, " T"] = run_model(model, batch).logits[0].argmax(-1).cpu().numpy()
+    return tokens
 
 
 def tokens_first(values: Any, shape: tuple[int, int]) -> Tensor | None:

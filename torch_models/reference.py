@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwen2_jax.taps import Capture
 from torch_models.backend import missing_reason
-from torch_models.hooks import Batch, Reader, hooked, run_model
+from torch_models.hooks import Batch, Reader, hooked, next_tokens
 from torch_models.loading import LoadedModel, ModelSource, find_model_taps, load_causal_lm
 from torch_models.probing import Taps
 
@@ -64,13 +64,10 @@ class Reference:
             Reader(self.loaded.model, taps).run(self._batch(token_ids), on_tap)
         return {site: np.stack([seen[site, layer] for layer in layers]) for site, layers in wanted.items()}
 
-    @torch.no_grad()
     def next_tokens(self, token_ids: Int[np.ndarray, " T"]) -> Int64[np.ndarray, " T"]:
         """The most likely next token after each token."""
-        output = run_model(self.loaded.model, self._batch(token_ids))
-        return output.logits[0].argmax(-1).cpu().numpy()
+        return next_tokens(self.loaded.model, self._batch(token_ids))
 
-    @torch.no_grad()
     def next_tokens_of(self, final: Float[np.ndarray, "T D"], *, normed: bool) -> Int64[np.ndarray, " T"]:
         """The most likely next tokens by this model's output head, from another implementation's final values.
 
@@ -88,13 +85,11 @@ class Reference:
         # A forward pass of a sample of the same length, with its final values replaced.
         tokens = np.zeros(len(final), np.int64)
         with hooked(self.loaded.model, on_output={tap.module: replace}):
-            return run_model(self.loaded.model, self._batch(tokens)).logits[0].argmax(-1).cpu().numpy()
+            return next_tokens(self.loaded.model, self._batch(tokens))
 
     @cached_property
     def _device(self) -> torch.device:
         return next(self.loaded.model.parameters()).device
 
     def _batch(self, token_ids: Int[np.ndarray, " T"]) -> Batch:
-        ids = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self._device)
-        places = torch.arange(len(token_ids), device=self._device)[None]
-        return Batch(ids, torch.ones_like(ids), places)
+        return Batch.of_text(token_ids, self._device)

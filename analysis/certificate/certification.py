@@ -63,13 +63,6 @@ def require_reference(wanted_by: str) -> None:
         raise RunError(str(error)) from error
 
 
-def final_site(layers: Mapping[str, tuple[int, ...]], n_layers: int) -> str | None:
-    """The captured site whose last layer determines the next token; None if there is none."""
-    if "final_norm" in layers:
-        return "final_norm"
-    return "residual" if layers.get("residual", ())[-1:] == (n_layers - 1,) else None
-
-
 def compare_with_transformers(
     samples: Sequence[CertifiedSample], subject: Subject, source: ModelSource
 ) -> FidelityReport:
@@ -138,17 +131,23 @@ def as_stored(values: Float32[np.ndarray, " *shape"], dtype: str) -> Shaped[np.n
 
 
 def _next_tokens(reference: Reference, samples: Sequence[CertifiedSample]) -> tuple[NextTokens, list[np.ndarray]]:
-    """How often the reference's head predicts the same next token from our final values, and the reference's tokens."""
-    finals = [sample.final for sample in samples if sample.final is not None]
-    if len(finals) < len(samples):
-        return NextTokens("neither the residual of the last layer nor final_norm is stored"), []
+    """How often we predict the reference's next token, and the reference's tokens.
+
+    The prediction is by our own logits or, for samples that have only final values, by the reference's head from them.
+    """
     if not reference.loaded.has_head:
         return NextTokens("the reference has no output head"), []
+    found = [sample.next_tokens for sample in samples if sample.next_tokens is not None]
+    by = "our logits"
+    if not found:
+        finals = [sample.final for sample in samples if sample.final is not None]
+        found = [reference.next_tokens_of(final.values, normed=final.normed) for final in finals]
+        by = f"our {'final norm' if finals and finals[0].normed else 'last residual'} through the reference's head"
+    if len(found) < len(samples):
+        return NextTokens("neither our logits nor the residual of the last layer nor final_norm are known"), []
     wanted = [reference.next_tokens(sample.token_ids)[sample.compared] for sample in samples]
-    found = [reference.next_tokens_of(final.values, normed=final.normed) for final in finals]
     share, positions = agreement(found, wanted)
-    site = "final norm" if finals[0].normed else "last residual"
-    return NextTokens(f"our {site} through the reference's head", share, positions=positions), wanted
+    return NextTokens(by, share, positions=positions), wanted
 
 
 def _about(subject: Subject, reference_digest: str) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from analysis.certificate.certification import (
     FIDELITY_FILE,
     Subject,
     compare_with_transformers,
-    final_site,
     require_reference,
 )
 from analysis.certificate.fidelity import CertifiedSample, FidelityReport, FinalValues
@@ -121,9 +120,12 @@ def _capture(layers: dict[str, tuple[int, ...]]) -> Capture:
 
 
 def _final(source: ModelSource, layers: dict[str, tuple[int, ...]]) -> str | None:
+    """The captured site whose last layer determines the next token; None if there is none."""
     from torch_models.loading import model_shape
 
-    return final_site(layers, model_shape(source).n_layers)
+    if "final_norm" in layers:
+        return "final_norm"
+    return "residual" if layers.get("residual", ())[-1:] == (model_shape(source).n_layers - 1,) else None
 
 
 def _samples(root: ObjectStore, place: _WindowSamples, format_name: str, final: str | None) -> list[CertifiedSample]:

@@ -8,25 +8,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import logging
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Int, Shaped
 
 from analysis.certificate.certification import (
     FIDELITY_FILE,
     Subject,
     compare_with_transformers,
-    final_site,
     require_reference,
 )
-from analysis.certificate.fidelity import CertifiedSample, FinalValues
+from analysis.certificate.fidelity import CertifiedSample
 from core.base.canonical_json import canonical_json, content_hash
-from core.base.errors import RunError
+from core.base.errors import ModelError, RunError
 from core.run.job import Job
 from core.run.stores import Stores
 from core.samples.windows import TokenizedSample, Window
-from core.step.backend import Step, StepRequest
+from core.step.backend import Step
 from core.step.host_copies import begin_copies, on_host
 from core.step.layout import lay_out_steps, sample_spans, step_arrays
-from qwen2_jax.taps import Capture
 
 if TYPE_CHECKING:
     from torch_models.loading import ModelSource
@@ -97,26 +95,25 @@ def _subject(job: Job) -> Subject:
 def _samples(job: Job, windows: Sequence[tuple[Window, list[int]]]) -> list[CertifiedSample]:
     """The chosen samples of each window, computed by the run's step; only their tokens that the run stores.
 
-    The final values for the next token need a second pass where the run does not capture them.
+    The next tokens are those of the whole model with its head, which is loaded after the step is freed.
     """
     step = job.backend.load(job.config.model_path, job.config.revision, job.step_request)
     computed = [found for window, chosen in windows for found in _window_values(job, step, window, chosen)]
     del step
-    site = final_site(job.layers, job.model.n_layers)
-    finals = computed
-    if site is None:
-        site = "final_norm"
-        request = StepRequest(Capture((), (site,)), "float32", job.compute_dtype)
-        step = job.backend.load(job.config.model_path, job.config.revision, request)
-        finals = [found for window, chosen in windows for found in _window_values(job, step, window, chosen)]
     samples = [window.samples[index] for window, chosen in windows for index in chosen]
-    return [
-        _certified(job, sample, found, FinalValues(final.values[site][-1], normed=site == "final_norm"))
-        for sample, found, final in zip(samples, computed, finals, strict=True)
-    ]
+    texts = [sample.token_ids for sample in samples]
+    tokens: Sequence[np.ndarray | None]
+    try:
+        tokens = job.backend.next_tokens(job.config.model_path, job.config.revision, job.compute_dtype, texts)
+    except ModelError as error:
+        logging.warning("--certify: next tokens are not compared: %s", error)
+        tokens = [None] * len(samples)
+    return [_certified(job, *of_sample) for of_sample in zip(samples, computed, tokens, strict=True)]
 
 
-def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: FinalValues) -> CertifiedSample:
+def _certified(
+    job: Job, sample: TokenizedSample, found: _Computed, next_tokens: Int[np.ndarray, " T"] | None
+) -> CertifiedSample:
     compared = _stored_places(job, sample, found)
     ours = {site: values[:, compared] for site, values in found.values.items()}
     for site, values in ours.items():
@@ -131,7 +128,7 @@ def _certified(job: Job, sample: TokenizedSample, found: _Computed, final: Final
         token_ids=sample.token_ids,
         compared=compared,
         ours=ours,
-        final=FinalValues(final.values[compared], final.normed),
+        next_tokens=None if next_tokens is None else next_tokens[compared],
     )
 
 

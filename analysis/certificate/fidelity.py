@@ -37,13 +37,15 @@ class CertifiedSample:
       token_ids: all tokens that the model sees.
       compared: the positions of the compared tokens, ascending.
       ours: by site, in the stored dtype.
-      final: None where it is not known.
+      next_tokens: after each compared token, by our own output head; None where only `final` is known.
+      final: what the reference's head can be given instead; None where that is not known either.
     """
 
     name: str
     token_ids: Int32[np.ndarray, "T"]
     compared: Int[np.ndarray, "K"]
     ours: Mapping[str, Shaped[np.ndarray, "L K _"]]
+    next_tokens: Int[np.ndarray, "K"] | None = None
     final: FinalValues | None = None
 
 

@@ -4,9 +4,12 @@ Axis letters: L layers stored for the site (`Capture.layers_of`), B rows of the 
 per row of the step (tokens, gathered tokens or pools), W values of an output row.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int, Int32
 
 from core.step.layout import BatchShape, StepArrays, default_row_lengths, packed_row_lengths
 from core.step.model_shape import ModelShape
@@ -114,6 +117,15 @@ class Backend(Protocol):
 
     def load(self, path: str, revision: str | None, request: StepRequest) -> Step:
         """Loads the layers that `request` needs. Raises a one-line ModelError."""
+        ...
+
+    def next_tokens(
+        self, path: str, revision: str | None, compute_dtype: str, texts: Sequence[Int32[np.ndarray, " _"]]
+    ) -> list[Int[np.ndarray, " _"]]:
+        """The most likely next token after each token of each text, by the model's own output head.
+
+        Loads the whole model for it, in `compute_dtype`. Raises ModelError for a model without a head.
+        """
         ...
 
 

@@ -200,6 +200,34 @@ def test_a_mistake_in_our_decoder_fails(qwen2, tmp_path, monkeypatch):
         run(config(tmp_path, qwen2), certify_run)
 
 
+def test_the_next_tokens_are_those_of_our_own_head(qwen2, tmp_path):
+    """Every site is right and the output head is another: only the next tokens tell."""
+    wrong = with_config(qwen2, tmp_path / "wrong", tie_word_embeddings=False)
+    weights = load_file(wrong / "model.safetensors")
+    save_file(weights | {"lm_head.weight": -weights["model.embed_tokens.weight"]}, wrong / "model.safetensors")
+    run(config(tmp_path, wrong, certify_against=str(qwen2), dtype="float32"), certify_run)
+    report = certificate(tmp_path / "out/tpu_0")
+    assert (report["verdict"], report["next_token_agreement"]["by"]) == ("pass", "our logits")
+    assert report["next_token_agreement"]["ours"] < 0.2
+
+
+def test_a_model_without_a_head_is_certified_without_next_tokens(qwen2, tmp_path):
+    headless = with_config(qwen2, tmp_path / "headless", tie_word_embeddings=False)
+    weights = load_file(headless / "model.safetensors")
+    save_file(
+        {name: array for name, array in weights.items() if name != "lm_head.weight"}, headless / "model.safetensors"
+    )
+    run(config(tmp_path, headless), certify_run)
+    report = certificate(tmp_path / "out/tpu_0")
+    assert report["verdict"] == "pass"
+    assert report["next_token_agreement"] == {
+        "by": "the reference has no output head",
+        "ours": None,
+        "yardstick": None,
+        "positions": 0,
+    }
+
+
 def test_an_unfaithful_run_goes_on_when_told_to(qwen2, tmp_path):
     wrong = corrupted(qwen2, tmp_path / "wrong", "model.layers.1.mlp.down_proj.weight")
     flags = config(tmp_path, wrong, certify_against=str(qwen2), allow_unfaithful=True)
@@ -303,7 +331,7 @@ def test_the_next_token_is_left_out_where_nothing_stored_leads_to_it(qwen2, tmp_
     assert certificate(tmp_path / "out/tpu_0")["next_token_agreement"]["ours"] > 0.9
     report = certify_output(str(tmp_path / "out"), ModelSource(str(qwen2)), 2)
     assert report.next_tokens.ours is None
-    assert "neither the residual of the last layer nor final_norm is stored" in "\n".join(report.lines())
+    assert "neither our logits nor the residual of the last layer nor final_norm are known" in "\n".join(report.lines())
 
 
 def test_the_same_certificate_has_the_same_bytes(qwen2, tmp_path):
