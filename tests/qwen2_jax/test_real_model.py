@@ -18,9 +18,9 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.streams.writing import StreamOptions, create_streams
-from qwen2_jax import load_model, load_tokenizer
+from qwen2_jax import Decoder, load_model, load_tokenizer
 
-N_PROMPTS = 4
+N_PROMPTS = 2
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,11 @@ def _read_by_transformers(smollm2: Path) -> LlamaForCausalLM:
     assert not found.unexpected_keys
     model.tie_weights()
     return model.eval()
+
+
+@pytest.fixture(scope="module")
+def decoder(smollm2) -> Decoder:
+    return load_model(str(smollm2))
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +79,8 @@ PROMPTS = [
 ]
 
 
-def test_smollm2_matches_transformers_on_real_prompts(smollm2, transformers_smollm2):
-    decoder, tokenizer = load_model(str(smollm2)), load_tokenizer(str(smollm2))
+def test_smollm2_matches_transformers_on_real_prompts(smollm2, decoder, transformers_smollm2):
+    tokenizer = load_tokenizer(str(smollm2))
     prompts = [np.array(tokenizer.encode(prompt)) for prompt in PROMPTS]
     length = max(map(len, prompts))
     tokens = np.stack([np.pad(prompt, (0, length - len(prompt))) for prompt in prompts])
@@ -91,7 +96,7 @@ def test_smollm2_matches_transformers_on_real_prompts(smollm2, transformers_smol
 
 
 def test_every_layer_of_real_prompts_is_that_of_transformers_and_so_is_the_next_token(
-    arc_run, transformers_smollm2, smollm2
+    arc_run, decoder, transformers_smollm2
 ):
     shard = pickle.loads(gzip.decompress((arc_run / "shard_0001.pkl.gz").read_bytes()))
     table = gzip.decompress((arc_run / "samples_0001.jsonl.gz").read_bytes()).decode().splitlines()
@@ -102,7 +107,6 @@ def test_every_layer_of_real_prompts_is_that_of_transformers_and_so_is_the_next_
     transformers_smollm2.model.layers[-1].register_forward_hook(
         lambda module, args, out: last_block.append((out[0] if isinstance(out, tuple) else out)[0].numpy())
     )
-    model = load_model(str(smollm2))
     for i, ids in enumerate(token_ids):
         with torch.no_grad():
             theirs = transformers_smollm2(torch.tensor([ids]), output_hidden_states=True)
@@ -111,4 +115,4 @@ def test_every_layer_of_real_prompts_is_that_of_transformers_and_so_is_the_next_
         for layer, expected in enumerate(layers):
             ours = shard[layer][i]["activation"]
             assert np.linalg.norm(ours - expected) <= 1e-4 * np.linalg.norm(expected), (i, layer)
-        assert worst_token(np.asarray(model(ids)), theirs.logits[0].numpy()) < 1e-4
+        assert worst_token(np.asarray(decoder(ids)), theirs.logits[0].numpy()) < 1e-4

@@ -7,7 +7,7 @@ import time
 from tiny_run import committed_files, extract, run, token_lines, write_jsonl, write_model
 
 # Fewer than with FAULTS=all, which is `make test-faults`.
-N_KILLS = 30 if os.environ.get("FAULTS") == "all" else 10
+N_KILLS = 30 if os.environ.get("FAULTS") == "all" else 4
 
 
 def test_resume_after_random_kills_is_byte_identical(tmp_path, forks):

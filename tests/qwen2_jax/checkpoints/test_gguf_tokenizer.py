@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import lru_cache
 
 import gguf
 import pytest
@@ -39,7 +40,10 @@ def ours(smollm2):
 
 @pytest.fixture(scope="module")
 def theirs(smollm2):
-    return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+    # It parses the whole vocabulary each time it wants to know anything.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gguf.GGUFReader", lru_cache(gguf.GGUFReader))
+        return AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
 
 
 @pytest.mark.parametrize("text", TEXTS)
