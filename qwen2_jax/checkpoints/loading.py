@@ -80,19 +80,19 @@ def load_model(
     compute_dtype = _compute_dtype(dtype)
     files = find_model(path, revision)
     family, config = _family_and_config(files)
-    kept = config.n_layers if n_layers is None else n_layers
-    if not 1 <= kept <= config.n_layers:
-        raise ModelError(f"{path}: {kept} layers asked for, the model has {config.n_layers}")
-    whole = kept == config.n_layers
+    n_loaded = config.n_layers if n_layers is None else n_layers
+    if not 1 <= n_loaded <= config.n_layers:
+        raise ModelError(f"{path}: {n_loaded} layers asked for, the model has {config.n_layers}")
+    whole = n_loaded == config.n_layers
     parts = {"with_final_norm": with_final_norm and whole, "with_head": with_head and whole}
     params = None
     if weights_cache_dir is not None and weight_cache.exists(weights_cache_dir):
-        specs = parameter_specs(cut_config(config, kept), **parts)
+        specs = parameter_specs(cut_config(config, n_loaded), **parts)
         params = weight_cache.load_cached(weights_cache_dir, _digest(files), specs, compute_dtype, mesh)
     if params is None:
         source = open_weights(files)
-        params = load_parameters(source, family, config, n_layers=kept, dtype=compute_dtype, mesh=mesh, **parts)
-    return Decoder(cut_config(config, kept), params, mesh)
+        params = load_parameters(source, family, config, n_layers=n_loaded, dtype=compute_dtype, mesh=mesh, **parts)
+    return Decoder(cut_config(config, n_loaded), params, mesh)
 
 
 @dataclass(frozen=True)

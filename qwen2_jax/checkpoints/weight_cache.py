@@ -133,7 +133,7 @@ class CompleteCache:
             arrays = tuple(CachedArray(stores[name], layer, chunk_rows) for layer in layers)
             sharding = None if mesh is None else mesh.sharding(spec.axes)
             placements[name] = Placement(spec.shape, sharding, arrays, stacked)
-        return place(placements, dtype, is_far=is_remote(self.url))
+        return place(placements, dtype, from_network=is_remote(self.url))
 
     def _open(self, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
         import tensorstore

@@ -1,6 +1,6 @@
 """What others call the places that can be captured: TransformerLens' hooks, and Hugging Face's modules by their output.
 
-A sandwich block has a norm behind attention and behind the MLP (Gemma-2, Gemma-3, OLMo-2). There the output of the
+A sandwich block has a norm after attention and after the MLP (Gemma-2, Gemma-3, OLMo-2). There the output of the
 module `self_attn` is not yet what is added to the residual stream: it is our `attn_proj`, and the norm's output `attn`.
 """
 
@@ -43,7 +43,7 @@ class Layout:
 
 
 def _output(path: str, site: str) -> tuple[HookPoint, HookPoint]:
-    """A module whose output is added to the residual stream, behind a norm in sandwich blocks."""
+    """A module whose output is added to the residual stream, after a norm in sandwich blocks."""
     return HookPoint(path, site, sandwich=False), HookPoint(path, f"{site}_proj", sandwich=True)
 
 

@@ -1,4 +1,4 @@
-"""One nursery for all fault tests, what a calm worker makes of the dataset, and the sums at the end."""
+"""One nursery for all fault tests, what an undisturbed worker makes of the dataset, and the sums at the end."""
 
 import shutil
 import tempfile

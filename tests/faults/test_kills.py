@@ -1,4 +1,4 @@
-"""SIGKILL at every instrumented point, and at random: the result is that of one calm worker."""
+"""SIGKILL at every instrumented point, and at random: the result is that of a single undisturbed worker."""
 
 import random
 import signal

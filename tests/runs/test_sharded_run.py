@@ -1,4 +1,4 @@
-"""Workers that share a sharded dataset: whatever happens to them, the result is that of one calm worker."""
+"""Workers that share a sharded dataset: whatever happens to them, the result is that of a single undisturbed worker."""
 
 import gzip
 import json
@@ -333,7 +333,7 @@ DAMAGES = {
     "a whole shard": "shard_002",
     "a file": "shard_002/shard_0001.pkl.gz",
     "a sample table": "shard_002/samples_0002.jsonl.gz",
-    "a record with others behind it": "shard_002/shard_0001.json",
+    "a record with others after it": "shard_002/shard_0001.json",
     "the last record": "last",
     "the folder metadata": "shard_002/metadata.json",
 }
