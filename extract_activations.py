@@ -15,7 +15,7 @@ from absl import logging
 from core.backends import BACKENDS
 from core.base.command_line import CommandParser, configure_logging, log_to_file, run_command
 from core.base.dtypes import DTYPES
-from core.reduce.reductions import QUANTIZATIONS
+from core.reduce.reductions import QUANTIZATIONS, pool_spellings
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS
 from core.shards.formats import FORMATS
 from qwen2_jax.taps import SITES
@@ -103,7 +103,7 @@ def _add_capture_flags(group: argparse._ArgumentGroup) -> None:
         "--pool",
         nargs="+",
         metavar="POOL",
-        help="store these vectors of each sample instead of its tokens: mean, first, last, max, exp:HALF_LIFE_SHARE",
+        help=f"store these vectors of each sample instead of its tokens: {', '.join(pool_spellings())}",
     )
     add("--topk", type=int, metavar="K", help="store the K largest magnitudes of each token or pool, with indices")
     add("--quantize", choices=tuple(QUANTIZATIONS), help="store quantized codes and scales")
