@@ -34,7 +34,6 @@ from qwen2_jax import Capture, Decoder, load_tokenizer
 # Of each sample (T, D).
 Activations = dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]]
 Sample = str | Sequence[int] | np.ndarray
-DEFAULT_BATCH_SIZE = 4
 
 
 def capture(
@@ -51,7 +50,7 @@ def capture(
     mesh: str = "auto",
     trust_remote_code: bool = False,
     max_seq_length: int | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int = RunConfig.batch_size,
     pack: bool = True,
     progress: bool = False,
 ) -> Activations:
