@@ -117,7 +117,7 @@ def test_every_device_of_a_mesh_gets_its_part():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{here}:{here.parents[2]}",
+        "PYTHONPATH": f"{here}:{here.parents[3]}",
     }
     command = [sys.executable, str(here / "place_on_devices.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
