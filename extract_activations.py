@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from core.backends import BACKENDS
+from core.base.arguments import checked_arguments, with_fields_of
 from core.base.command_line import CommandParser, configure_logging, log_to_file, run_command
 from core.base.dtypes import DTYPES
-from core.reduce.reductions import QUANTIZATIONS
+from core.reduce.reductions import QUANTIZATIONS, pool_spellings
+from core.run.config import RunConfig, default_worker_id
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS
 from core.shards.formats import FORMATS
 from qwen2_jax.taps import SITES
@@ -23,7 +25,6 @@ from qwen2_jax.taps import SITES
 if TYPE_CHECKING:
     from core.pricing.plan import PlanReport
     from core.pricing.tpu_estimate import StepEstimate
-    from core.run.config import RunConfig
     from core.run.in_memory import Activations, Sample
     from core.run.progress import HostExit, Summary
     from core.run.sharded_run import BeforeExtraction
@@ -103,7 +104,7 @@ def _add_capture_flags(group: argparse._ArgumentGroup) -> None:
         "--pool",
         nargs="+",
         metavar="POOL",
-        help="store these vectors of each sample instead of its tokens: mean, first, last, max, exp:HALF_LIFE_SHARE",
+        help=f"store these vectors of each sample instead of its tokens: {', '.join(pool_spellings())}",
     )
     add("--topk", type=int, metavar="K", help="store the K largest magnitudes of each token or pool, with indices")
     add("--quantize", choices=tuple(QUANTIZATIONS), help="store quantized codes and scales")
@@ -167,6 +168,7 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
     add("--host_timeout_s", type=float, help="a host without a heartbeat for this long ends all others (default 60)")
 
 
+@with_fields_of(RunConfig, "plan", "tpu_topology")
 def extract(
     model_path: str,
     dataset_path: str | None = None,
@@ -204,17 +206,44 @@ def capture(
     *,
     layers: int | Sequence[int] | None = None,
     sites: str | Sequence[str] = "residual",
-    **options: Any,
+    dtype: str = "float32",
+    tokenizer: Any = None,
+    revision: str | None = None,
+    backend: str = "auto",
+    compute_dtype: str = "auto",
+    mesh: str = "auto",
+    trust_remote_code: bool = False,
+    max_seq_length: int | None = None,
+    batch_size: int = RunConfig.batch_size,
+    pack: bool = True,
+    progress: bool = False,
 ) -> "Activations":
     """The activations of texts or token ids in memory: site -> layer -> one (T, D) array a sample; nothing is written.
 
-    options: see `core.run.in_memory.capture`, whose arguments and errors these are.
+    See `core.run.in_memory.capture`, whose arguments and errors these are.
     """
     from core.run import in_memory
 
-    return in_memory.capture(model, samples, layers=layers, sites=sites, **options)
+    return in_memory.capture(
+        model,
+        samples,
+        layers=layers,
+        sites=sites,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        backend=backend,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
+        trust_remote_code=trust_remote_code,
+        max_seq_length=max_seq_length,
+        batch_size=batch_size,
+        pack=pack,
+        progress=progress,
+    )
 
 
+@with_fields_of(RunConfig, "plan")
 def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "PlanReport | StepEstimate | HostExit":
     """The price of `extract` with these arguments, as `--plan` prints it; nothing is written. Raises as `extract` does.
 
@@ -223,15 +252,13 @@ def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "Pl
     return _price(run_config(**{"model_path": model_path, "dataset_path": dataset_path} | flags | {"plan": True}))
 
 
-def run_config(**flags: Any) -> "RunConfig":
+@with_fields_of(RunConfig)
+def run_config(**flags: Any) -> RunConfig:
     """The flags as one checked value. Raises UsageError for a flag that does not exist or cannot have this value."""
-    from core.base.arguments import checked_arguments
-    from core.run.config import RunConfig
-
     return RunConfig(**checked_arguments(RunConfig, flags))
 
 
-def _extract(config: "RunConfig") -> "Summary | HostExit":
+def _extract(config: RunConfig) -> "Summary | HostExit":
     from core.run.runner import run
 
     return run(config, _certifier() if config.certify else None)
@@ -248,7 +275,7 @@ def _certifier() -> "BeforeExtraction":
     return certify_run
 
 
-def _price(config: "RunConfig") -> "PlanReport | StepEstimate | HostExit":
+def _price(config: RunConfig) -> "PlanReport | StepEstimate | HostExit":
     if config.tpu_topology is not None:
         from core.pricing.tpu_estimate import estimate_run
 
@@ -260,8 +287,6 @@ def _price(config: "RunConfig") -> "PlanReport | StepEstimate | HostExit":
 
 def run_flags(args: argparse.Namespace) -> int:
     """The command: logs go to stderr, the JSON object of --json to stdout."""
-    from core.run.config import RunConfig, default_worker_id
-
     known = {field.name for field in fields(RunConfig)}
     flags = {name: value for name, value in vars(args).items() if name in known}
     # On a pod slice TPU_WORKER_ID is the index of the host; all hosts together are one worker.

@@ -186,8 +186,8 @@ class Decoder(nnx.Module):
         return logits if cap is None else (cap * jnp.tanh(logits.astype(jnp.float32) / cap)).astype(logits.dtype)
 
 
-def _one_layer(kept: Any) -> Any:
-    return jax.tree.map(lambda array: array[None], kept)
+def _one_layer(outputs: Any) -> Any:
+    return jax.tree.map(lambda array: array[None], outputs)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -22,7 +22,7 @@ from qwen2_jax.taps import BEFORE_MLP
 Keep = Callable[[str, Float[Array, "B T W"]], Any]
 LayerNumber = int | Int[Array, ""]
 Contexts = Callable[[LayerNumber], LayerContext]
-# Residual stream and layer number -> residual stream after the layer, and site -> what is kept of it.
+# Residual stream and layer number -> residual stream after the layer, and site -> what `Keep` made of it.
 _RunLayer = Callable[[Float[Array, "B T D"], LayerNumber], tuple[Float[Array, "B T D"], dict[str, Any]]]
 _Carry = TypeVar("_Carry")
 
@@ -51,8 +51,8 @@ def run_layers(
 
     if not captured:
         return _pass(run, x, range(n_run)), {}
-    x, kept = _capture(run, x, captured, skips_mlp=BEFORE_MLP.issuperset(sites))
-    return _pass(run, x, range(captured[-1] + 1, n_run)), kept
+    x, outputs = _capture(run, x, captured, skips_mlp=BEFORE_MLP.issuperset(sites))
+    return _pass(run, x, range(captured[-1] + 1, n_run)), outputs
 
 
 def _pass(run: _RunLayer, x: Float[Array, "B T D"], layers: range) -> Float[Array, "B T D"]:
@@ -64,27 +64,27 @@ def _capture(
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
     """Up to the last captured layer.
 
-    That layer stands after the scan where it is the only one, so that the others keep nothing, or where its MLP is
+    That layer stands after the scan where it is the only one, so that the others store nothing, or where its MLP is
     skipped: what nobody reads is dead code to the compiler there.
     """
     last, of_last = captured[-1], len(captured) - 1
     if not of_last:
-        x, kept = run(_pass(run, x, range(last)), last)
-        return x, jax.tree.map(lambda array: array[None], kept)
-    kept = jax.tree.map(partial(_slots, len(captured)), jax.eval_shape(run, x, jnp.int32(0))[1])
+        x, outputs = run(_pass(run, x, range(last)), last)
+        return x, jax.tree.map(lambda array: array[None], outputs)
+    buffers = jax.tree.map(partial(_slots, len(captured)), jax.eval_shape(run, x, jnp.int32(0))[1])
     # A layer that is not captured writes to the slot of the next that is, which writes over it. A branch costs more.
     slots = jnp.asarray(np.searchsorted(captured, np.arange(last + 1)), jnp.int32)
 
     def step(carry: tuple[Array, Any], layer: Array) -> tuple[Array, Any]:
-        x, kept_before = carry
-        x, kept = run(x, layer)
-        return x, _put(kept, kept_before, slots[layer])
+        x, buffers = carry
+        x, outputs = run(x, layer)
+        return x, _put(outputs, buffers, slots[layer])
 
-    x, kept = _scan(step, (x, kept), range(last if skips_mlp else last + 1))
+    x, buffers = _scan(step, (x, buffers), range(last if skips_mlp else last + 1))
     if skips_mlp:
-        x, of_layer = run(x, last)
-        kept = _put(of_layer, kept, of_last)
-    return x, kept
+        x, outputs = run(x, last)
+        buffers = _put(outputs, buffers, of_last)
+    return x, buffers
 
 
 def _scan(step: Callable[[_Carry, Array], _Carry], carry: _Carry, layers: range) -> _Carry:
@@ -94,9 +94,9 @@ def _scan(step: Callable[[_Carry, Array], _Carry], carry: _Carry, layers: range)
     return jax.lax.scan(lambda carry, layer: (step(carry, layer), None), carry, numbers)[0]
 
 
-def _slots(n: int, kept: jax.ShapeDtypeStruct) -> Array:
+def _slots(n: int, output: jax.ShapeDtypeStruct) -> Array:
     """Room for n such arrays, not filled: every slot is written."""
-    return jax.lax.empty((n, *kept.shape), kept.dtype)
+    return jax.lax.empty((n, *output.shape), output.dtype)
 
 
 def _put(arrays: Any, stacked: Any, slot: LayerNumber) -> Any:

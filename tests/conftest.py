@@ -2,11 +2,12 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import shape_checks
-from forks import Forks, close_shared, shared
+from forks import Forks, close_shared, forks_of_a_test, shared
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,13 @@ shape_checks.install()
 def forks() -> Forks:
     """Starts processes that need not import anything."""
     return shared()
+
+
+@pytest.fixture(autouse=True)
+def no_fork_outlives_its_test() -> Iterator[None]:
+    """Kills what a test has left running, also where it failed. What wider fixtures started was there before."""
+    with forks_of_a_test():
+        yield
 
 
 def pytest_unconfigure() -> None:

@@ -20,7 +20,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,20 @@ class Forks:
         """One of the commands, by its path in the repository."""
         return self.start("forks:run_script", {"script": script, "args": [*map(str, args)]}, cwd, env)
 
+    @property
+    def started(self) -> int:
+        """How many were started so far."""
+        return len(self._pids)
+
+    def kill_after(self, started: int) -> None:
+        """Kills those that run of all that were started after the first `started`, and waits until they are gone."""
+        with self.changed:
+            running = [pid for pid in self._pids[started:] if pid not in self.exits]
+            for pid in running:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.changed.wait_for(lambda: self.exits.keys() >= set(running), 10)
+
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -183,6 +198,17 @@ def shared() -> Forks:
     if _shared is None:
         _shared = Forks()
     return _shared
+
+
+@contextmanager
+def forks_of_a_test() -> Iterator[None]:
+    """At the end the shared forks that were started inside and still run are killed: a stuck one would burn a core."""
+    started = 0 if _shared is None else _shared.started
+    try:
+        yield
+    finally:
+        if _shared is not None:
+            _shared.kill_after(started)
 
 
 def close_shared() -> None:

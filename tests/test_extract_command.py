@@ -77,7 +77,7 @@ def test_shards_are_read_by_ten_lines_that_know_gzip_pickle_and_numpy_alone(mode
     assert set(pickle.loads(unzipped.stdout)) == {0, 1, 2}
 
 
-def test_verify_accepts_a_calm_run_and_names_any_file_that_is_touched(model, tmp_path):
+def test_verify_accepts_an_undisturbed_run_and_names_any_file_that_is_touched(model, tmp_path):
     write_jsonl(tmp_path / "s.jsonl", token_lines(5))
     extract(
         tmp_path, "--model_path", model, "--dataset_path", "s.jsonl", "--output_dir", "out", "--max_seq_length", 256

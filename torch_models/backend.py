@@ -83,13 +83,7 @@ class TorchBackend:
         if rows_alone:
             logging.info("%s: a row's values depend on the lengths of other rows, so rows run one at a time", path)
         return TorchStep(
-            Reader(loaded.model, wanted_taps(taps, capture, shape, path)),
-            capture,
-            shape.site_widths,
-            shape.n_layers,
-            stored_dtype=request.stored_dtype,
-            norm_sites=request.norm_sites,
-            rows_alone=rows_alone,
+            Reader(loaded.model, wanted_taps(taps, capture, shape, path)), request, shape, rows_alone=rows_alone
         )
 
     def next_tokens(

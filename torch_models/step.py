@@ -7,7 +7,7 @@ Axis letters: L layers stored for the site, B rows, T tokens of a row, K fetched
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Int32
 from torch import Tensor, nn
 
-from core.step.backend import StepOutput
+from core.step.backend import StepOutput, StepRequest
 from core.step.gathering import take_tokens
 from core.step.host_copies import begin_copy
 from core.step.layout import StepArrays
-from qwen2_jax.taps import Capture
+from core.step.model_shape import ModelShape
 from torch_models.hooks import Batch, Reader
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -55,6 +55,11 @@ def _(tensor: Tensor) -> HostCopy:
     return HostCopy(host, done)
 
 
+@begin_copy.register
+def _(copy: HostCopy) -> HostCopy:
+    return copy
+
+
 @take_tokens.register
 def _(tensor: Tensor, places: Int32[np.ndarray, "B K"]) -> Tensor:
     of_rows = torch.from_numpy(places.astype(np.int64)).to(tensor.device)
@@ -72,27 +77,24 @@ class TorchStep:
     """A model read through hooks; see `core.step.backend.Step`.
 
     Args:
-      reader: of the sites and layers of `capture`.
-      norm_sites: whose norms will be asked for.
+      reader: of the sites and layers of `request.capture`.
       rows_alone: each row runs by itself, without padding, from the state that the model was loaded in.
     """
 
     def __init__(
         self,
         reader: Reader,
-        capture: Capture,
-        widths: Mapping[str, int],
-        n_layers: int,
+        request: StepRequest,
+        shape: ModelShape,
         *,
-        stored_dtype: str,
-        norm_sites: tuple[str, ...],
         rows_alone: bool,
     ) -> None:
+        capture = request.capture
         self._reader = reader
-        self._layers = {site: capture.layers_of(site, n_layers) for site in capture.sites}
-        self._widths = widths
-        self._stored = _STORED[stored_dtype]
-        self._norm_sites = norm_sites
+        self._layers = {site: capture.layers_of(site, shape.n_layers) for site in capture.sites}
+        self._widths = shape.site_widths
+        self._stored = _STORED[request.stored_dtype]
+        self._norm_sites = request.norm_sites
         self._rows_alone = rows_alone
         self._device = next(reader.model.parameters()).device
         self._fresh = _length_dependent_state(reader.model) if rows_alone else []

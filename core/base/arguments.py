@@ -1,15 +1,18 @@
 """Arguments of the functions that notebooks call, checked against the fields of the dataclass that they fill."""
 
+import dataclasses
+import inspect
 import numbers
 import operator
 import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from core.base.errors import UsageError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 _NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text or a path"}
 
 
@@ -26,6 +29,29 @@ def checked_arguments(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any
             more = f": did you mean {' or '.join(near)}?" if near else ""
             raise UsageError(f"{name}: no such argument{more}")
     return {name: _converted(name, value, hints[name]) for name, value in arguments.items()}
+
+
+def with_fields_of(kind: type, *without: str) -> Callable[[Function], Function]:
+    """Shows the fields of the dataclass `kind` as the arguments that a function takes as `**options`.
+
+    Editors, notebooks and `help` then list them with their types and defaults. without: fields that the function
+    refuses.
+    """
+
+    def show(function: Function) -> Function:
+        shown = inspect.signature(function)
+        own = [one for one in shown.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+        names = {one.name for one in own}.union(without)
+        hints = get_type_hints(kind)
+        more = [
+            inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=one.default, annotation=hints[one.name])
+            for one in dataclasses.fields(kind)
+            if one.name not in names
+        ]
+        function.__signature__ = shown.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        return function
+
+    return show
 
 
 def path_text(path: Any, name: str) -> str:

@@ -133,7 +133,8 @@ def digest_stream(stream: BinaryIO) -> FileDigest:
 def deflate_block(pieces: Sequence[memoryview]) -> bytes:
     """A part of a raw deflate stream that ends on a byte boundary and refers to nothing before it.
 
-    It is the same however the block is cut into pieces.
+    The bytes may depend on how the block is cut into pieces, because ISA-L compresses each piece as it comes. The same
+    pieces give the same bytes; any pieces of the same block inflate to the same block.
     """
     compressor = isal_zlib.compressobj(LEVEL, wbits=-isal_zlib.MAX_WBITS, memLevel=_MEMORY_LEVEL)
     return b"".join([*map(compressor.compress, pieces), compressor.flush(isal_zlib.Z_FULL_FLUSH)])

@@ -18,13 +18,11 @@ from jax.sharding import NamedSharding
 from core.base.errors import RunError, UsageError
 from core.jax_utils import COMPUTE_DTYPES, StepProgram, step_program
 from core.pricing.tpu_chips import CHIPS, Chip
-from core.reduce.arithmetic import StepRows
-from core.reduce.pooling import fetch_rows
+from core.reduce.pooling import FetchedRows, fetch_rows
 from core.reduce.reducer import lower_reduction
 from core.reduce.reductions import Pool, Reduction
 from core.samples.windows import TokenizedSample
 from core.step.backend import StepRequest
-from core.step.fetching import Fetch
 from core.step.gathering import gather_program
 from core.step.layout import Row, StepLayout
 from qwen2_jax import Decoder, DecoderConfig
@@ -164,7 +162,7 @@ def _n_bytes(arrays: Any) -> int:
     return sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def _fetch_of_row(length: int, pools: tuple[Pool, ...]) -> tuple[Fetch, StepRows]:
+def _fetch_of_row(length: int, pools: tuple[Pool, ...]) -> FetchedRows:
     """Of a row that one sample fills."""
     sample = TokenizedSample(0, 0, 1, np.zeros(length, np.int32), length, "", n_pools=len(pools))
     return fetch_rows(StepLayout(length, 1, (Row(length, (0,)),)), [sample], [length], pools)

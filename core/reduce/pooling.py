@@ -5,6 +5,7 @@ per row of the step: one for each fetched token, or P for each sample.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
@@ -16,10 +17,17 @@ from core.step.fetching import Fetch, Places, fetch_of, places_of
 from core.step.layout import StepLayout, sample_spans
 
 
+class FetchedRows(NamedTuple):
+    """fetch: the tokens of a step that are copied to the host. rows: the input of the step's reduction."""
+
+    fetch: Fetch
+    rows: StepRows
+
+
 def fetch_rows(
     layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
-) -> tuple[Fetch, StepRows]:
-    """The fetched part of a step and the input of its reduction. `samples` and their `lengths` are the window's.
+) -> FetchedRows:
+    """What is fetched of a step and what is stored of it. `samples` and their `lengths` are the window's.
 
     With pools, the tokens with a weight above 0 are fetched: all of them for a mean, one per sample for the last.
     """
@@ -28,12 +36,12 @@ def fetch_rows(
     fetch = fetch_of(layout, samples, lengths)
     n_rows = len(fetch.is_stored)
     nothing = np.zeros((0, n_rows, 0), np.float32), np.zeros((n_rows, 0), np.int32)
-    return fetch, StepRows(*nothing, fetch.is_stored)
+    return FetchedRows(fetch, StepRows(*nothing, fetch.is_stored))
 
 
 def _fetch_pools(
     layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
-) -> tuple[Fetch, StepRows]:
+) -> FetchedRows:
     weights = np.zeros((len(pools), layout.n_rows, layout.length), np.float32)
     slots = np.full((layout.n_rows, layout.length), -1, np.int32)
     in_row: dict[int, tuple[int, Places]] = {}
@@ -52,7 +60,7 @@ def _fetch_pools(
     if gathered is not None:
         weights, slots = _gathered(weights, slots, wanted, gathered, n_slots)
     fetch = Fetch.of(gathered, in_row, (layout.n_rows, len(pools) * n_slots))
-    return fetch, StepRows(weights, slots, fetch.is_stored)
+    return FetchedRows(fetch, StepRows(weights, slots, fetch.is_stored))
 
 
 def _gathered(

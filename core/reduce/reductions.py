@@ -19,6 +19,7 @@ from core.base.errors import UsageError
 from core.reduce.projection import Projection
 
 POOL_KINDS = ("mean", "first", "last", "max", "exp")
+_WITH_HALF_LIFE = "exp"
 QUANTIZATIONS = {"int8": CODE_DTYPES["int8"], "fp8": CODE_DTYPES["float8_e4m3fn"]}
 LARGEST_CODE = {"int8": 127.0, "fp8": 448.0}
 """The code that the largest magnitude of a block gets."""
@@ -69,16 +70,22 @@ class Pool:
 
 
 def parse_pool(text: str) -> Pool:
-    """`mean`, `first`, `last`, `max` or `exp:SHARE`. Raises UsageError."""
+    """A pool as the user writes it, see `pool_spellings`. Raises UsageError."""
     kind, colon, share = text.partition(":")
-    if kind in POOL_KINDS and bool(colon) == (kind == "exp"):
+    if kind in POOL_KINDS and bool(colon) == (kind == _WITH_HALF_LIFE):
         try:
             half_life = float(share) if colon else None
         except ValueError:
             half_life = math.nan
         if half_life is None or 0 < half_life < math.inf:
             return Pool(kind, half_life)
-    raise UsageError(f"--pool {text}: expected mean, first, last, max or exp:SHARE, such as exp:0.067")
+    *others, last = pool_spellings()
+    raise UsageError(f"--pool {text}: expected {', '.join(others)} or {last}, such as {_WITH_HALF_LIFE}:0.067")
+
+
+def pool_spellings() -> tuple[str, ...]:
+    """What `--pool` takes, one for each kind: `mean`, `exp:SHARE`."""
+    return tuple(f"{kind}:SHARE" if kind == _WITH_HALF_LIFE else kind for kind in POOL_KINDS)
 
 
 @dataclass(frozen=True)

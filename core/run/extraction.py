@@ -11,22 +11,19 @@ store     upload, record, folder metadata, checkpoint    a pool, and a thread th
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float32
 
 from core.activation_storage import ActivationStorage
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError
 from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
 from core.hosts.session import HostSession
-from core.reduce.arithmetic import StepRows
 from core.reduce.losses import Losses, total_losses
-from core.reduce.pooling import fetch_rows
+from core.reduce.pooling import FetchedRows, fetch_rows
 from core.reduce.reducer import Reducer
 from core.reduce.reductions import Reduction
 from core.run.job import Job
@@ -42,6 +39,7 @@ from core.step.fetching import Fetch
 from core.step.gathering import gather
 from core.step.host_copies import begin_copies, begin_copy, on_host, wait_for
 from core.step.layout import StepArrays, StepLayout, step_arrays
+from core.step.peaks import Peaks, first_unfit_row, largest_of
 from qwen2_jax.taps import SITES
 
 # One window fills while others are encoded: what bounds host memory is this many times the shard size.
@@ -49,7 +47,6 @@ WINDOWS_IN_MEMORY = 3
 # Windows between the last step and their commit record; files wait on disk, not in memory.
 _WINDOWS_IN_STORAGE = 4
 _STEPS_IN_FLIGHT = 1
-Peaks = Mapping[str, Float32[np.ndarray, "L B U"]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class StepInFlight:
 
     Attributes:
       output: the step's output; after selection, the pending host copy of its fetched part.
-      fetch, rows: see `core.reduce.pooling.fetch_rows`; None until norms have decided.
+      fetched: the tokens that are copied and the rows that are stored; None until norms have decided.
     """
 
     part: PartOfWindow
@@ -66,8 +63,7 @@ class StepInFlight:
     layout: StepLayout
     output: Future[StepOutput]
     started: float
-    fetch: Fetch | None = None
-    rows: StepRows | None = None
+    fetched: FetchedRows | None = None
 
 
 @dataclass
@@ -149,9 +145,9 @@ class Extraction:
                 output = self._device.submit(self._compute, arrays)
                 flight = StepInFlight(part, activations, layout, output, started)
             else:
-                fetch, rows = self._fetch_rows(layout, activations)
-                output = self._device.submit(self._compute_and_copy, arrays, fetch, rows)
-                flight = StepInFlight(part, activations, layout, output, started, fetch, rows)
+                fetched = self._fetch_rows(layout, activations)
+                output = self._device.submit(self._compute_and_copy, arrays, fetched)
+                flight = StepInFlight(part, activations, layout, output, started, fetched)
             if self._lanes == 1:
                 wait([output])  # a queued step would still be computed after the run is stopped
             steps.put(flight, clock)
@@ -160,7 +156,7 @@ class Extraction:
         number = part.part if self.job.identity.parts > 1 else None
         return WindowActivations.allocate(part.own, self.job.layers, self.job.stored, n_steps, number)
 
-    def _fetch_rows(self, layout: StepLayout, activations: WindowActivations) -> tuple[Fetch, StepRows]:
+    def _fetch_rows(self, layout: StepLayout, activations: WindowActivations) -> FetchedRows:
         return fetch_rows(layout, activations.samples, activations.window.lengths, self.job.pools)
 
     def _compute(self, arrays: StepArrays) -> StepOutput:
@@ -168,14 +164,14 @@ class Extraction:
         output = self.step(arrays)
         return replace(output, norms={site: begin_copy(norms) for site, norms in output.norms.items()})
 
-    def _compute_and_copy(self, arrays: StepArrays, fetch: Fetch, rows: StepRows) -> StepOutput:
-        return self._begin_copy(self.step(arrays), fetch, rows)
+    def _compute_and_copy(self, arrays: StepArrays, fetched: FetchedRows) -> StepOutput:
+        return self._begin_copy(self.step(arrays), fetched)
 
-    def _begin_copy(self, output: StepOutput, fetch: Fetch, rows: StepRows) -> StepOutput:
+    def _begin_copy(self, output: StepOutput, fetched: FetchedRows) -> StepOutput:
         """Starts to copy the fetched part of a step to the host. The rest can be freed on the device."""
-        output = gather(output, fetch.gathered)
+        output = gather(output, fetched.fetch.gathered)
         if self.reduce is not None and self.job.backend.reduces_on_device:
-            output = self.reduce(output, rows)
+            output = self.reduce(output, fetched.rows)
         return begin_copies(output)
 
     def _acquire_buffer(self) -> None:
@@ -201,10 +197,10 @@ class Extraction:
             output = self._wait_for_device(flight, clock)
             norms = {site: np.asarray(norms) for site, norms in output.norms.items()}
             flight.activations.select(flight.layout, norms, selection)
-            fetch, rows = self._fetch_rows(flight.layout, flight.activations)
-            copying = self._device.submit(self._begin_copy, output, fetch, rows)
+            fetched = self._fetch_rows(flight.layout, flight.activations)
+            copying = self._device.submit(self._begin_copy, output, fetched)
             # Drop references so the full output is freed while waiting.
-            flight = replace(flight, output=copying, fetch=fetch, rows=rows)
+            flight = replace(flight, output=copying, fetched=fetched)
             del output
             selected.put(flight, clock)
             del flight
@@ -228,10 +224,9 @@ class Extraction:
 
     def _store_rows(self, flight: StepInFlight, clock: StageClock) -> None:
         """Scatters the output of a step into the arrays of its window, once it is copied and checked."""
-        fetch, rows, activations = flight.fetch, flight.rows, flight.activations
-        assert fetch is not None
-        assert rows is not None
-        output = self._on_host(flight, rows, clock)
+        assert flight.fetched is not None
+        fetch, activations = flight.fetched.fetch, flight.activations
+        output = self._on_host(flight, flight.fetched, clock)
         check_peaks(flight, fetch, output.peaks, self.job)
         activations.scatter(fetch, output.arrays)
         if self._codes_rows:
@@ -239,18 +234,18 @@ class Extraction:
         lengths = [len(activations.samples[sample].token_ids) for sample in fetch.samples]
         self.progress.computed(len(lengths), sum(lengths))
 
-    def _on_host(self, flight: StepInFlight, rows: StepRows, clock: StageClock) -> StepOutput:
+    def _on_host(self, flight: StepInFlight, fetched: FetchedRows, clock: StageClock) -> StepOutput:
         """The output of a step, on the host."""
         output = on_host(flight.output.result() if self._norms_decide else self._wait_for_device(flight, clock))
         if self.reduce is not None and not self.job.backend.reduces_on_device:
-            output = on_host(self.reduce(output, rows))
+            output = on_host(self.reduce(output, fetched.rows))
         return output
 
     def _wait_for_device(self, flight: StepInFlight, clock: StageClock) -> StepOutput:
         """Waits for the step, and counts the time as the device's rather than the copy's."""
         waiting_since = time.monotonic()
         output = flight.output.result()
-        wait_for(output.norms if flight.fetch is None else output.peaks)
+        wait_for(output.norms if flight.fetched is None else output.peaks)
         ready = time.monotonic()
         clock.waiting += ready - waiting_since
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))
@@ -375,19 +370,19 @@ def check_peaks(flight: StepInFlight, fetch: Fetch, peaks: Peaks, job: Job) -> N
     """Raises RunError when a stored value is NaN, infinite or too large for the stored dtype, naming where it is."""
     stored = DTYPES.get(job.stored_dtype)
     # Codes have scales in float32, which fit whatever the model computes.
-    limit = float(ml_dtypes.finfo(np.float32 if stored is None else stored).max)
-    for site, of_site in peaks.items():
-        for slot, row, unit in np.argwhere(~(of_site <= limit) & fetch.is_stored):
-            peak = of_site[slot, row, unit]
-            if not np.isfinite(peak):
-                raise RunError(_not_finite(flight, fetch, peaks, job, row))
-            sample, place = _place_of(flight, fetch, job, row, unit)
-            raise RunError(
-                f"{job.stream_path}, sample_idx {sample.sample_idx}, {_stage(job, site, slot)}: "
-                f"magnitude {peak:.0f} {place} does not fit "
-                f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
-                "leave such tokens out, see --exclude_norm_outliers"
-            )
+    limit = largest_of(np.dtype(np.float32) if stored is None else stored)
+    found = first_unfit_row(peaks, fetch, limit)
+    if found is None:
+        return
+    if not found.is_finite:
+        raise RunError(_not_finite(flight, fetch, peaks, job, found.row))
+    sample, place = _place_of(flight, fetch, job, found.row, found.unit)
+    raise RunError(
+        f"{job.stream_path}, sample_idx {sample.sample_idx}, {_stage(job, found.site, found.slot)}: "
+        f"magnitude {found.peak:.0f} {place} does not fit "
+        f"{job.config.dtype} (at most {limit:.0f}): store with --dtype bfloat16 or --dtype float32, or "
+        "leave such tokens out, see --exclude_norm_outliers"
+    )
 
 
 def _not_finite(flight: StepInFlight, fetch: Fetch, peaks: Peaks, job: Job, row: int) -> str:

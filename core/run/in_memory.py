@@ -8,9 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
-from jaxtyping import Float32, Int32, Shaped
+from jaxtyping import Int32, Shaped
 from tqdm import tqdm
 
 from core.backends import choose_backend
@@ -29,12 +28,12 @@ from core.step.gathering import gather
 from core.step.host_copies import begin_copies, on_host
 from core.step.layout import BatchShape, StepArrays, lay_out_steps, step_arrays
 from core.step.model_shape import ModelShape
+from core.step.peaks import Peaks, first_unfit_row, largest_of
 from qwen2_jax import Capture, Decoder, load_tokenizer
 
 # Of each sample (T, D).
 Activations = dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]]
 Sample = str | Sequence[int] | np.ndarray
-DEFAULT_BATCH_SIZE = 4
 
 
 def capture(
@@ -51,31 +50,32 @@ def capture(
     mesh: str = "auto",
     trust_remote_code: bool = False,
     max_seq_length: int | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int = RunConfig.batch_size,
     pack: bool = True,
     progress: bool = False,
 ) -> Activations:
     """The activations of texts or token ids: site -> layer -> one (T, D) array a sample, in the order of `samples`.
 
-    T is the number of the sample's own tokens, D the width of the site. Samples share rows and are split over the
-    devices of this process as those of a run are; the whole result lies in the memory of this host.
+    T is the number of tokens of the sample, D the width of the site. Samples are packed into rows and split over the
+    devices of this process as in a run. The whole result is held in this host's memory.
 
     Args:
-      model: a Hugging Face folder, hub id or .gguf file, of which only the layers that are needed are loaded; or a
-        model that `qwen2_jax.load_model` gave, with whose dtype and devices it is computed then.
-      samples: texts, or token ids; or a single one. Texts are tokenized as the tokenizer does by itself.
-      layers: block numbers from 0; None: all. Sites that are there once a token, `embedding` and `final_norm`, stand
-        under -1 and the number of layers.
-      sites: names of `qwen2_jax.SITES`, or those of TransformerLens and Hugging Face.
+      model: a Hugging Face folder, hub id or .gguf file, of which only the needed layers are loaded; or a model from
+        `qwen2_jax.load_model`, which runs in its own dtype on its own devices.
+      samples: one or several texts or lists of token ids. Texts are tokenized with the tokenizer's defaults.
+      layers: block numbers from 0; None: all. The sites that exist once, `embedding` and `final_norm`, have the
+        layer numbers -1 and n_layers.
+      sites: names of `qwen2_jax.SITES`, or names of TransformerLens or Hugging Face.
       dtype: of the arrays, "float32", "float16" or "bfloat16".
-      tokenizer: a transformers tokenizer; None: that of `model`, which has to be a path then.
-      max_seq_length: what rows are laid out for; None: the longest sample. With that of a run the bits are its bits.
+      tokenizer: a transformers tokenizer; None: that of `model`, which must then be a path.
+      max_seq_length: the length that rows are laid out for; None: that of the longest sample. With the
+        `max_seq_length` of a run the values are bit-identical to those of the run.
       revision, backend, compute_dtype, mesh, trust_remote_code, batch_size, pack: as the flags of
         extract_activations.py.
       progress: shows a bar on stderr.
 
-    Raises UsageError for arguments that cannot be, ModelError for the model, RunError for values that are not finite or
-    do not fit `dtype`.
+    Raises UsageError for invalid arguments, ModelError for the model, RunError for values that are not finite or do
+    not fit `dtype`.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
@@ -104,7 +104,7 @@ def capture(
 
 
 def _as_many(samples: Sample | Sequence[Sample]) -> list[Any]:
-    """A text, or the token ids of one, is a single sample."""
+    """A list of samples; one text, or one list of token ids, becomes a list of one."""
     if not hasattr(samples, "__len__"):
         raise UsageError("samples: a text, a list of token ids, or a list of such")
     if isinstance(samples, str):
@@ -117,13 +117,13 @@ def _resolved(sites: str | Sequence[str], layers: int | Sequence[int] | None, sh
     try:
         return resolve_capture(_as_list(sites), None if layers is None else _as_list(layers), shape, name)
     except UsageError as error:
-        # Messages name the flags of the command, which are arguments here.
+        # The messages name flags of the command; here they are arguments.
         text = str(error).replace("--layers_to_extract", "layers").replace("--activation_type", "sites")
         raise UsageError(text) from error
 
 
 def _as_list(values: Any) -> list[Any]:
-    """Texts, or numbers as Python's."""
+    """A list of texts or of Python ints."""
     many = [values] if isinstance(values, str) or np.ndim(values) == 0 else list(values)
     return [value if isinstance(value, str) else operator.index(value) for value in many]
 
@@ -181,7 +181,7 @@ def _run(
         for layout in layouts:
             fetch = fetch_of(layout, samples, window.lengths)
             under_way.append((fetch, device.submit(_compute, step, step_arrays(layout, tokenized), fetch)))
-            # One more than are computed at once: the device goes on while what it gave is copied.
+            # One more than are computed at once: the device computes the next step while the last one is copied.
             if len(under_way) > lanes:
                 _store(*under_way.popleft(), activations, bar)
         while under_way:
@@ -195,24 +195,21 @@ def _compute(step: Step, arrays: StepArrays, fetch: Fetch) -> StepOutput:
 
 def _store(fetch: Fetch, computed: Future[StepOutput], activations: WindowActivations, bar: tqdm) -> None:
     output = on_host(computed.result())
-    for site, peaks in output.peaks.items():
-        _check_peaks(site, peaks, fetch, activations)
+    _check_peaks(output.peaks, fetch, activations)
     activations.scatter(fetch, output.arrays)
     bar.update(len(fetch.samples))
 
 
-def _check_peaks(site: str, peaks: Float32[np.ndarray, "L B U"], fetch: Fetch, activations: WindowActivations) -> None:
+def _check_peaks(peaks: Peaks, fetch: Fetch, activations: WindowActivations) -> None:
     """Raises RunError where a stored value is not finite, or does not fit the dtype of the arrays."""
-    dtype = activations.arrays[site].dtype
-    limit = float(ml_dtypes.finfo(dtype).max)
-    is_bad = (peaks > limit) & fetch.is_stored
-    if is_bad.any():
-        slot, row, unit = (int(place) for place in np.argwhere(is_bad)[0])
-        sample, token = fetch.sample_at(row, unit)
-        what = f"magnitude {peaks[slot, row, unit]:.0f} does not fit {dtype.name}"
-        if not np.isfinite(peaks[slot, row, unit]):
+    dtype = next(iter(activations.arrays.values())).dtype
+    found = first_unfit_row(peaks, fetch, largest_of(dtype))
+    if found is not None:
+        sample, token = fetch.sample_at(found.row, found.unit)
+        what = f"magnitude {found.peak:.0f} does not fit {dtype.name}"
+        if not found.is_finite:
             what = "the model computes NaN or infinity"
-        place = f"{site} of layer {activations.layers[site][slot]}, token {token}"
+        place = f"{found.site} of layer {activations.layers[found.site][found.slot]}, token {token}"
         raise RunError(f"samples[{sample}], {place}: {what}: try another dtype or compute_dtype")
 
 

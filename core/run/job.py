@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError
@@ -53,18 +54,18 @@ class Job:
     reduction: Reduction | None = None
     hosts: Hosts = SINGLE_HOST
 
-    @property
+    @cached_property
     def layers(self) -> dict[str, tuple[int, ...]]:
         """By site, the layer numbers under which it is stored."""
         return {site: self.capture.layers_of(site, self.model.n_layers) for site in self.capture.sites}
 
-    @property
+    @cached_property
     def stored(self) -> dict[str, dict[str, StoredArray]]:
         """By site and name, the stored arrays."""
         reduction, dtype = self.reduction or Reduction(), DTYPES[self.config.dtype]
         return {site: reduction.arrays(self.model.site_widths[site], dtype) for site in self.capture.sites}
 
-    @property
+    @cached_property
     def stored_dtype(self) -> str:
         """The dtype of stored activations: of values, or of codes."""
         return next(iter(self.stored.values()))[VALUES].dtype.name
@@ -74,7 +75,7 @@ class Job:
         """The vectors that are stored for each sample; empty: one for each token."""
         return () if self.reduction is None else self.reduction.pools
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> dict[str, int]:
         """By site, the bytes of one token in the stored dtype before it is reduced: every layer, uncompressed."""
         return site_bytes(self.capture, self.model, self.config.dtype)
@@ -84,7 +85,7 @@ class Job:
         """Whether all stored files also stay on this machine's disk."""
         return self.config.local_copy_stays and (self.identity.parts == 1 or not self.config.uploads)
 
-    @property
+    @cached_property
     def bytes_per_row(self) -> dict[str, int]:
         """By site, the stored bytes of one token, or of one pool of a sample: every layer, before compression."""
         return {
@@ -92,12 +93,12 @@ class Job:
             for site, arrays in self.stored.items()
         }
 
-    @property
+    @cached_property
     def step_request(self) -> StepRequest:
         """What the backend must compute."""
         return step_request(self.config, self.capture, self.compute_dtype, self.selection, self.reduction)
 
-    @property
+    @cached_property
     def batch_shape(self) -> BatchShape:
         """The shape of steps, into which each host lays its samples."""
         config = self.config

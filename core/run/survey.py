@@ -58,7 +58,7 @@ def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -
 
 def typical_ratio(config: RunConfig, dtype: str) -> float:
     """Stored over raw bytes of values in `dtype`, measured on real models."""
-    return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].usual_share)[dtype]
+    return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].expected_ratio)[dtype]
 
 
 def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:

@@ -31,7 +31,15 @@ def gather(output: StepOutput, places: Int32[np.ndarray, "B K"] | None) -> StepO
 
 @singledispatch
 def take_tokens(x: Any, places: Int32[np.ndarray, "B K"]) -> Any:
-    """(L, B, T, …) to (L, B, K, …). For numpy arrays; JAX arrays follow, torch tensors are in `torch_models.step`."""
+    """(L, B, T, …) to (L, B, K, …). numpy and JAX arrays follow, torch tensors are in `torch_models.step`.
+
+    Raises TypeError for anything else.
+    """
+    raise TypeError(f"no array of which tokens can be taken: {type(x).__name__}")
+
+
+@take_tokens.register
+def _(x: np.ndarray, places: Int32[np.ndarray, "B K"]) -> np.ndarray:
     return np.take_along_axis(x, places.reshape(1, *places.shape, *[1] * (x.ndim - 3)), axis=2)
 
 

@@ -46,9 +46,14 @@ def _copied(array: Any) -> np.ndarray:
 def begin_copy(array: Any) -> Any:
     """Starts to copy an array to the host, see `begin_copies`.
 
-    numpy arrays, and copies that have started, are returned as they are. JAX arrays follow, torch tensors are in
-    `torch_models.step`.
+    numpy arrays, and copies that have started, are returned as they are. numpy and JAX arrays follow, torch tensors are
+    in `torch_models.step`. Raises TypeError for anything else.
     """
+    raise TypeError(f"no array that can be copied to the host: {type(array).__name__}")
+
+
+@begin_copy.register
+def _(array: np.ndarray) -> np.ndarray:
     return array
 
 

@@ -25,7 +25,6 @@ from core.object_store import Created, ObjectInfo, ObjectStore, bytes_info, open
 
 MASTER_FILE = "master_metadata.json"
 SHARD_FILE = "metadata.json"
-DEFAULT_CHUNK_MB = 64.0
 SHARD_NAME = re.compile(r"shard_[0-9]{3,}")
 CHUNK_NAME = re.compile(r"chunk_[0-9]{4,}\.jsonl(\.gz|\.zst)?")
 

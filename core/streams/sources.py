@@ -7,13 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from core.base.errors import RunError, UsageError
 from core.object_store.stored_files import filesystem, read_jsonl_lines, read_lines, storage_errors
 from core.streams.lines import parse_json_line
-
-TextUnit = Literal["line", "paragraph", "file"]
+from core.streams.options import TextUnit
 
 _INSTALL_DATASETS = "pip install -e '.[datasets]'"
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")

@@ -16,34 +16,13 @@ from core.base.errors import RunError, UsageError
 from core.object_store import LocalStore, ObjectInfo, ObjectStore, file_info, open_store, sync_folder
 from core.object_store.stored_files import storage_errors
 from core.streams.lines import Kind, kind_of, parse_object, task_from_pairs
-from core.streams.sharded_dataset import DEFAULT_CHUNK_MB, check_not_taken, write_dataset
-from core.streams.sources import SourceRow, TextUnit, read_source
-
-DEFAULT_COLUMN = "examples"
+from core.streams.options import DEFAULT_COLUMN, StreamOptions
+from core.streams.sharded_dataset import check_not_taken, write_dataset
+from core.streams.sources import SourceRow, read_source
 
 _STREAM_NAME = re.compile(r"stream_[0-9]+\.jsonl(\.gz|\.zst)?")
 _GENERATED_ID = re.compile(r"task_([0-9]{8,})")
 _CONTENT_KEYS = ("train", "test", "examples", "text", "messages", "input_ids")
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """The options of `create_streams` and `create_sharded_dataset`; the flags of the command."""
-
-    dataset_name: str
-    output_dir: str
-    num_streams: int = 1
-    num_shards: int = 1
-    chunk_size_mb: float = DEFAULT_CHUNK_MB
-    column_name: str = DEFAULT_COLUMN
-    id_column: str = "task_id"
-    drop_columns: tuple[str, ...] = ()
-    split: str = "train"
-    config: str | None = None
-    text_unit: TextUnit = "line"
-    max_samples: int | None = None
-    skip_empty: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The bytes of a model's files, by ranges: on the local disk, or behind any URL that fsspec knows.
+"""The bytes of a model's files, by ranges: on the local disk, or at any URL that fsspec knows.
 
 Nothing is mapped into memory: pages of a mapped file would count as ours for as long as they stay.
 """
@@ -115,7 +115,7 @@ class LocalFile:
         return found
 
     def _known_checksum(self) -> Path:
-        """Where the checksum is kept, under what changes with the file."""
+        """Where the checksum is cached, under a key that changes with the file."""
         identity = [str(self.path.absolute()), self.size, self.inode, self.mtime_ns, self.ctime_ns]
         return cache_folder("checksums") / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
@@ -133,7 +133,7 @@ def cache_folder(kind: str) -> Path:
 
 
 class RemoteFile:
-    """An object behind a URL, as it was when its folder was listed: one replaced since is an error where there are
+    """An object at a URL, as it was when its folder was listed: one replaced since is an error where there are
     generations."""
 
     def __init__(self, fs: Any, protocol: str, info: dict[str, Any]) -> None:
@@ -154,7 +154,7 @@ class RemoteFile:
         """See `ByteFile`. Repeated while it fails for reasons that may pass."""
         if stop > self.size:
             raise EndOfFileError(self.url, stop)
-        return np.frombuffer(insist(lambda: self._range(start, stop), self.url), np.uint8)
+        return np.frombuffer(with_retries(lambda: self._range(start, stop), self.url), np.uint8)
 
     def _range(self, start: int, stop: int) -> bytes:
         pinned = {"generation": self._info["generation"]} if "generation" in self._info else {}
@@ -204,8 +204,8 @@ def is_remote(path: str) -> bool:
 def remote_files(url: str) -> dict[str, RemoteFile]:
     """The files of a remote folder by name, or the one file that `url` is. Stays what it first was in this process."""
     protocol = url.partition("://")[0]
-    fs, path = insist(lambda: _file_system(url), url)
-    found = insist(lambda: fs.ls(path, detail=True), url)
+    fs, path = with_retries(lambda: _file_system(url), url)
+    found = with_retries(lambda: fs.ls(path, detail=True), url)
     files = [RemoteFile(fs, protocol, info) for info in found if info["type"] == "file"]
     if not files:
         raise ModelError(f"{url}: no such folder or file")
@@ -219,8 +219,8 @@ def files_below(url: str) -> dict[str, ByteFile]:
         with reading(root):
             return {str(path.relative_to(root)): LocalFile.of(path) for path in root.rglob("*") if path.is_file()}
     protocol = url.partition("://")[0]
-    fs, root_path = insist(lambda: _file_system(url), url)
-    found = insist(lambda: fs.find(root_path, detail=True), url)
+    fs, root_path = with_retries(lambda: _file_system(url), url)
+    found = with_retries(lambda: fs.find(root_path, detail=True), url)
     return {
         name.removeprefix(root_path).lstrip("/"): RemoteFile(fs, protocol, info | {"name": name})
         for name, info in found.items()
@@ -230,8 +230,8 @@ def files_below(url: str) -> dict[str, ByteFile]:
 def replace_file(url: str, content: bytes) -> None:
     """Writes or overwrites a small file in one step, so that nobody sees half of it."""
     if is_remote(url):
-        fs, path = insist(lambda: _file_system(url), url)
-        insist(lambda: fs.pipe_file(path, content), url)
+        fs, path = with_retries(lambda: _file_system(url), url)
+        with_retries(lambda: fs.pipe_file(path, content), url)
         return
     draft = Path(f"{url}.{os.getpid()}")
     with reading(url):
@@ -244,7 +244,7 @@ def matching(names: list[str], patterns: tuple[str, ...]) -> list[str]:
     return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def insist(action: Callable[[], _T], url: str) -> _T:
+def with_retries(action: Callable[[], _T], url: str) -> _T:
     """What `action` returns, tried again where a fault of the network may pass. Raises `ModelError` naming `url`."""
     for failures in range(1, _TRIES + 1):
         try:

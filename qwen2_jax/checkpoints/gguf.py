@@ -81,7 +81,7 @@ _SCALING = {
     "original_max_position_embeddings": "rope.scaling.original_context_length",
 }
 _GEMMA = {"hidden_activation": "gelu_pytorch_tanh"}
-# What is checked or has no part in the numbers, behind the name of the architecture.
+# Keys, after the name of the architecture, that are checked or have no part in the numbers.
 _KNOWN = {*_SCALING.values(), "rope.scaling.finetuned", "rope.dimension_count", "vocab_size", "attention.value_length"}
 _KNOWN |= {"tensor_data_layout"}
 
@@ -90,7 +90,7 @@ _KNOWN |= {"tensor_data_layout"}
 class Architecture:
     """How llama.cpp stores the models of one `general.architecture`.
 
-    model_type: of the family whose config it is. fields: config.json field -> metadata key behind the architecture's
+    model_type: of the family whose config it is. fields: config.json field -> metadata key after the architecture's
     name. unstated: fields that hold where the file says nothing. derived: further fields, given the file and these.
     weights: config -> where each parameter is.
     norms_plus_one: the converter added 1 to the weights of norms. paired: it reordered the rows of q and k, so that
@@ -149,21 +149,21 @@ def _gemma_scale(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rotary_fraction(file: GgufFile, fields: Mapping[str, Any]) -> float:
     head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-    return file.own("rope.dimension_count", head_dim) / head_dim
+    return file.arch_metadata("rope.dimension_count", head_dim) / head_dim
 
 
 def _phi3_fields(file: GgufFile, fields: Mapping[str, Any]) -> dict[str, Any]:
     derived = {
         "hidden_act": "silu",
         "partial_rotary_factor": _rotary_fraction(file, fields),
-        "original_max_position_embeddings": file.own("rope.scaling.original_context_length"),
+        "original_max_position_embeddings": file.arch_metadata("rope.scaling.original_context_length"),
     }
     if LONG_DIVISORS in file.tensors():
         derived["rope_scaling"] = {
             "type": "longrope",
             "long_factor": file.vector(LONG_DIVISORS),
             "short_factor": file.vector(SHORT_DIVISORS),
-            "attention_factor": file.own("rope.scaling.attn_factor"),
+            "attention_factor": file.arch_metadata("rope.scaling.attn_factor"),
         }
     return derived
 
@@ -231,8 +231,8 @@ class GgufFile(GgufContainer):
         self.url = file.url
         self.architecture = self.metadata("general.architecture")
 
-    def own(self, key: str, default: Any = None) -> Any:
-        """The metadata value behind the name of the architecture."""
+    def arch_metadata(self, key: str, default: Any = None) -> Any:
+        """The metadata value `<architecture>.<key>`."""
         return self.metadata(f"{self.architecture}.{key}", default)
 
     @property
@@ -256,8 +256,8 @@ class GgufFile(GgufContainer):
             expected = {"attention.value_length": config.head_dim}
             expected |= {"rope.dimension_count": config.rope.rotary_dim} if config.rope else {}
             for key, size in expected.items():
-                if self.own(key, size) != size:
-                    raise ModelError(f"{key} {self.own(key)} is not supported; heads have {config.head_dim} dimensions")
+                if (found := self.arch_metadata(key, size)) != size:
+                    raise ModelError(f"{key} {found} is not supported; heads have {config.head_dim} dimensions")
         except ModelError as error:
             raise ModelError(f"{self.url}: {error}") from error
         if ROPE_DIVISORS in self.tensors():
@@ -269,7 +269,7 @@ class GgufFile(GgufContainer):
     def _fields(self, described: Architecture) -> dict[str, Any]:
         """What config.json would say."""
         self._refuse_unknown(described)
-        stated = {name: self.own(key) for name, key in described.fields.items()}
+        stated = {name: self.arch_metadata(key) for name, key in described.fields.items()}
         stated["sliding_window"] = stated.get("sliding_window") or None  # 0 says that there is none
         fields = dict(described.unstated) | {name: value for name, value in stated.items() if value is not None}
         fields |= {
@@ -277,8 +277,8 @@ class GgufFile(GgufContainer):
             "vocab_size": self.shape("token_embd.weight")[0],
             "tie_word_embeddings": "output.weight" not in self.tensors(),
         }
-        if self.own("rope.scaling.type") not in (None, "none"):
-            scaling = {name: self.own(key) for name, key in _SCALING.items()}
+        if self.arch_metadata("rope.scaling.type") not in (None, "none"):
+            scaling = {name: self.arch_metadata(key) for name, key in _SCALING.items()}
             fields["rope_scaling"] = {name: value for name, value in scaling.items() if value is not None}
         try:
             return fields | described.derived(self, fields)
@@ -316,7 +316,7 @@ class GgufFile(GgufContainer):
         heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(name.split(".")[-2])
         if not described.paired or heads is None:
             return self.rows(name, start, stop)
-        n_heads = self.own(heads, self.own("attention.head_count"))
+        n_heads = self.arch_metadata(heads, self.arch_metadata("attention.head_count"))
         size = self.shape(name)[0] // n_heads
         first, last = start // size, -(-stop // size)
         pairs = self.rows(name, first * size, last * size)

@@ -80,19 +80,20 @@ def load_model(
     compute_dtype = _compute_dtype(dtype)
     files = find_model(path, revision)
     family, config = _family_and_config(files)
-    kept = config.n_layers if n_layers is None else n_layers
-    if not 1 <= kept <= config.n_layers:
-        raise ModelError(f"{path}: {kept} layers asked for, the model has {config.n_layers}")
-    whole = kept == config.n_layers
+    n_loaded = config.n_layers if n_layers is None else n_layers
+    if not 1 <= n_loaded <= config.n_layers:
+        raise ModelError(f"{path}: {n_loaded} layers asked for, the model has {config.n_layers}")
+    whole = n_loaded == config.n_layers
     parts = {"with_final_norm": with_final_norm and whole, "with_head": with_head and whole}
     params = None
     if weights_cache_dir is not None and weight_cache.exists(weights_cache_dir):
-        specs = parameter_specs(cut_config(config, kept), **parts)
-        params = weight_cache.load_cached(weights_cache_dir, _digest(files), specs, compute_dtype, mesh)
+        specs = parameter_specs(cut_config(config, n_loaded), **parts)
+        cache = weight_cache.WeightCache(weights_cache_dir, _digest(files), compute_dtype.name, parameter_specs(config))
+        params = weight_cache.load_cached(cache, specs, compute_dtype, mesh)
     if params is None:
         source = open_weights(files)
-        params = load_parameters(source, family, config, n_layers=kept, dtype=compute_dtype, mesh=mesh, **parts)
-    return Decoder(cut_config(config, kept), params, mesh)
+        params = load_parameters(source, family, config, n_layers=n_loaded, dtype=compute_dtype, mesh=mesh, **parts)
+    return Decoder(cut_config(config, n_loaded), params, mesh)
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,13 @@ def convert_weights(
     compute_dtype = _compute_dtype(dtype)
     files = find_model(path, revision)
     digest = _digest(files)
-    cache = weight_cache.WeightCache(weights_cache_dir, digest, dtype)
+    family, config = _family_and_config(files)
+    cache = weight_cache.WeightCache(weights_cache_dir, digest, dtype, parameter_specs(config))
     try:
         if cache.read() is not None:
             return Converted(cache.url, digest, dtype, 0)
     except weight_cache.DamagedCacheError as error:
         logging.warning("%s; writing it anew", error)
-    family, config = _family_and_config(files)
     source = open_weights(files)
     params = load_parameters(source, family, config, n_layers=config.n_layers, dtype=compute_dtype, mesh=None)
     return Converted(cache.url, digest, dtype, cache.write(params))

@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-# Threads that read ahead. Where files are near they soon wait for each other; where they are far, for the network.
-NEAR_READERS = max(1, min(4, (os.cpu_count() or 1) // 4))
-FAR_READERS = 8
+# Threads that read ahead. Readers of local files soon wait for each other, those of remote files for the network.
+LOCAL_READERS = max(1, min(4, (os.cpu_count() or 1) // 4))
+REMOTE_READERS = 8
 _MIN_BLOCK, _MAX_BLOCK = 1 << 20, 32 << 20
 # How many blocks make the largest tensor, for each that is under way. One may be there three times: read, cast, copied.
 _BLOCKS_PER_TENSOR = 4
@@ -62,21 +62,21 @@ class Placement:
     stacked: bool
 
 
-def place(placements: Mapping[str, Placement], dtype: np.dtype, *, is_far: bool = False) -> dict[str, jax.Array]:
-    """The parameters in `dtype`, each in its sharding (None: on the default device). is_far: reading has to wait."""
-    readers = FAR_READERS if is_far else NEAR_READERS
+def place(placements: Mapping[str, Placement], dtype: np.dtype, *, from_network: bool = False) -> dict[str, jax.Array]:
+    """The parameters in `dtype`, each in its sharding (None: default device). from_network: more reads at once."""
+    readers = REMOTE_READERS if from_network else LOCAL_READERS
     limit = _block_bytes(placements.values(), readers + 1)
-    fillings = {name: _filling(placement, dtype, limit) for name, placement in placements.items()}
-    tasks = [(filling, start) for filling in fillings.values() for start in filling.starts]
+    writers = {name: _param_writer(placement, dtype, limit) for name, placement in placements.items()}
+    tasks = [(writer, start) for writer in writers.values() for start in writer.starts]
     with ThreadPoolExecutor(readers) as pool:
-        for filling, start, parts in _read_ahead(pool, readers, tasks):
-            filling.write(start, parts)
-    return {name: filling.result() for name, filling in fillings.items()}
+        for writer, start, parts in _read_ahead(pool, readers, tasks):
+            writer.write(start, parts)
+    return {name: writer.result() for name, writer in writers.items()}
 
 
-def _filling(placement: Placement, dtype: np.dtype, limit: int) -> _Filling:
+def _param_writer(placement: Placement, dtype: np.dtype, limit: int) -> _ParamWriter:
     device = jax.local_devices()[0] if placement.sharding is None else next(iter(placement.sharding.device_set))
-    return (_HostFilling if device.platform == "cpu" else _DeviceFilling)(placement, dtype, limit)
+    return (_HostParamWriter if device.platform == "cpu" else _DeviceParamWriter)(placement, dtype, limit)
 
 
 def _block_bytes(placements: Iterable[Placement], under_way: int) -> int:
@@ -85,16 +85,16 @@ def _block_bytes(placements: Iterable[Placement], under_way: int) -> int:
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, ahead: int, tasks: Iterable[tuple[_Filling, tuple[int, ...]]]
-) -> Iterator[tuple[_Filling, tuple[int, ...], list[np.ndarray]]]:
-    waiting: deque[tuple[_Filling, tuple[int, ...], Future[list[np.ndarray]]]] = deque()
-    for filling, start in tasks:
-        waiting.append((filling, start, pool.submit(filling.read, start)))
+    pool: ThreadPoolExecutor, ahead: int, tasks: Iterable[tuple[_ParamWriter, tuple[int, ...]]]
+) -> Iterator[tuple[_ParamWriter, tuple[int, ...], list[np.ndarray]]]:
+    waiting: deque[tuple[_ParamWriter, tuple[int, ...], Future[list[np.ndarray]]]] = deque()
+    for writer, start in tasks:
+        waiting.append((writer, start, pool.submit(writer.read, start)))
         if len(waiting) > ahead:
-            filling, start, parts = waiting.popleft()
-            yield filling, start, parts.result()
-    for filling, start, parts in waiting:
-        yield filling, start, parts.result()
+            writer, start, parts = waiting.popleft()
+            yield writer, start, parts.result()
+    for writer, start, parts in waiting:
+        yield writer, start, parts.result()
 
 
 def _device_slices(placement: Placement) -> dict[jax.Device | None, Slices]:
@@ -105,8 +105,8 @@ def _device_slices(placement: Placement) -> dict[jax.Device | None, Slices]:
     return {device: index for device, index in indices.items() if index is not None}
 
 
-class _Filling(ABC):
-    """A parameter on its way to the devices, and what is read for it.
+class _ParamWriter(ABC):
+    """Reads one parameter in blocks and writes them to its devices.
 
     Its shapes have a leading layer axis, of 1 where it is not stacked.
     """
@@ -192,7 +192,7 @@ class _Filling(ABC):
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-class _DeviceFilling(_Filling):
+class _DeviceParamWriter(_ParamWriter):
     """For devices with a memory of their own."""
 
     _array: jax.Array | None = None
@@ -207,14 +207,14 @@ class _DeviceFilling(_Filling):
             self._array = block
         else:
             offsets = np.array(self._unlayered(start), np.int32)
-            self._array = _writer(self._placement.sharding)(self._array, block, offsets)
+            self._array = _block_update(self._placement.sharding)(self._array, block, offsets)
 
     def result(self) -> jax.Array:
         assert self._array is not None
         return self._array
 
 
-class _HostFilling(_Filling):
+class _HostParamWriter(_ParamWriter):
     """For devices that share the host's memory: JAX takes aligned arrays over as they are."""
 
     def __init__(self, placement: Placement, dtype: np.dtype, limit: int) -> None:
@@ -250,7 +250,7 @@ def _update(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
 
 
 @lru_cache(maxsize=64)
-def _writer(sharding: NamedSharding | None) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+def _block_update(sharding: NamedSharding | None) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
     """Writes a block into an array in place, each device into its own part."""
     if sharding is None:
         return jax.jit(_update, donate_argnums=0)

@@ -1,15 +1,17 @@
 """Converted weights, written once with Orbax and taken by every later start.
 
-    DIR/<model digest>-<dtype>/<name>/         an Orbax checkpoint: the decoder's stacked parameters, cast
-    DIR/<model digest>-<dtype>/complete.json   written last: which <name> counts, and what its files must be
+    DIR/<model digest>-<dtype>-<layout>/<name>/         an Orbax checkpoint: the decoder's stacked parameters, cast
+    DIR/<model digest>-<dtype>-<layout>/complete.json   written last: which <name> counts, and what its files must be
 
-What `complete.json` does not name does not count. The rows of matrices are stored in chunks, (layers, chunks, rows of a
-chunk, columns) with rows of zeros at the end, so that any part of any layer can be read alone from a disk or a bucket:
-the cache is one more source of weights for `placement`.
+What `complete.json` does not name does not count. <layout> changes with the names and shapes of the parameters, so that
+a version of this package does not find what one with other parameters has written. The rows of matrices are stored in
+chunks, (layers, chunks, rows of a chunk, columns) with rows of zeros at the end, so that any part of any layer can be
+read alone from a disk or a bucket: the cache is one more source of weights for `placement`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections.abc import Mapping
@@ -27,7 +29,7 @@ from qwen2_jax.checkpoints.placement import Placement, place
 from qwen2_jax.parameters import ParamSpec
 from qwen2_jax.sharding import ModelMesh
 
-_FORMAT = 2  # of what the parameters are and how they are chunked
+_FORMAT = 2  # of the marker, and of how parameters are chunked
 _CHUNK_BYTES = 1 << 20
 _MARKER = "complete.json"
 
@@ -70,11 +72,11 @@ def _read(view: Any) -> np.ndarray:
 
 
 class WeightCache:
-    """The cached weights of one model in one dtype."""
+    """The cached weights of one model in one dtype. specs: of all its parameters."""
 
-    def __init__(self, folder: str, digest: str, dtype: str) -> None:
+    def __init__(self, folder: str, digest: str, dtype: str, specs: Mapping[str, ParamSpec]) -> None:
         root = folder if is_remote(folder) else str(Path(folder).expanduser().absolute())
-        self.url, self._dtype = f"{root.rstrip('/')}/{digest}-{dtype}", dtype
+        self.url, self._dtype = f"{root.rstrip('/')}/{digest}-{dtype}-{_layout_of(specs)}", dtype
 
     def read(self) -> CompleteCache | None:
         """What is there; None when there is nothing. Raises `DamagedCacheError`."""
@@ -115,6 +117,12 @@ class WeightCache:
         return sum(size for size, _ in files.values())
 
 
+def _layout_of(specs: Mapping[str, ParamSpec]) -> str:
+    """A digest of what the parameters are and how they are stored."""
+    described = [_FORMAT, *sorted((name, spec.shape, spec.axes) for name, spec in specs.items())]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:8]
+
+
 @dataclass(frozen=True)
 class CompleteCache:
     """Cached weights whose files are all there. shapes: of every parameter."""
@@ -133,7 +141,7 @@ class CompleteCache:
             arrays = tuple(CachedArray(stores[name], layer, chunk_rows) for layer in layers)
             sharding = None if mesh is None else mesh.sharding(spec.axes)
             placements[name] = Placement(spec.shape, sharding, arrays, stacked)
-        return place(placements, dtype, is_far=is_remote(self.url))
+        return place(placements, dtype, from_network=is_remote(self.url))
 
     def _open(self, specs: Mapping[str, ParamSpec]) -> dict[str, Any]:
         import tensorstore
@@ -142,7 +150,9 @@ class CompleteCache:
         context = tensorstore.Context()
         opened = {}
         for name, spec in specs.items():
-            whole = tuple(self.shapes.get(name, ()))
+            if name not in self.shapes:
+                raise DamagedCacheError(f"{self.url}: parameter {name} is missing")
+            whole = tuple(self.shapes[name])
             first = int(spec.stacked)
             if len(whole) != len(spec.shape) or whole[first:] != spec.shape[first:] or whole < spec.shape:
                 raise DamagedCacheError(f"{self.url}: {name} has shape {whole} where {spec.shape} is needed")
@@ -155,10 +165,9 @@ class CompleteCache:
 
 
 def load_cached(
-    folder: str, digest: str, specs: Mapping[str, ParamSpec], dtype: np.dtype, mesh: ModelMesh | None
+    cache: WeightCache, specs: Mapping[str, ParamSpec], dtype: np.dtype, mesh: ModelMesh | None
 ) -> Params | None:
-    """The model's parameters from the cache below `folder`; None, and a line in the log, where it cannot give them."""
-    cache = WeightCache(folder, digest, dtype.name)
+    """The parameters from the cache; None, and a line in the log, where it cannot give them."""
     try:
         complete = cache.read()
         return None if complete is None else complete.load(specs, dtype, mesh)

@@ -43,8 +43,8 @@ def load_parameters(
     """
     table = {name: stored for name, stored in family.weights(config).items() if name in parameter_specs(config)}
     tensors = CheckedTensors(source, family, config, table, head_optional=not with_head)
-    kept = cut_config(config, n_layers)
-    specs = parameter_specs(kept, with_final_norm=with_final_norm, with_head=with_head)
+    cut = cut_config(config, n_layers)
+    specs = parameter_specs(cut, with_final_norm=with_final_norm, with_head=with_head)
     placements = {
         name: Placement(
             shape=spec.shape,
@@ -54,7 +54,7 @@ def load_parameters(
         )
         for name, spec in specs.items()
     }
-    return place(placements, np.dtype(dtype), is_far=is_remote(source.url))
+    return place(placements, np.dtype(dtype), from_network=is_remote(source.url))
 
 
 def cut_config(config: DecoderConfig, n_layers: int) -> DecoderConfig:

@@ -16,7 +16,7 @@ from qwen2_jax.mapping.hf_config import (
     number,
     optional_count,
     optional_number,
-    stated,
+    require_present,
     windows_by_type,
 )
 from qwen2_jax.mapping.weight_table import WeightTable, plain
@@ -33,7 +33,7 @@ SANDWICH_NORMS = plain(
 
 def gemma2_config(fields: Fields) -> DecoderConfig:
     """A `Gemma2Config` as a `DecoderConfig`."""
-    stated(fields, "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+    require_present(fields, "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
     window = optional_count(fields, "sliding_window")
     if fields.get("sliding_window_size") not in (None, window):
         raise ModelError("sliding_window_size and sliding_window disagree; keep the one that is right")

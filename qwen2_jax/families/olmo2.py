@@ -1,4 +1,4 @@
-"""OLMo-2 (`olmo2`): Llama's decoder with norms behind attention and MLP alone, and over all heads of q and of k."""
+"""OLMo-2 (`olmo2`): Llama's decoder with norms after attention and MLP only, and over all heads of q and of k."""
 
 from __future__ import annotations
 

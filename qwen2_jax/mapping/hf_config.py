@@ -78,7 +78,7 @@ def read_all(family_config: Callable[[Fields], T], fields: Fields) -> T:
         is_neutral = value in (None, NEUTRAL[name]) if name in NEUTRAL else not value
         if not is_neutral and not name.startswith(("_", "transformers")):
             raise UnsupportedError(
-                f"{name} {value!r:.60} is not supported for this model type: nothing here would act on it; "
+                f"{name} {value!r:.60} is not implemented for this model type; "
                 f"remove the field if the model was trained without it"
             )
     return config
@@ -119,7 +119,7 @@ def require(fields: Fields, name: str) -> Any:
     return fields[name]
 
 
-def stated(fields: Fields, *names: str) -> None:
+def require_present(fields: Fields, *names: str) -> None:
     """Refuses a config without these fields: null says that there is no such thing, absence leaves it open."""
     for name in names:
         if name not in fields:

@@ -1,6 +1,6 @@
 """What others call the places that can be captured: TransformerLens' hooks, and Hugging Face's modules by their output.
 
-A sandwich block has a norm behind attention and behind the MLP (Gemma-2, Gemma-3, OLMo-2). There the output of the
+A sandwich block has a norm after attention and after the MLP (Gemma-2, Gemma-3, OLMo-2). There the output of the
 module `self_attn` is not yet what is added to the residual stream: it is our `attn_proj`, and the norm's output `attn`.
 """
 
@@ -43,7 +43,7 @@ class Layout:
 
 
 def _output(path: str, site: str) -> tuple[HookPoint, HookPoint]:
-    """A module whose output is added to the residual stream, behind a norm in sandwich blocks."""
+    """A module whose output is added to the residual stream, after a norm in sandwich blocks."""
     return HookPoint(path, site, sandwich=False), HookPoint(path, f"{site}_proj", sandwich=True)
 
 
@@ -63,6 +63,16 @@ _LENS = Layout(
         HookPoint("hook_resid_post", "residual"),
     ),
 )
+# As `transformer_lens.utils.get_act_name` takes them, where they are not our own names.
+_LENS_SHORT = {
+    "embed": "embedding",
+    "z": "attn_heads",
+    "attn_out": "attn",
+    "post": "mlp_act",
+    "mlp_post": "mlp_act",
+    "mlp_out": "mlp",
+    "resid_post": "residual",
+}
 _FUSED = Layout(
     ("model.", "model.language_model.", "language_model.model.", "language_model.", ""),
     (
@@ -113,8 +123,8 @@ _LAYOUTS = {"gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "phi3": _FUSED}
 def parse_hook_name(name: str, sites: Collection[str]) -> HookName:
     """What `name` means for a model that has `sites`: ours, TransformerLens' or that of a Hugging Face module.
 
-    `{i}` may stand for the layer number, and TransformerLens' `blocks.{i}.` be left out. Raises ModelError for a name
-    that is none, and for a site that this model does not have.
+    `{i}` may stand for the layer number, and TransformerLens' `blocks.{i}.` be left out; its short names, such as
+    `resid_post`, are known too. Raises ModelError for a name that is none, and for a site that this model lacks.
     """
     hook = HookName(name, None) if name in SITES else _foreign(name, is_sandwich="attn_proj" in sites)
     if hook is None:
@@ -129,6 +139,8 @@ def parse_hook_name(name: str, sites: Collection[str]) -> HookName:
 
 
 def _foreign(name: str, *, is_sandwich: bool) -> HookName | None:
+    if name in _LENS_SHORT:
+        return HookName(_LENS_SHORT[name], None)
     for layout in (_LENS_ONCE, _LENS, _LLAMA, _GPT_NEOX, _GPT2):
         for prefix, point in product(layout.prefixes, layout.points):
             match = _pattern(prefix + point.path).fullmatch(name)

@@ -63,7 +63,7 @@ def rewrite_record(out: Path, window: int, /, **changes) -> None:
     path.write_bytes(sealed_json(read_sealed_json(path.read_bytes()) | changes))
 
 
-def test_a_calm_run_has_no_problem_at_the_root_and_in_its_folder(out):
+def test_an_undisturbed_run_has_no_problem_at_the_root_and_in_its_folder(out):
     report = verify(str(out))
     assert report.ok
     (folder,) = report.folders

@@ -1,6 +1,7 @@
-"""One nursery for all fault tests, what a calm worker makes of the dataset, and the sums at the end."""
+"""One nursery for all fault tests, what an undisturbed worker makes of the dataset, and the sums at the end."""
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from fleets import LARGE, LARGE_LINES, LARGE_WIDTH, flags, is_full, make_dataset
 from nursery import Nursery, Worker
 from tally import PROPERTY, Tally, Tried, missed, reasons_in, table, tried_in
 from tiny_run import committed_files
+
+# test_mutations runs tests of the other folders, also when it is collected alone.
+sys.path[:0] = sorted({str(path.parent) for path in Path(__file__).parent.glob("*/test_*.py")})
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def leave_alone(out: Path) -> dict[str, bytes]:
 
 
 def check_finished(out: Path, calm: dict[str, bytes], n_lines: int = N_LINES) -> None:
-    """Every planned sample exactly once, all checksums valid, bytes equal to those of the calm run."""
+    """Every planned sample exactly once, all checksums valid, bytes equal to those of the undisturbed run."""
     report = verify(str(out))
     assert report.ok, report.lines()
     assert sum(folder.samples for folder in report.folders) == n_lines
@@ -102,13 +102,13 @@ def sample_indices(out: Path) -> list[int]:
 
 
 def check_half_done(out: Path, calm: dict[str, bytes]) -> None:
-    """At every moment: what is committed is what the calm run has, and no checkpoint is ahead of it."""
+    """At every moment: what is committed is what the undisturbed run has, and no checkpoint is ahead of it."""
     check_committed(out, calm)
     check_checkpoints(out)
 
 
 def check_committed(out: Path, calm: dict[str, bytes]) -> None:
-    """What a record names is what the calm run has."""
+    """What a record names is what the undisturbed run has."""
     for path in out.glob("*/shard_[0-9]*.json"):
         name = str(path.relative_to(out))
         data = path.read_bytes()

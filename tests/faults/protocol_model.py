@@ -63,7 +63,7 @@ def one_after_another(max_workers: int):
 
 
 Mark = tuple[int, bytes | None]
-"""What an observer can see of a lease: its number and its last sign of life."""
+"""What an observer can see of a lease: its number and its last heartbeat."""
 
 
 @dataclass
@@ -191,7 +191,7 @@ class Protocol(RuleBasedStateMachine):
         is_last = self.held[worker.lease.dataset_shard].worker is worker
         assert worker.lease.lost.is_set() != is_last
         if not is_last:
-            assert self.store.objects == before, "a zombie wrote a sign of life"
+            assert self.store.objects == before, "a zombie wrote a heartbeat"
 
     @rule(number=st.integers(0, WORKERS - 1))
     def upload(self, number: int) -> None:

@@ -99,7 +99,7 @@ def missed(tried: Sequence[Tried], reasons: Mapping[str, str]) -> list[str]:
 
 
 def table(tried: Sequence[Tried], reasons: Mapping[str, str], is_whole: bool) -> list[str]:
-    """How often, and the seconds of the tests behind it; of the whole suite also which rows fell short."""
+    """How often, and the seconds of its tests; of the whole suite also which rows fell short."""
     times, seconds = _times(tried), Counter[str]()
     for each in tried:
         seconds[each.row] += each.seconds

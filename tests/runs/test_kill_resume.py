@@ -41,7 +41,7 @@ def test_resume_after_random_kills_is_byte_identical(tmp_path, forks):
 
 
 def _forget_the_last_windows(folder, keep: int) -> None:
-    """Removes the records of all windows but the first `keep`, newest first, and some of the files behind them."""
+    """Removes the records of all windows but the first `keep`, newest first, and some of the files that follow them."""
     for record in sorted(folder.glob("shard_*.json"), reverse=True)[: -keep or None]:
         window = record.stem.removeprefix("shard_")
         record.unlink()

@@ -1,4 +1,4 @@
-"""Workers that share a sharded dataset: whatever happens to them, the result is that of one calm worker."""
+"""Workers that share a sharded dataset: whatever happens to them, the result is that of a single undisturbed worker."""
 
 import gzip
 import json
@@ -122,7 +122,7 @@ def pause_midway(out: Path, pids: set[int]) -> int:
         os.kill(pid, signal.SIGCONT)
 
 
-def test_three_workers_of_which_one_is_killed_leave_what_one_calm_worker_leaves(model, calm, tmp_path):
+def test_three_workers_of_which_one_is_killed_leave_what_one_undisturbed_worker_leaves(model, calm, tmp_path):
     data, calm_out = calm
     out = tmp_path / "out"
     workers = {worker.pid: worker for worker in (start(model, data, out, tmp_path, number) for number in range(3))}
@@ -159,7 +159,7 @@ def test_a_worker_that_wakes_up_after_its_shard_was_taken_over_changes_nothing(m
     assert {name for name in before if ".tmp~" not in name} == set(outputs(committed_files(calm_out)))
 
 
-def test_two_workers_in_a_bucket_leave_what_one_calm_worker_leaves(model, calm, tmp_path):
+def test_two_workers_in_a_bucket_leave_what_one_undisturbed_worker_leaves(model, calm, tmp_path):
     data, calm_out = calm
     with FakeGcs() as server:
         for path in data.rglob("*.json*"):
@@ -333,7 +333,7 @@ DAMAGES = {
     "a whole shard": "shard_002",
     "a file": "shard_002/shard_0001.pkl.gz",
     "a sample table": "shard_002/samples_0002.jsonl.gz",
-    "a record with others behind it": "shard_002/shard_0001.json",
+    "a record with others after it": "shard_002/shard_0001.json",
     "the last record": "last",
     "the folder metadata": "shard_002/metadata.json",
 }

@@ -59,7 +59,7 @@ CONFIGS = {
 }
 # Models of which something cannot be captured.
 ODD_CONFIGS = {
-    # Norms behind each addition: nothing adds up to the residual stream. The embedding and the head are narrower.
+    # Norms after each addition: nothing adds up to the residual stream. The embedding and the head are narrower.
     "opt_350m": OPTConfig(**_OPT, **_TOKENS, word_embed_proj_dim=16, do_layer_norm_before=False),
     "granite": GraniteConfig(**_NEW, **_TOKENS, residual_multiplier=0.22),
     "mamba": MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=N_LAYERS, **_TOKENS),

@@ -19,7 +19,7 @@ from core.reduce.reductions import VALUES
 from core.samples.windows import TokenizedSample
 
 UNCOMPRESSED: Mapping[str, float] = MappingProxyType(dict.fromkeys(DTYPES | CODE_DTYPES, 1.0))
-"""`ShardFormat.usual_share` of a format that stores values as they are."""
+"""`ShardFormat.expected_ratio` of a format that stores values as they are."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class ShardFormat(Protocol):
 
     Attributes:
       compressible: whether gzip may be put around it.
-      usual_share: by dtype, stored over raw bytes without gzip, before anything is measured.
+      expected_ratio: by dtype, stored over raw bytes without gzip, before anything is measured.
     """
 
     @property
@@ -147,7 +147,7 @@ class ShardFormat(Protocol):
     def compressible(self) -> bool: ...
 
     @property
-    def usual_share(self) -> Mapping[str, float]: ...
+    def expected_ratio(self) -> Mapping[str, float]: ...
 
     def suffix(self) -> str:
         """The file name's ending without compression, such as `.pkl`."""

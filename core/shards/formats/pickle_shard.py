@@ -49,7 +49,7 @@ class PickleFormat:
 
     name = "pickle"
     compressible = True
-    usual_share = UNCOMPRESSED
+    expected_ratio = UNCOMPRESSED
 
     def suffix(self) -> str:
         """The file name's ending without compression."""

@@ -130,7 +130,7 @@ class PlanesFormat:
     name = "planes"
     compressible = False
     # Of prompts that have nothing in common.
-    usual_share: Mapping[str, float] = MappingProxyType(
+    expected_ratio: Mapping[str, float] = MappingProxyType(
         {"float16": 0.87, "bfloat16": 0.69, "float32": 0.85, "int8": 0.9, "float8_e4m3fn": 0.85}
     )
 

@@ -1,4 +1,4 @@
-"""safetensors: raw tensors behind a JSON header, so one sample of one layer can be read without the rest.
+"""safetensors: raw tensors after a JSON header, so one sample of one layer can be read without the rest.
 
 Tensors: `layer_{i}` (N, D) in the stored dtype (bfloat16 exact), `token_ids` (N,) int32, `sample_idx` (S,) int64 and
 `sample_offsets` (S+1,) int64: sample s owns rows offsets[s] to offsets[s+1]. Where tokens are left out, `positions`
@@ -28,7 +28,7 @@ class SafetensorsFormat:
 
     name = "safetensors"
     compressible = False
-    usual_share = UNCOMPRESSED
+    expected_ratio = UNCOMPRESSED
 
     def suffix(self) -> str:
         """The file name's ending."""

@@ -50,7 +50,7 @@ HOSTILE = {
     "newobj": stack_global("subprocess", "Popen") + pickle.EMPTY_TUPLE + pickle.NEWOBJ,
     "a nested name": called(stack_global("numpy", "ndarray.tofile"), "hacked"),
     "a nested module": called(stack_global("numpy", "os.system"), "touch hacked"),
-    "a name behind one that is allowed": called(stack_global("numpy", "dtype.__class__"), "hacked"),
+    "a name after one that is allowed": called(stack_global("numpy", "dtype.__class__"), "hacked"),
     "a module that begins like one that is allowed": called(stack_global("numpy.core.multiarray.os", "system"), "x"),
     "a module with a null": called(stack_global("numpy\0.os", "dtype"), "x"),
     "a module with another case": called(stack_global("Numpy", "dtype"), "x"),

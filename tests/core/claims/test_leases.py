@@ -161,7 +161,7 @@ def test_one_observer_finds_the_dead_one_of_100_leases_within_the_ttl_and_two_lo
     leases = [claimed(holder, shard) for shard in shards]
     dead = leases[37]
     observer = claims(store, 1, clock=clock)
-    # It dies between two looks, behind its last sign of life.
+    # It dies between two looks, after its last heartbeat.
     died_at = clock.now = 50.0
     for lease in leases:
         lease.beat()
@@ -178,7 +178,7 @@ def test_one_observer_finds_the_dead_one_of_100_leases_within_the_ttl_and_two_lo
 
 
 def fill(server: FakeGcs, n_leases: int) -> list[str]:
-    """Held leases with a sign of life each, put there without asking."""
+    """Held leases with a heartbeat each, put there without asking."""
     shards = [f"shard_{number:04d}" for number in range(n_leases)]
     for shard in shards:
         for kind in ("json", "beat"):

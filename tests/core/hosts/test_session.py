@@ -162,7 +162,7 @@ def test_the_keys_of_all_sessions_but_the_last_one_are_deleted():
         return "done"
 
     assert together(3, work, service=service) == ["done"] * 3
-    # What two sessions leave, and the signs of life.
+    # What two sessions leave, and the heartbeats.
     assert max(kept) <= 24
     names = {name.removeprefix("extract_activations/").split("/")[0] for name in service.values}
     assert names <= {"12", "session", "beat", "left"}

@@ -302,7 +302,7 @@ def test_a_nan_is_named_by_sample_and_layer(full, tmp_path, flags, where):
         model_path=str(broken),
         dataset_path=str(write_jsonl(tmp_path / "s.jsonl", lines)),
         output_dir=str(tmp_path / "out"),
-        activation_type=("resid_pre",),  # behind it, attention spreads a NaN over the row
+        activation_type=("resid_pre",),  # after it, attention spreads a NaN over the row
         layers_to_extract=(0,),
         **flags,
     )

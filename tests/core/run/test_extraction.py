@@ -198,7 +198,7 @@ def test_the_sample_table_keeps_token_ids_lengths_and_labels(config, tmp_path):
     assert (second["token_ids"], second["labels"]) == ([1, 2], {"split": "b"})
 
 
-def test_a_crash_before_any_commit_leaves_the_bytes_of_a_calm_run_after_resume(config, tmp_path, monkeypatch):
+def test_a_crash_before_any_commit_leaves_the_bytes_of_an_undisturbed_run_after_resume(config, tmp_path, monkeypatch):
     run(replace(config, output_dir=str(tmp_path / "calm")))
     calm = committed_files(tmp_path / "calm")
     commit = ActivationStorage.commit

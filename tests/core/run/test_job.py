@@ -131,3 +131,9 @@ def test_a_config_that_asks_for_what_jax_lacks_is_pointed_to_torch_in_the_same_l
 @pytest.mark.parametrize(("seconds", "text"), [(2.25, "2.2 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")])
 def test_durations_are_for_people(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_what_follows_from_a_job_is_computed_once(config):
+    job = job_of(config)
+    for name in ("layers", "stored", "bytes_per_row", "bytes_per_token", "step_request", "batch_shape"):
+        assert getattr(job, name) is getattr(job, name), name

@@ -160,4 +160,4 @@ def test_what_could_grow_or_run_is_refused():
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_what_a_survey_assumes_is_near_what_zstd_makes_of_normal_values(dtype):
     values = np.random.default_rng(0).normal(size=(2048, 256)).astype(DTYPES[dtype])
-    assert PLANES.stored_bytes(values) / values.nbytes == pytest.approx(PLANES.usual_share[dtype], abs=0.08)
+    assert PLANES.stored_bytes(values) / values.nbytes == pytest.approx(PLANES.expected_ratio[dtype], abs=0.08)

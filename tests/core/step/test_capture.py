@@ -30,6 +30,8 @@ def capture(*names: str, layers: tuple[int, ...] | None = None) -> Capture:
     [
         (["residual"], None, Capture((0, 1, 2, 3))),
         (["residual"], (2, 0, 2), Capture((0, 2))),
+        (["resid_post"], (2,), Capture((2,))),
+        (["resid_post", "residual", "mlp_out"], None, Capture((0, 1, 2, 3), ("mlp", "residual"))),
         (["blocks.1.hook_resid_post"], None, Capture((1,))),
         (["blocks.3.hook_resid_post", "model.layers.1"], None, Capture((1, 3))),
         (["hook_resid_post", "residual", "mlp"], (1,), Capture((1,), ("mlp", "residual"))),

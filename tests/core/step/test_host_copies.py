@@ -14,6 +14,7 @@ from core.run.config import RunConfig
 from core.run.runner import run
 from core.step import host_copies
 from core.step.backend import StepOutput
+from core.step.gathering import take_tokens
 from core.step.host_copies import begin_copies, begin_copy
 
 SPLIT = """
@@ -98,3 +99,9 @@ def test_a_real_gpu_copies_the_same_bytes_to_pinned_memory():
     copied = begin_copy(jnp.asarray(values))
     assert copied.sharding.memory_kind == "pinned_host"
     np.testing.assert_array_equal(np.asarray(copied).view(np.uint16), values.view(np.uint16))
+
+
+def test_what_is_no_known_array_is_refused_by_its_type():
+    for function, arguments in ((begin_copy, ()), (take_tokens, (np.zeros((1, 1), np.int32),))):
+        with pytest.raises(TypeError, match="list"):
+            function([1.0], *arguments)

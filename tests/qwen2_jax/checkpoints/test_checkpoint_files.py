@@ -294,7 +294,7 @@ class MemoryFile:
 
     def read(self, start, stop):
         if stop > self.size:
-            raise ModelError("behind the end")
+            raise ModelError("after the end")
         return np.frombuffer(self.data[start:stop], np.uint8)
 
 

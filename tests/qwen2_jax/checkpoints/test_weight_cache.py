@@ -188,6 +188,33 @@ def test_a_damaged_cache_is_written_anew(damage, llama, tmp_path, warnings, monk
     assert_same(load_model(llama, weights_cache_dir=str(tmp_path)), expected)
 
 
+def test_a_cache_of_another_layout_of_parameters_is_not_found_and_written_anew(llama, tmp_path, warnings, monkeypatch):
+    """As an earlier version wrote it: of the same format, under the name it had then, with parameters of its own."""
+    converted = convert_weights(llama, str(tmp_path), dtype="float32")
+    edit_marker(tmp_path, parameters={"embedding": [97, 48], "layers.q": [4, 48, 48]})
+    Path(converted.url).rename(tmp_path / f"{converted.digest}-float32")
+    expected = load_model(llama)
+    assert_same(load_model(llama, weights_cache_dir=str(tmp_path)), expected)
+    assert not warnings
+    assert convert_weights(llama, str(tmp_path), dtype="float32").bytes
+    monkeypatch.setattr(loading, "open_weights", lambda files: pytest.fail("the checkpoint was read"))
+    assert_same(load_model(llama, weights_cache_dir=str(tmp_path)), expected)
+    assert not warnings
+
+
+def test_the_name_of_a_cache_changes_with_the_parameters_and_the_format(monkeypatch):
+    def url(specs):
+        return weight_cache.WeightCache("caches", "digest", "float32", specs).url
+
+    spec = weight_cache.ParamSpec((97, 48), ("vocab", "embed"))
+    first = url({"embedding": spec})
+    assert url({"embedding": spec}) == first
+    assert url({"wte": spec}) != first
+    assert url({"embedding": weight_cache.ParamSpec((48, 97), ("embed", "vocab"))}) != first
+    monkeypatch.setattr(weight_cache, "_FORMAT", weight_cache._FORMAT + 1)
+    assert url({"embedding": spec}) != first
+
+
 def test_what_was_not_written_to_its_end_does_not_count(llama, tmp_path, warnings, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -216,7 +243,7 @@ def test_a_cache_in_a_bucket_is_read_from_there(llama, bucket, monkeypatch, warn
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", bucket.url)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "anybody")
     converted = convert_weights(llama, "gs://bucket/weights", dtype="float32")
-    assert converted.url == f"gs://bucket/weights/{converted.digest}-float32"
+    assert converted.url.startswith(f"gs://bucket/weights/{converted.digest}-float32-")
     assert converted.bytes == sum(
         len(data) for name, data in bucket.objects().items() if not name.endswith("complete.json")
     )

@@ -38,6 +38,23 @@ def test_transformer_lens_names_mean_the_same_with_and_without_a_block_in_every_
     assert parse_hook_name(f"blocks.11.{name}", sites) == HookName(site, 11)
 
 
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("resid_post", "residual"),
+        ("attn_out", "attn"),
+        ("mlp_out", "mlp"),
+        ("z", "attn_heads"),
+        ("mlp_post", "mlp_act"),
+        ("embed", "embedding"),
+    ],
+)
+def test_short_names_of_transformer_lens_mean_what_its_hooks_do(name, site):
+    for sites in (PLAIN, SANDWICH):
+        assert parse_hook_name(name, sites) == HookName(site, None)
+    assert name not in SITES
+
+
 def test_what_is_there_once_has_no_layer():
     for name, site in (("hook_embed", "embedding"), ("ln_final.hook_normalized", "final_norm")):
         assert parse_hook_name(name, PLAIN) == HookName(site, None)

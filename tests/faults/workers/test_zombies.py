@@ -44,7 +44,7 @@ def wake_up(worker: Fork) -> None:
 
 
 def check(out: Path, files: dict[str, bytes], rounding: float) -> None:
-    """Identical to the calm run; where two kinds of hardware took part, whole and consistent all the same."""
+    """Identical to the undisturbed run; where two kinds of hardware took part, whole and consistent all the same."""
     report = verify(str(out))
     assert report.ok, report.lines()
     assert sample_indices(out) == list(range(N_LINES))

@@ -47,10 +47,10 @@ def values_of(placement: Placement) -> np.ndarray:
 @contextmanager
 def filled_by(kind: str, block_bytes: int) -> Iterator[None]:
     """Fills parameters on the devices or on the host, whatever the devices are, in blocks of this size."""
-    before = placement._filling, placement._block_bytes
-    cls = {"device": placement._DeviceFilling, "host": placement._HostFilling}[kind]
-    placement._filling, placement._block_bytes = cls, lambda *_: block_bytes
+    before = placement._param_writer, placement._block_bytes
+    cls = {"device": placement._DeviceParamWriter, "host": placement._HostParamWriter}[kind]
+    placement._param_writer, placement._block_bytes = cls, lambda *_: block_bytes
     try:
         yield
     finally:
-        placement._filling, placement._block_bytes = before
+        placement._param_writer, placement._block_bytes = before

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 # Both the VM's python3.12 and, copied, the one of the environment; what would be the extraction runs job.sh.
 PYTHON = """\
 #!/bin/bash

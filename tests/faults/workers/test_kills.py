@@ -1,4 +1,4 @@
-"""SIGKILL at every instrumented point, and at random: the result is that of one calm worker."""
+"""SIGKILL at every instrumented point, and at random: the result is that of a single undisturbed worker."""
 
 import random
 import signal
@@ -52,7 +52,7 @@ def which_time(point: str, seed: int) -> int:
 
 
 def test_every_instrumented_point_is_somewhere_in_the_code():
-    root = Path(__file__).parents[2] / "core"
+    root = Path(__file__).parents[3] / "core"
     text = "".join(path.read_text() for path in root.rglob("*.py") if path.name != "fault_points.py")
     assert [point for point in POINTS if f'fault_point("{point}")' not in text] == []
 

@@ -16,7 +16,7 @@ from fleet.command_line import main
 from fleet.launching import HostState, flags_of_worker, parse_states, state_of
 
 A, B = "us-central1-a", "us-central1-b"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FLAGS = ("--", "--dataset_path", "gs://b/stream_{worker_id:03d}.jsonl", "--verbose")
 
 

@@ -33,7 +33,7 @@ def forget_peak() -> None:
 
 def main(path: str, cache: str, dtype: str, how: str) -> None:
     if how == "device":
-        placement._filling = placement._DeviceFilling
+        placement._param_writer = placement._DeviceParamWriter
     mesh = None
     if len(jax.devices()) > 1:
         mesh = ModelMesh.of(load_config(path), jax.devices(), model_parallel=len(jax.devices()) // 2)

@@ -19,7 +19,7 @@ def test_no_wall_clock_makes_a_worker_steal_or_wait(attempt, nursery, calm, plac
     out = place / "out"
     # In every other run one of the three dies, and its shard must pass on.
     victim = attempt // 2 % 3 if attempt % 2 else None
-    # The first is quick and looks often at the leases of the others, who give next to no signs of life.
+    # The first is quick and looks often at the leases of the others, who send almost no heartbeats.
     patience = [{"claim_ttl_s": 1.5 if victim is not None else 20.0, "claim_heartbeat_s": 0.05}]
     patience += [{"claim_ttl_s": 20.0, "claim_heartbeat_s": 1.0}] * 2
     fleet = [

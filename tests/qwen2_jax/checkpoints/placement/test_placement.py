@@ -41,7 +41,7 @@ def test_any_parameter_in_any_blocks_is_itself(kind, data, dtype):
 @given(st.tuples(SIZES, SIZES, SIZES), st.booleans(), st.integers(1, 3000))
 def test_no_block_is_larger_than_it_may_be_unless_it_is_one_line(shape, transposed, limit):
     param = parameter(shape, stacked=True, transposed=transposed)
-    layers, *sizes = placement._HostFilling(param, np.dtype(np.float32), limit)._block
+    layers, *sizes = placement._HostParamWriter(param, np.dtype(np.float32), limit)._block
     size = 4 * layers * np.prod(sizes)
     assert size <= limit or (layers == 1 and sizes[transposed] == 1)
     assert 2 * size > limit or (layers, *sizes) == shape or (layers == 1 and sizes[transposed] < shape[1 + transposed])
@@ -57,7 +57,7 @@ def test_several_parameters_keep_their_names(monkeypatch):
 
 def test_the_devices_own_buffer_is_written_in_place():
     """Donation holds on this platform: a parameter is not copied for each block."""
-    write = placement._writer(None)
+    write = placement._block_update(None)
     array = jnp.zeros((4, 64, 32))
     address = array.unsafe_buffer_pointer()
     for layer in range(4):
@@ -67,17 +67,17 @@ def test_the_devices_own_buffer_is_written_in_place():
 
 def test_on_the_host_nothing_is_copied_for_the_device():
     param = parameter((2, 64, 32), stacked=True)
-    filling = placement._HostFilling(param, np.dtype(np.float32), 1000)
-    for start in filling.starts:
-        filling.write(start, filling.read(start))
-    (filled,) = filling._arrays.values()
-    assert filling.result().unsafe_buffer_pointer() == filled.ctypes.data
+    writer = placement._HostParamWriter(param, np.dtype(np.float32), 1000)
+    for start in writer.starts:
+        writer.write(start, writer.read(start))
+    (filled,) = writer._arrays.values()
+    assert writer.result().unsafe_buffer_pointer() == filled.ctypes.data
 
 
 def test_few_programs_write_all_blocks():
     """Blocks of one parameter have one shape, and equal parameters share their program."""
     params = {name: parameter((5, 37, 8), stacked=True) for name in "ab"}
-    writer = placement._writer(None)
+    writer = placement._block_update(None)
     writer.clear_cache()
     with filled_by("device", 10 * 8 * 4):
         place(params, np.dtype(np.float32))
@@ -103,9 +103,9 @@ class HalfOfTheMachines:
 def test_a_process_reads_no_more_rows_than_its_devices_hold(transposed):
     axis = 2 if transposed else 1
     param = parameter((3, 16, 16), stacked=True, transposed=transposed, sharding=HalfOfTheMachines(axis))
-    filling = placement._HostFilling(param, np.dtype(np.float32), 16 * 4 * 2)
-    for start in filling.starts:
-        filling.write(start, filling.read(start))
+    writer = placement._HostParamWriter(param, np.dtype(np.float32), 16 * 4 * 2)
+    for start in writer.starts:
+        writer.write(start, writer.read(start))
     for layer in param.layers:
         times = layer.times_read().T if transposed else layer.times_read()
         assert (times[:8] == 1).all()
@@ -117,7 +117,7 @@ def test_every_device_of_a_mesh_gets_its_part():
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{here}:{here.parents[2]}",
+        "PYTHONPATH": f"{here}:{here.parents[3]}",
     }
     command = [sys.executable, str(here / "place_on_devices.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

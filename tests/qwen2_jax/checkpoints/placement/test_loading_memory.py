@@ -68,7 +68,7 @@ def measure(model, *, devices=1, dtype="float32", how="host", cache="-"):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": f"{here.parents[2]}",
+        "PYTHONPATH": f"{here.parents[3]}",
     }
     command = [sys.executable, str(here / "measure_loading.py"), str(model), str(cache), dtype, how]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,41 @@
+"""What editors, notebooks and `help` list: every argument of the functions that a notebook calls, with its default."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import create_dataset_streams
+import extract_activations
+from core.run import in_memory
+from core.run.config import RunConfig
+from core.streams.options import StreamOptions
+
+FUNCTIONS = [
+    (extract_activations.extract, RunConfig, {"plan", "tpu_topology"}),
+    (extract_activations.price, RunConfig, {"plan"}),
+    (extract_activations.run_config, RunConfig, set()),
+    (create_dataset_streams.create_streams, StreamOptions, {"num_shards", "chunk_size_mb"}),
+    (create_dataset_streams.create_sharded_dataset, StreamOptions, {"num_streams"}),
+]
+
+
+@pytest.mark.parametrize(("function", "options", "refused"), FUNCTIONS)
+def test_every_option_is_listed_but_those_that_are_refused(function, options, refused):
+    shown = inspect.signature(function).parameters
+    fields = {field.name: field.default for field in dataclasses.fields(options)}
+    assert fields.keys() - shown.keys() == refused
+    assert shown.keys() - fields.keys() <= {"quiet"}
+    assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in shown.values())
+
+
+def test_an_option_has_the_default_and_the_type_of_its_field():
+    shown = inspect.signature(extract_activations.extract).parameters
+    assert (shown["batch_size"].default, shown["batch_size"].annotation) == (RunConfig.batch_size, int)
+    assert (shown["project"].default, shown["project"].annotation) == (None, str | None)
+    assert shown["activation_type"].default == "residual"  # what the function itself says
+
+
+def test_capture_lists_what_it_passes_on():
+    ours, theirs = (inspect.signature(one).parameters for one in (extract_activations.capture, in_memory.capture))
+    assert {name: one.default for name, one in ours.items()} == {name: one.default for name, one in theirs.items()}
