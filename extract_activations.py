@@ -23,9 +23,9 @@ from core.shards.formats import FORMATS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:
+    from core.in_memory import Activations, Sample
     from core.pricing.plan import PlanReport
     from core.pricing.tpu_estimate import StepEstimate
-    from core.run.in_memory import Activations, Sample
     from core.run.progress import HostExit, Summary
     from core.run.sharded_run import BeforeExtraction
     from qwen2_jax import Decoder
@@ -206,6 +206,7 @@ def capture(
     *,
     layers: int | Sequence[int] | None = None,
     sites: str | Sequence[str] = "residual",
+    pool: str | Sequence[str] = (),
     dtype: str = "float32",
     tokenizer: Any = None,
     revision: str | None = None,
@@ -220,15 +221,16 @@ def capture(
 ) -> "Activations":
     """The activations of texts or token ids in memory: site -> layer -> one (T, D) array a sample; nothing is written.
 
-    See `core.run.in_memory.capture`, whose arguments and errors these are.
+    See `core.in_memory.capture`, whose arguments and errors these are.
     """
-    from core.run import in_memory
+    from core.in_memory import capture as capture_in_memory
 
-    return in_memory.capture(
+    return capture_in_memory(
         model,
         samples,
         layers=layers,
         sites=sites,
+        pool=pool,
         dtype=dtype,
         tokenizer=tokenizer,
         revision=revision,

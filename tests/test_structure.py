@@ -18,6 +18,7 @@ ORDER = (
     ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table"),
     ("analysis.verification",),
     ("core.pricing",),
+    ("core.in_memory",),
     ("core.run",),
     ("core.claims",),
     ("core.activation_storage",),

@@ -7,7 +7,7 @@ import pytest
 
 import create_dataset_streams
 import extract_activations
-from core.run import in_memory
+from core import in_memory
 from core.run.config import RunConfig
 from core.streams.options import StreamOptions
 

@@ -9,6 +9,7 @@ from tiny_run import D_MODEL, N_LAYERS, token_lines, write_jsonl, write_model
 
 from analyze_activations import verify
 from core.base.errors import RunError, UsageError
+from core.in_memory import load_capturer
 from create_dataset_streams import create_streams
 from extract_activations import capture, extract, price
 from qwen2_jax import load_model, load_tokenizer
@@ -137,3 +138,34 @@ def test_paths_and_numbers_of_numpy_are_taken(model, tmp_path):
     assert summary.samples == 3
     assert list(capture(Path(model), np.array([3, 4]), layers=np.int64(1))["residual"]) == [1]
     assert price(model, stream, output_dir=tmp_path / "out", layers_to_extract=[0, 1], batch_size=2).samples == 0
+
+
+def exponential_mean(tokens: np.ndarray, share: float) -> np.ndarray:
+    """The mean of (T, D) with weights that halve every share * T tokens, from the last one backwards, in float64."""
+    backwards = tokens[::-1].astype(np.float64)
+    weights = np.exp(-np.log(2) * np.arange(len(tokens)) / (share * len(tokens)))
+    return weights @ backwards / weights.sum()
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_pools_are_those_of_the_tokens(model, backend):
+    whole = capture(model, IDS, layers=[0, 2], backend=backend)["residual"]
+    pooled = capture(model, IDS, layers=[0, 2], pool=["last", "exp:0.067", "exp:0.159"], backend=backend)["residual"]
+    for layer, samples in whole.items():
+        for tokens, pools in zip(samples, pooled[layer], strict=True):
+            expected = [tokens[-1], exponential_mean(tokens, 0.067), exponential_mean(tokens, 0.159)]
+            np.testing.assert_allclose(pools, np.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_a_capturer_is_loaded_once_for_many_calls(model):
+    capturer = load_capturer(model, layers=1)
+    for part in (IDS[:5], IDS[5:9]):
+        found, expected = capturer(part)["residual"][1], capture(model, part, layers=1)["residual"][1]
+        for ours, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    assert capturer.token_ids("ab")[0].tolist() == capturer.tokenizer("ab")["input_ids"]
+
+
+def test_a_pool_that_does_not_exist_is_refused(model):
+    with pytest.raises(UsageError, match="exp:SHARE"):
+        capture(model, IDS, pool="exp")
