@@ -20,6 +20,7 @@ ORDER = (
     ("core.pricing",),
     ("core.run",),
     ("core.claims",),
+    ("core.reading",),
     ("core.activation_storage",),
     ("core.commit",),
     ("core.shards",),

@@ -4,6 +4,8 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 """
 
 import json
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,15 +39,43 @@ def safetensors_header(tensors: dict[str, np.ndarray], metadata: dict[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
-def read_tensors(data: bytes) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, by name. Raises ValueError or KeyError if `data` is not one."""
-    header_end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:header_end])
+@dataclass(frozen=True)
+class TensorSpan:
+    """A tensor's dtype and shape, and its bytes in the file: `start` to `stop`."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def header_end(first_bytes: bytes) -> int:
+    """Where the tensors of a safetensors file begin, by its first eight bytes."""
+    return 8 + int.from_bytes(first_bytes[:8], "little")
+
+
+def tensor_spans(head: bytes, n_bytes: int) -> dict[str, TensorSpan]:
+    """The tensors of a safetensors file of `n_bytes`, by name; `head` is everything before `header_end`.
+
+    Raises ValueError, KeyError or TypeError if it is not one, or if a tensor is not where its shape says.
+    """
+    header = json.loads(head[8:])
     dtypes = {name: dtype for dtype, name in _NAMES.items()}
-    tensors = {}
+    spans = {}
     for name, entry in header.items():
         if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            raw = np.frombuffer(data, np.uint8, stop - start, header_end + start)
-            tensors[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+            (start, stop), dtype, shape = entry["data_offsets"], dtypes[entry["dtype"]], tuple(entry["shape"])
+            is_whole = 0 <= start <= stop <= n_bytes - len(head) and all(size >= 0 for size in shape)
+            if not is_whole or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} has bytes {start} to {stop} for shape {shape}")
+            spans[name] = TensorSpan(dtype, shape, len(head) + start, len(head) + stop)
+    return spans
+
+
+def read_tensors(data: bytes) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file, by name. Raises ValueError, KeyError or TypeError if `data` is not one."""
+    spans = tensor_spans(data[: header_end(data)], len(data))
+    return {
+        name: np.frombuffer(data, np.uint8, span.stop - span.start, span.start).view(span.dtype).reshape(span.shape)
+        for name, span in spans.items()
+    }

@@ -1,0 +1,54 @@
+"""Rows of a pickle shard, which is read whole: a pickle has no table of contents, and gzip no places to begin at."""
+
+from typing import BinaryIO, cast
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+from core.reading.files.base import ExpectedRows
+from core.reading.files.byte_ranges import ByteRanges, as_stream
+from core.reduce.reductions import VALUES
+from core.shards.formats import read_shard
+
+
+class PickleRows:
+    """See `RowFile`. Holds every layer of the file in memory."""
+
+    def __init__(self, ranges: ByteRanges, expected: ExpectedRows) -> None:
+        shard = read_shard(cast(BinaryIO, as_stream(ranges)), "pickle", gzipped=expected.gzipped)
+        arrays = {VALUES: shard.layers} | shard.more
+        if arrays.keys() != expected.arrays.keys() or any(
+            layers.keys() != set(expected.layers) for layers in arrays.values()
+        ):
+            raise ValueError("its layers and arrays are not those of its record")
+        lengths = [len(array) for array in shard.layers[expected.layers[0]]]
+        self.sample_idx = np.array(shard.sample_idx, np.int64).reshape(-1)
+        self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+        expected.check_index(self.sample_idx, self.offsets)
+        self._positions = None if shard.positions is None else np.concatenate(shard.positions).astype(np.int32)
+        self._arrays = {
+            (layer, name): _joined(arrays[name][layer], name, expected, lengths)
+            for name in expected.arrays
+            for layer in expected.layers
+        }
+
+    def rows(self, layer: int, array: str, start: int, stop: int) -> Shaped[np.ndarray, "k W"]:
+        """See `RowFile`."""
+        return self._arrays[layer, array][start:stop]
+
+    def token_ids(self, start: int, stop: int) -> Int32[np.ndarray, "k"] | None:
+        """See `RowFile`: they are in the sample table."""
+        return None
+
+    def positions(self, start: int, stop: int) -> Int32[np.ndarray, "k"] | None:
+        """See `RowFile`."""
+        return None if self._positions is None else self._positions[start:stop]
+
+
+def _joined(of_samples: list[np.ndarray], name: str, expected: ExpectedRows, lengths: list[int]) -> np.ndarray:
+    """The rows of all samples; the list is emptied, so that no layer is in memory twice."""
+    for array, length in zip(of_samples, lengths, strict=True):
+        expected.check_array(name, array.shape, array.dtype, length)
+    joined = np.concatenate(of_samples) if of_samples else np.empty((0, expected.arrays[name].width))
+    of_samples.clear()
+    return joined
