@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float32, Shaped
 
-from core.base.dtypes import ARRAY_DTYPES, DTYPES
+from core.base.dtypes import ARRAY_DTYPES
 from core.commit.record import StoredSite
 from core.reduce.reductions import INDICES, SCALE, VALUES, StoredArray, restore
-
-_BFLOAT16 = DTYPES["bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,4 @@ class StoredForm:
 
     def restore(self, arrays: Mapping[str, Shaped[np.ndarray, "*rows _"]]) -> Float32[np.ndarray, "*rows _"]:
         """The rows as float32: scales applied to codes, values of topk at their places, zero elsewhere."""
-        return to_float32(arrays[VALUES]) if arrays.keys() == {VALUES} else restore(arrays, self.width, self.block)
-
-
-def to_float32(values: Shaped[np.ndarray, "*rows W"]) -> Float32[np.ndarray, "*rows W"]:
-    """A copy in float32, exact for every stored dtype."""
-    if values.dtype != _BFLOAT16:
-        return values.astype(np.float32)
-    # bfloat16 is the upper half of a float32; a shift of integers is several times as fast as a cast of ml_dtypes.
-    wide = np.empty(values.shape, np.uint32)
-    np.left_shift(values.view(np.uint16), np.uint32(16), out=wide, dtype=np.uint32, casting="unsafe")
-    return wide.view(np.float32)
+        return restore(arrays, self.width, self.block)

@@ -110,9 +110,18 @@ class ShardPart:
         wanted = stored if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
         missing = [layer for layer in wanted if layer not in stored]
         if missing or not wanted:
-            what = f"layer {missing[0]} of {site}" if missing else f"no layer of {site}"
-            raise UsageError(f"{self.root}: {what} is not stored: choose from {', '.join(map(str, stored))}")
+            what = f"layer {missing[0]} of {site} is not stored" if missing else f"no layer of {site} is asked for"
+            raise UsageError(f"{self.root}: {what}: choose from {', '.join(map(str, stored))}")
         return wanted
+
+    def layer(self, site: str, layer: int | None) -> int:
+        """The layer itself, or the only one of the site. Raises UsageError."""
+        wanted = self.layers(site, layer)
+        if len(wanted) > 1:
+            raise UsageError(
+                f"{self.root}: several layers of {site} are stored: choose from {', '.join(map(str, wanted))}"
+            )
+        return wanted[0]
 
     def _file(self, site: str | None) -> StoredFile:
         return next(file for file in self.files if file.site == site)
@@ -151,12 +160,18 @@ class PartRows:
         """The rows of the sample table: token ids, labels, previews. Reads the table, once."""
         rows = self.part.table()
         with self._damage():
-            lengths = np.diff(self.offsets) if not self.part.pools else np.array([len(r.positions) for r in rows])
-            if [row.sample_idx for row in rows] != self.sample_idx.tolist() or any(
-                len(row.positions) != length for row, length in zip(rows, lengths, strict=True)
-            ):
+            if len(rows) != len(self.sample_idx):
                 raise ValueError("its samples are not those of the sample table")
+        for place, row in enumerate(rows):
+            self.span_of(place, row)
         return rows
+
+    @cached_property
+    def sample_lengths(self) -> Int64[np.ndarray, "S"]:
+        """The tokens of each sample that the model saw. Reads the sample table where some are not stored."""
+        if self._has_all_tokens:
+            return np.diff(self.offsets)
+        return np.array([len(row.token_ids) for row in self.samples], np.int64)
 
     def stored(self, layer: int, start: int = 0, stop: int | None = None) -> dict[str, Shaped[np.ndarray, "k _"]]:
         """Rows start to stop - 1 as they are stored: `activation`, and where reduced `scale` and `indices`.
@@ -174,10 +189,30 @@ class PartRows:
         """
         return self.form.restore(self.stored(layer, start, stop))
 
+    def span_of(self, place: int, row: TableRow) -> tuple[int, int]:
+        """The rows (start, stop) of sample number `place` of the part, whose line in the sample table is `row`."""
+        start, stop = self.offsets[place : place + 2].tolist()
+        n_rows = stop - start if not self.part.pools else len(row.positions)
+        with self._damage():
+            if (self.sample_idx[place], n_rows) != (row.sample_idx, len(row.positions)):
+                raise ValueError("its samples are not those of the sample table")
+        return start, stop
+
     def sample_of_rows(self, start: int = 0, stop: int | None = None) -> Int64[np.ndarray, "k"]:
         """The index within the part (0 to S - 1) of the sample of each row."""
         rows = np.arange(start, self.n_rows if stop is None else stop)
         return np.searchsorted(self.offsets, rows, side="right").astype(np.int64) - 1
+
+    def token_index(
+        self, spans: Sequence[tuple[int, int]]
+    ) -> tuple[Int64[np.ndarray, "k"], Int32[np.ndarray, "k"], Int32[np.ndarray, "k"]]:
+        """Which tokens the rows of these ranges are: `sample_of_rows`, `positions` and `token_ids` of all of them."""
+        numbers = np.concatenate([np.arange(start, stop) for start, stop in spans])
+        samples = np.searchsorted(self.offsets, numbers, side="right").astype(np.int64) - 1
+        token_ids = np.concatenate([self.token_ids(start, stop) for start, stop in spans])
+        if self._has_all_tokens:
+            return samples, (numbers - self.offsets[samples]).astype(np.int32), token_ids
+        return samples, np.concatenate([self.positions(start, stop) for start, stop in spans]), token_ids
 
     def positions(self, start: int = 0, stop: int | None = None) -> Int32[np.ndarray, "k"]:
         """The place of each row's token in its sample; -1 for pools."""
@@ -209,6 +244,12 @@ class PartRows:
             yield start, min(start + step, self.n_rows)
 
     @cached_property
+    def _has_all_tokens(self) -> bool:
+        """Whether every token of its samples has a row."""
+        with self._damage():
+            return not self.part.pools and self._file.positions(0, 0) is None
+
+    @cached_property
     def _table_token_ids(self) -> Int32[np.ndarray, "N"]:
         return np.concatenate([np.empty(0, np.int32), *(row.stored_token_ids for row in self.samples)])
 
@@ -220,10 +261,10 @@ def rows_within(part: ShardPart, form: StoredForm, max_bytes: int) -> int:
     """How many rows of one layer take at most `max_bytes` as stored: at least one, for planes whole blocks."""
     row_bytes = sum(array.row_bytes for array in form.arrays.values())
     rows = max(1, max_bytes // row_bytes)
-    return rows if part.format != "planes" else max(1, rows // block_rows(form)) * block_rows(form)
+    return rows if part.format != "planes" else max(1, rows // _block_rows(form)) * _block_rows(form)
 
 
-def block_rows(form: StoredForm) -> int:
+def _block_rows(form: StoredForm) -> int:
     """The rows of a block of a planes file."""
     return max(1, BLOCK_BYTES // form.arrays["activation"].row_bytes)
 

@@ -1,6 +1,9 @@
 """Ranges of bytes of a stored file: a local one is mapped to memory, any other is read range by range."""
 
+import io
 import mmap
+from collections.abc import Callable
+from functools import partial
 from typing import BinaryIO, Protocol
 
 from core.base.byte_streams import SeekableBytes
@@ -31,16 +34,25 @@ class _Mapped:
 
 
 class _Ranged:
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self.size = file, size
+    """Each thread that reads at the same time has a stream of its own, for a stream has one position."""
+
+    def __init__(self, open_file: Callable[[], BinaryIO]) -> None:
+        self._open = open_file
+        self._idle = [open_file()]
+        self.size = self._idle[0].seek(0, io.SEEK_END)
 
     def read(self, start: int, stop: int) -> memoryview:
         """See `ByteRanges`."""
-        self._file.seek(start)
+        try:
+            file = self._idle.pop()
+        except IndexError:
+            file = self._open()
+        file.seek(start)
         pieces, left = [], stop - start
-        while left and (piece := self._file.read(left)):
+        while left and (piece := file.read(left)):
             pieces.append(piece)
             left -= len(piece)
+        self._idle.append(file)
         if left:
             raise EOFError(f"it has {stop - left} bytes, not {stop}")
         return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
@@ -48,12 +60,11 @@ class _Ranged:
 
 def open_ranges(store: ObjectStore, name: str, size: int) -> ByteRanges:
     """The file `name`, which must have `size` bytes. Raises OSError if it is gone, ValueError for another size."""
-    file = store.open(name)
     if isinstance(store, LocalStore):
-        with file:
+        with store.open(name) as file:
             ranges: ByteRanges = _Mapped(file)
     else:
-        ranges = _Ranged(file, file.seek(0, 2))
+        ranges = _Ranged(partial(store.open, name))
     if ranges.size != size:
         raise ValueError(f"it has {ranges.size} bytes where {size} were written")
     return ranges

@@ -3,11 +3,11 @@
 import io
 import struct
 import zipfile
-import zlib
 from typing import BinaryIO, cast
 
 import numpy as np
 import zstandard
+from isal import isal_zlib
 from jaxtyping import Int32, Shaped
 
 from core.base.dtypes import ARRAY_DTYPES
@@ -67,14 +67,15 @@ class PlanesRows:
 
     def _decoded(self, layer: int, block: int) -> Shaped[np.ndarray, "k W"]:
         name, header = f"layer_{layer}/{block:06d}.zst", self._header
-        if self._block is None or self._block[0] != name:
+        found = self._block
+        if found is None or found[0] != name:
             tokens = min(header.block_tokens, header.tokens - block * header.block_tokens)
             try:
                 values = decode_block(self._member(name), tokens, header.width, ARRAY_DTYPES[header.dtype])
             except zstandard.ZstdError as error:
                 raise ValueError(f"{name}: {error}") from error
-            self._block = name, values
-        return self._block[1]
+            self._block = found = name, values
+        return found[1]
 
     def _index(self, name: str) -> np.ndarray:
         array = self._array(name)
@@ -106,6 +107,6 @@ class PlanesRows:
         if head[0] != b"PK\3\4" or head[-2:] != (len(name.encode()), 0):
             raise ValueError(f"{name} is not where the table of contents says")
         found = whole[data - member.header_offset :]
-        if zlib.crc32(found) != member.CRC:
+        if isal_zlib.crc32(found) != member.CRC:
             raise ValueError(f"{name} was damaged or changed: its CRC-32 is not that of its content")
         return found

@@ -138,7 +138,7 @@ def test_what_is_not_stored_is_refused_in_one_line(runs):
         ((), "several sites are stored: choose one of mlp, residual"),
         (("attn",), "site 'attn' is not stored: choose one of mlp, residual"),
         (("mlp", 4), "layer 4 of mlp is not stored: choose from 0, 2"),
-        (("mlp", []), "no layer of mlp is not stored"),
+        (("mlp", []), "no layer of mlp is asked for"),
     ):
         with pytest.raises(UsageError, match=message):
             part.read(*arguments)
