@@ -35,15 +35,20 @@ class TokenBatch:
       more: with restore=False, the further arrays of the same rows: `scale`, `indices`.
     """
 
-    activations: Shaped[np.ndarray, "B *layers_and_width"]
+    activations: Shaped[np.ndarray, "B *layers _"]
     sample_idx: Int64[np.ndarray, "B"]
     positions: Int32[np.ndarray, "B"]
     token_ids: Int32[np.ndarray, "B"]
     folders: Int32[np.ndarray, "B"]
-    more: Mapping[str, Shaped[np.ndarray, "B *layers_and_width"]] = field(default_factory=dict)
+    more: Mapping[str, Shaped[np.ndarray, "B *layers _"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.sample_idx)
+
+    def arrays(self) -> dict[str, Shaped[np.ndarray, "B ..."]]:
+        """All arrays by name, those of `more` among them."""
+        names = ("activations", "sample_idx", "positions", "token_ids", "folders")
+        return {name: getattr(self, name) for name in names} | dict(self.more)
 
 
 @dataclass(frozen=True)
