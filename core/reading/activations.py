@@ -8,7 +8,7 @@ from typing import Any
 from core.base.errors import UsageError
 from core.reading.catalog import Catalog, read_catalog, require_alike
 from core.reading.dropping import Rule, dropping
-from core.reading.files import WHOLE_FORMATS
+from core.reading.files import is_read_whole
 from core.reading.restoring import StoredForm
 from core.reading.sample_table import TableRow
 from core.reading.samples import OpenParts, SampleActivations
@@ -168,7 +168,7 @@ class Activations:
 
     @cached_property
     def _open(self) -> OpenParts:
-        limit = len(self.sites) if self.identity["format"] in WHOLE_FORMATS else max(OPEN_SHARDS, len(self.sites))
+        limit = len(self.sites) if is_read_whole(self.identity["format"]) else max(OPEN_SHARDS, len(self.sites))
         return OpenParts(limit)
 
     @cached_property
@@ -204,7 +204,7 @@ def _schedule(
     if seed is None:
         return Schedule(n_rows, rows_within(part, rows.form, _SPAN_BYTES // n_layers), 1, share=share)
     fill_rows = max(1, buffer_bytes // rows.row_bytes)
-    if part.format in WHOLE_FORMATS:
+    if is_read_whole(part.format):
         return Schedule(n_rows, max(*n_rows, 1), fill_rows, seed, 0, share)
     chunk_rows = rows_within(part, rows.form, chunk_bytes // n_layers)
     return Schedule(n_rows, chunk_rows, fill_rows, seed, rows.open_parts, share)

@@ -13,9 +13,9 @@ from core.commit.record import RECORD_NAME, CommitRecord
 from core.commit.stored_records import read_records
 from core.object_store import ObjectStore, open_store
 from core.reading.damage import damage
-from core.reading.files import OPENERS
 from core.reading.restoring import StoredForm
 from core.reading.shard_part import ShardPart
+from core.shards.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def _listed(url: str) -> tuple[ObjectStore, Sequence[str], str | None]:
 def _identity(store: ObjectStore) -> dict[str, Any]:
     with damage(store.url, RUN_FILE):
         identity = json.loads(store.read_bytes(RUN_FILE))
-        if not isinstance(identity, dict) or identity.get("format") not in OPENERS:
-            raise ValueError(f"it names no format among {', '.join(OPENERS)}")
+        if not isinstance(identity, dict) or identity.get("format") not in FORMATS:
+            raise ValueError(f"it names no format among {', '.join(FORMATS)}")
         return identity
 
 

@@ -19,7 +19,7 @@ from core.base.errors import UsageError
 from core.commit.record import StoredFile, StoredSite
 from core.object_store import ObjectStore, open_store
 from core.reading.damage import damage
-from core.reading.files import OPENERS, ExpectedRows, RowFile, open_ranges
+from core.reading.files import ExpectedRows, RowFile, open_ranges, open_rows
 from core.reading.restoring import StoredForm
 from core.reading.sample_table import TableRow, read_sample_table
 from core.shards.formats.planes_shard import BLOCK_BYTES
@@ -83,7 +83,7 @@ class ShardPart:
         )
         with damage(self.root, f"{self.folder}/{file.name}"):
             ranges = open_ranges(_store(self.root), f"{self.folder}/{file.name}", file.bytes)
-            return PartRows(self, site, wanted, form, OPENERS[self.format](ranges, expected))
+            return PartRows(self, site, wanted, form, open_rows(self.format, ranges, expected))
 
     def table(self) -> tuple[TableRow, ...]:
         """The rows of its sample table, in the order of the samples. Raises RunError if it is damaged or missing."""

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, Shaped
 
 from core.reading.dropping import Dropping
-from core.reading.files import WHOLE_FORMATS
+from core.reading.files import is_read_whole
 from core.reading.restoring import StoredForm
 from core.reading.schedule import Chunk
 from core.reading.shard_part import PartRows, ShardPart
@@ -163,7 +163,7 @@ class RowReader:
             self._open.move_to_end(number)
             return self._open[number]
         part = self._request.parts[number]
-        limit = 1 if part.format in WHOLE_FORMATS else self._request.open_parts
+        limit = 1 if is_read_whole(part.format) else self._request.open_parts
         while len(self._open) >= limit:
             self._open.popitem(last=False)
         self._open[number] = part.read(self._request.site, self._request.layers)

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file
 from benchmarks.storage.synthetic_run import SyntheticRun, write_run
 from core.base.errors import RunError, UsageError
 from core.reading import ShardPart, open_activations
+from core.reading.files import OPENERS
+from core.reading.files.whole_rows import WholeRows
 
 WINDOWS = [[5, 1, 9], [3, 30, 2], [8]]
 SITES = {"mlp": ((0, 2), 8), "residual": ((0, 2, 4), 6)}
@@ -155,3 +157,18 @@ def test_a_missing_run_is_named(tmp_path):
     with pytest.raises(UsageError, match="no run here"):
         open_activations(str(tmp_path))
     assert issubclass(UsageError, RunError)
+
+
+@pytest.mark.parametrize("shard_format", ["safetensors", "planes"])
+def test_a_format_without_a_reader_of_rows_is_read_whole(runs, monkeypatch, shard_format):
+    part = open_activations(str(runs[shard_format])).parts[1]
+    by_rows = part.read("mlp")
+    monkeypatch.delitem(OPENERS, shard_format)
+    whole = part.read("mlp")
+    assert isinstance(whole._file, WholeRows)
+    for name in ("rows", "stored"):
+        np.testing.assert_equal(getattr(whole, name)(2, 1, 20), getattr(by_rows, name)(2, 1, 20))
+    for ours, wanted in zip(
+        whole.token_index([(0, 9), (11, 20)]), by_rows.token_index([(0, 9), (11, 20)]), strict=True
+    ):
+        np.testing.assert_array_equal(ours, wanted)

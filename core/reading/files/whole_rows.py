@@ -1,4 +1,7 @@
-"""Rows of a pickle shard, which is read whole: a pickle has no table of contents, and gzip no places to begin at."""
+"""Rows of a shard that is read whole, by its format's own reader.
+
+So are pickles: they have no table of contents, and gzip no places to begin at.
+"""
 
 from typing import BinaryIO, cast
 
@@ -11,11 +14,11 @@ from core.reduce.reductions import VALUES
 from core.shards.formats import read_shard
 
 
-class PickleRows:
+class WholeRows:
     """See `RowFile`. Holds every layer of the file in memory."""
 
-    def __init__(self, ranges: ByteRanges, expected: ExpectedRows) -> None:
-        shard = read_shard(cast(BinaryIO, as_stream(ranges)), "pickle", gzipped=expected.gzipped)
+    def __init__(self, format_name: str, ranges: ByteRanges, expected: ExpectedRows) -> None:
+        shard = read_shard(cast(BinaryIO, as_stream(ranges)), format_name, gzipped=expected.gzipped)
         arrays = {VALUES: shard.layers} | shard.more
         if arrays.keys() != expected.arrays.keys() or any(
             layers.keys() != set(expected.layers) for layers in arrays.values()
@@ -25,7 +28,7 @@ class PickleRows:
         self.sample_idx = np.array(shard.sample_idx, np.int64).reshape(-1)
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
         expected.check_index(self.sample_idx, self.offsets)
-        self._positions = None if shard.positions is None else np.concatenate(shard.positions).astype(np.int32)
+        self._positions, self._token_ids = (_numbers(arrays) for arrays in (shard.positions, shard.token_ids))
         self._arrays = {
             (layer, name): _joined(arrays[name][layer], name, expected, lengths)
             for name in expected.arrays
@@ -37,12 +40,16 @@ class PickleRows:
         return self._arrays[layer, array][start:stop]
 
     def token_ids(self, start: int, stop: int) -> Int32[np.ndarray, "k"] | None:
-        """See `RowFile`: they are in the sample table."""
-        return None
+        """See `RowFile`: those of pickles are in the sample table."""
+        return None if self._token_ids is None else self._token_ids[start:stop]
 
     def positions(self, start: int, stop: int) -> Int32[np.ndarray, "k"] | None:
         """See `RowFile`."""
         return None if self._positions is None else self._positions[start:stop]
+
+
+def _numbers(of_samples: list[np.ndarray] | None) -> Int32[np.ndarray, "N"] | None:
+    return None if of_samples is None else np.concatenate(of_samples).astype(np.int32)
 
 
 def _joined(of_samples: list[np.ndarray], name: str, expected: ExpectedRows, lengths: list[int]) -> np.ndarray:
