@@ -1,6 +1,7 @@
 """Batches of tokens: every stored token once an epoch with its own values, in an order that can be continued."""
 
 import json
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,9 @@ def test_a_restored_state_continues_with_the_same_bits_from_every_batch(runs, na
     for step, state in enumerate(states):
         again = fresh()
         again.load_state_dict(json.loads(json.dumps(state)))
-        assert same(list(again), batches[step:]), step
+        # The next batch and the next state: so all that follow, step by step.
+        assert same(list(islice(again, 1)), batches[step : step + 1]), step
+        assert [again.state_dict()] == states[step + 1 :][:1] or step == len(batches)
 
 
 def test_the_order_depends_on_seed_and_epoch_and_not_on_the_batch_size(runs):
