@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +118,14 @@ def our_sides(runs: dict[str, Activations], folder: Path, args: argparse.Namespa
 def peer_sides(acts: Activations, folder: Path, args: argparse.Namespace) -> list[Side]:
     """The peers that are installed, each with the same values in its own format."""
 
+    n_tokens = min(args.peer_tokens, acts.n_tokens)
+
     def tokens() -> Iterator[np.ndarray]:
-        return (batch.activations for batch in acts.tokens(LAYER, SITE, batch_size=args.batch_size))
+        # Twice what is read of them: a smaller set than ours, which is to their advantage.
+        batches = acts.tokens(LAYER, SITE, batch_size=args.batch_size)
+        return (batch.activations for batch in islice(batches, -(-2 * n_tokens // args.batch_size)))
 
     sides = []
-    n_tokens = min(args.peer_tokens, acts.n_tokens)
     for peer in args.peers:
         package = missing_package(peer)
         if package is not None:

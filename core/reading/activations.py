@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from core.base.errors import UsageError
 from core.reading.catalog import Catalog, read_catalog, require_alike
 from core.reading.dropping import Rule, dropping
@@ -16,6 +18,7 @@ from core.reading.schedule import Schedule
 from core.reading.shard_part import ShardPart, rows_within
 from core.reading.token_batches import BatchRequest, TokenBatches
 from core.reading.token_rows import RowRequest
+from core.reading.unprojection import Unprojection, unprojection
 
 BUFFER_BYTES = 512 << 20
 CHUNK_BYTES = 256 << 10
@@ -24,17 +27,20 @@ OPEN_SHARDS = 16
 _SPAN_BYTES = 16 << 20
 
 
-def open_activations(url: str) -> "Activations":
+def open_activations(url: str, *, projection: str | None = None) -> "Activations":
     """Opens the output of a run: a local path, `gs://` or any fsspec URL, or one worker's folder in it.
 
     Reads the identity and the commit records, no activations. An unfinished run has the windows that are committed now.
-    Raises UsageError when no window is committed there, RunError naming a record that is damaged.
+    projection: the file that `--project` had; with it, samples and batches are back in the space of the model.
+    Raises UsageError when no window is committed there, or for another projection; RunError naming a damaged record.
     """
     catalog = read_catalog(url)
     if not catalog.parts:
         raise UsageError(f"{url}: no window with a sample is committed there yet")
     require_alike(catalog.parts)
-    return Activations(catalog)
+    stored = next(iter(catalog.parts[0].sites.values())).layers
+    inverse = None if projection is None else unprojection(projection, catalog.identity, stored)
+    return Activations(catalog, inverse)
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Activations:
     """The committed activations of a run."""
 
     catalog: Catalog
+    unprojection: Unprojection | None = None
 
     @property
     def url(self) -> str:
@@ -83,7 +90,9 @@ class Activations:
         return self.parts[0].dtype
 
     def width(self, site: str | None = None) -> int:
-        """Values of a restored row: the site's width, or the projection's."""
+        """Values of a restored row: the site's width; the projection's, if the run has one that is not given here."""
+        if self.unprojection is not None:
+            return self.unprojection.inverse.shape[-1]
         return self.parts[0].sites[self.parts[0].site(site)].width
 
     def __len__(self) -> int:
@@ -116,7 +125,7 @@ class Activations:
         """Every stored sample in order, shard by shard."""
         for part in self.parts:
             for place, row in enumerate(self._table(part)):
-                yield SampleActivations(part, place, row, self._open)
+                yield SampleActivations(part, place, row, self._open, self.unprojection)
 
     def tokens(
         self,
@@ -155,15 +164,15 @@ class Activations:
         """
         first = self.parts[0]
         site = first.site(site)
-        layers = (first.layer(site, layer),) if layer is None or isinstance(layer, int) else first.layers(site, layer)
+        is_single = layer is None or isinstance(layer, int | np.integer)
+        layers = first.layers(site, layer) if layer is not None else (first.layer(site, None),)
         form = StoredForm.of(first.sites[site], first.dtype)
         rules = dropping(drop, tokenizer)
         _check_numbers(batch_size, epochs, share, buffer_bytes, open_shards)
         if first.pools and (rules.token_ids or rules.positions):
             raise UsageError(f"{self.url}: its rows are pools ({', '.join(first.pools)}), no tokens: leave out drop")
-        rows = RowRequest(self.parts, site, layers, form, rules, open_shards)
+        rows = RowRequest(self.parts, site, layers, form, rules, open_shards, self.unprojection)
         order = _schedule(rows, seed if shuffle else None, share, buffer_bytes, chunk_bytes)
-        is_single = layer is None or isinstance(layer, int)
         return TokenBatches(rows, order, BatchRequest(batch_size, epochs, drop_last, restore, is_single))
 
     @cached_property
@@ -188,11 +197,11 @@ class Activations:
             if folder in (None, part.folder) and part.first_sample_idx <= sample_idx <= part.last_sample_idx:
                 for place, row in enumerate(self._table(part)):
                     if row.sample_idx == sample_idx:
-                        yield SampleActivations(part, place, row, self._open)
+                        yield SampleActivations(part, place, row, self._open, self.unprojection)
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files stay here.
-        return {"catalog": self.catalog}
+        return {"catalog": self.catalog, "unprojection": self.unprojection}
 
 
 def _schedule(

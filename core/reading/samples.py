@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int32, Shaped
 
 from core.reading.sample_table import TableRow
 from core.reading.shard_part import PartRows, ShardPart
+from core.reading.unprojection import Unprojection
 
 
 class OpenParts:
@@ -44,6 +45,7 @@ class SampleActivations:
     _place: int
     _row: TableRow = field(repr=False)
     _open: OpenParts = field(repr=False)
+    _unprojection: Unprojection | None = field(default=None, repr=False)
 
     @property
     def sample_idx(self) -> int:
@@ -86,7 +88,8 @@ class SampleActivations:
         Raises UsageError for a layer or site that is not stored, RunError naming a damaged file.
         """
         rows, layer, span = self._span(layer, site)
-        return rows.rows(layer, *span)
+        restored = rows.rows(layer, *span)
+        return restored if self._unprojection is None else self._unprojection(restored, layer)
 
     def stored(self, layer: int | None = None, site: str | None = None) -> dict[str, Shaped[np.ndarray, "K _"]]:
         """The same as it is stored: `activation`, and where reduced `scale` and `indices`."""

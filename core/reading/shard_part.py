@@ -107,7 +107,13 @@ class ShardPart:
     def layers(self, site: str, layers: int | Sequence[int] | None) -> tuple[int, ...]:
         """The layers that are asked for, as a tuple. Raises UsageError."""
         stored = self.sites[site].layers
-        wanted = stored if layers is None else (layers,) if isinstance(layers, int) else tuple(layers)
+        wanted = (
+            stored
+            if layers is None
+            else (int(layers),)
+            if isinstance(layers, int | np.integer)
+            else tuple(map(int, layers))
+        )
         missing = [layer for layer in wanted if layer not in stored]
         if missing or not wanted:
             what = f"layer {missing[0]} of {site} is not stored" if missing else f"no layer of {site} is asked for"

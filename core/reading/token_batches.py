@@ -157,7 +157,7 @@ class _Assembly:
     """A batch that is being filled."""
 
     def __init__(self, rows: RowRequest, batches: BatchRequest) -> None:
-        self._form, self._batches = rows.form, batches
+        self._rows, self._form, self._batches = rows, rows.form, batches
         self.n_rows = 0
         shape = batches.batch_size, len(rows.layers)
         # Plain values are converted as they are gathered; codes are restored once they are together.
@@ -197,6 +197,10 @@ class _Assembly:
         arrays = {name: array[: self.n_rows] for name, array in self._arrays.items()}
         if self._batches.restore and not self._converts:
             arrays = {VALUES: self._form.restore(arrays)}
+        if self._batches.restore and self._rows.unprojection is not None:
+            layers = enumerate(self._rows.layers)
+            of_layers = [self._rows.unprojection(arrays[VALUES][:, slot], layer) for slot, layer in layers]
+            arrays = {VALUES: np.stack(of_layers, axis=1)}
         if self._batches.is_single:
             arrays = {name: array[:, 0] for name, array in arrays.items()}
         n = self.n_rows

@@ -17,6 +17,7 @@ from core.reading.files import is_read_whole
 from core.reading.restoring import StoredForm
 from core.reading.schedule import Chunk
 from core.reading.shard_part import PartRows, ShardPart
+from core.reading.unprojection import Unprojection
 
 INDEX_BYTES = 8 + 3 * 4 + 8
 """What a row takes beside its arrays: the fields of `FillRows`, and its place in the order."""
@@ -31,6 +32,7 @@ class RowRequest:
     Attributes:
       parts: all parts, of which chunks name some by their index.
       open_parts: how many of them may be open at once.
+      unprojection: what restored rows are multiplied with.
     """
 
     parts: tuple[ShardPart, ...]
@@ -39,6 +41,7 @@ class RowRequest:
     form: StoredForm
     drop: Dropping
     open_parts: int
+    unprojection: Unprojection | None = None
 
     @property
     def row_bytes(self) -> int:

@@ -109,14 +109,31 @@ def test_reduced_rows_are_restored(full, exact, tmp_path, flags):
             assert batch.more.keys() == {name for name, flag in CODED.items() if flag in flags}
 
 
-def test_projected_rows_stay_projected(full, exact, tmp_path):
-    matrix = np.random.default_rng(0).normal(size=(D_MODEL, 4)).astype(np.float32)
-    np.save(tmp_path / "p.npy", matrix)
-    flags = {"project": str(tmp_path / "p.npy"), "format": "safetensors"}
+def test_projected_rows_are_back_in_the_space_of_the_model_where_the_matrix_is_given(full, exact, tmp_path):
+    rng = np.random.default_rng(0)
+    matrix, mean = (rng.normal(size=size).astype(np.float32) for size in ((2, D_MODEL, 4), (2, D_MODEL)))
+    np.savez(tmp_path / "p.npz", matrix=matrix, mean=mean)
+    flags = {"project": str(tmp_path / "p.npz"), "format": "safetensors"}
     run(replace(full, output_dir=str(tmp_path / "out"), checkpoint_dir=str(tmp_path / "ck"), **flags))
     acts = open_activations(str(tmp_path / "out"))
-    assert acts.width() == 4
-    np.testing.assert_allclose(acts[3].activation(2), exact[2, 3].astype(np.float64) @ matrix, rtol=1e-4, atol=1e-4)
+    restored = open_activations(str(tmp_path / "out"), projection=str(tmp_path / "p.npz"))
+    assert (acts.width(), restored.width()) == (4, D_MODEL)
+    for slot, layer in enumerate((0, 2)):
+        projected = (exact[layer, 3].astype(np.float64) - mean[slot]) @ matrix[slot]
+        np.testing.assert_allclose(acts[3].activation(layer), projected, rtol=1e-4, atol=1e-4)
+        # The orthogonal projection on the columns of the matrix, by their QR decomposition.
+        columns = np.linalg.qr(matrix[slot].astype(np.float64))[0]
+        wanted = (exact[layer, 3] - mean[slot]) @ columns @ columns.T + mean[slot]
+        np.testing.assert_allclose(restored[3].activation(layer), wanted, rtol=1e-3, atol=1e-3)
+        for batches in (restored.tokens([2, 0], batch_size=50), restored.tokens(layer, batch_size=50, shuffle=True)):
+            for batch in batches:
+                found = batch.activations if batch.activations.ndim == 2 else batch.activations[:, 1 - slot]
+                np.testing.assert_allclose(
+                    found[batch.sample_idx == 3], wanted[batch.positions[batch.sample_idx == 3]], rtol=1e-3, atol=1e-3
+                )
+    np.savez(tmp_path / "other.npz", matrix=matrix + 1, mean=mean)
+    with pytest.raises(UsageError, match="not those that the run was projected with"):
+        open_activations(str(tmp_path / "out"), projection=str(tmp_path / "other.npz"))
 
 
 @pytest.mark.parametrize("shard_format", ["pickle", "planes"])
