@@ -12,7 +12,7 @@ from core.reading.catalog import Catalog, read_catalog, require_alike
 from core.reading.dropping import Rule, dropping
 from core.reading.files import is_read_whole
 from core.reading.restoring import StoredForm
-from core.reading.sample_table import TableRow
+from core.reading.sample_table import SampleRow
 from core.reading.samples import OpenParts, SampleActivations
 from core.reading.schedule import Schedule
 from core.reading.shard_part import ShardPart, rows_within
@@ -181,10 +181,10 @@ class Activations:
         return OpenParts(limit)
 
     @cached_property
-    def _tables(self) -> dict[ShardPart, tuple[TableRow, ...]]:
+    def _tables(self) -> dict[ShardPart, tuple[SampleRow, ...]]:
         return {}
 
-    def _table(self, part: ShardPart) -> tuple[TableRow, ...]:
+    def _table(self, part: ShardPart) -> tuple[SampleRow, ...]:
         """The sample table of a part; the last ones are kept."""
         if part not in self._tables:
             while len(self._tables) >= OPEN_SHARDS:

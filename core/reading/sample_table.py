@@ -25,7 +25,7 @@ _ROW: Kinds = {
 
 
 @dataclass(frozen=True)
-class TableRow:
+class SampleRow:
     """One line of the sample table.
 
     Attributes:
@@ -50,13 +50,13 @@ class TableRow:
         return self.token_ids[self.positions]
 
 
-def read_sample_table(stream: BinaryIO) -> tuple[TableRow, ...]:
+def read_sample_table(stream: BinaryIO) -> tuple[SampleRow, ...]:
     """The rows of a `samples_NNNN.jsonl.gz`. Raises ValueError, EOFError or OSError for damaged bytes."""
     with gzip.open(stream, "rt", encoding="utf-8") as lines:
         return tuple(_row(json.loads(line)) for line in lines)
 
 
-def _row(fields: Any) -> TableRow:
+def _row(fields: Any) -> SampleRow:
     require_types(fields, _ROW)
     require_all(fields["token_ids"], int, "token_ids")
     token_ids = np.array(fields["token_ids"], np.int32)
@@ -65,4 +65,4 @@ def _row(fields: Any) -> TableRow:
     if len(positions) != fields["n_tokens"]:
         raise ValueError(f"sample {fields['sample_idx']}: {len(positions)} tokens are stored, not {fields['n_tokens']}")
     described = {name: fields[name] for name in ("sample_idx", "full_length", "text_preview", "labels")}
-    return TableRow(token_ids=token_ids, positions=positions, dropped=dropped, **described)
+    return SampleRow(token_ids=token_ids, positions=positions, dropped=dropped, **described)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int32, Shaped
 
-from core.reading.sample_table import TableRow
+from core.reading.sample_table import SampleRow
 from core.reading.shard_part import PartRows, ShardPart
 from core.reading.unprojection import Unprojection
 
@@ -43,7 +43,7 @@ class SampleActivations:
 
     part: ShardPart
     _place: int
-    _row: TableRow = field(repr=False)
+    _row: SampleRow = field(repr=False)
     _open: OpenParts = field(repr=False)
     _unprojection: Unprojection | None = field(default=None, repr=False)
 

@@ -21,7 +21,7 @@ from core.object_store import ObjectStore, open_store
 from core.reading.damage import damage
 from core.reading.files import ExpectedRows, RowFile, open_ranges, open_rows
 from core.reading.restoring import StoredForm
-from core.reading.sample_table import TableRow, read_sample_table
+from core.reading.sample_table import SampleRow, read_sample_table
 from core.shards.formats.planes_shard import BLOCK_BYTES
 
 NO_PLACE = -1
@@ -85,7 +85,7 @@ class ShardPart:
             ranges = open_ranges(_store(self.root), f"{self.folder}/{file.name}", file.bytes)
             return PartRows(self, site, wanted, form, open_rows(self.format, ranges, expected))
 
-    def table(self) -> tuple[TableRow, ...]:
+    def table(self) -> tuple[SampleRow, ...]:
         """The rows of its sample table, in the order of the samples. Raises RunError if it is damaged or missing."""
         file = self._file(None)
         with damage(self.root, f"{self.folder}/{file.name}"):
@@ -162,7 +162,7 @@ class PartRows:
         return self._file.offsets
 
     @cached_property
-    def samples(self) -> tuple[TableRow, ...]:
+    def samples(self) -> tuple[SampleRow, ...]:
         """The rows of the sample table: token ids, labels, previews. Reads the table, once."""
         rows = self.part.table()
         with self._damage():
@@ -195,7 +195,7 @@ class PartRows:
         """
         return self.form.restore(self.stored(layer, start, stop))
 
-    def span_of(self, place: int, row: TableRow) -> tuple[int, int]:
+    def span_of(self, place: int, row: SampleRow) -> tuple[int, int]:
         """The rows (start, stop) of sample number `place` of the part, whose line in the sample table is `row`."""
         start, stop = self.offsets[place : place + 2].tolist()
         n_rows = stop - start if not self.part.pools else len(row.positions)
