@@ -13,9 +13,11 @@ from safetensors.numpy import load_file
 
 from benchmarks.storage.synthetic_run import SyntheticRun, write_run
 from core.base.errors import RunError, UsageError
-from core.reading import ShardPart, open_activations
+from core.reading import ShardPart, open_activations, shard_part
 from core.reading.files import OPENERS
 from core.reading.files.whole_rows import WholeRows
+from core.shards.formats import FORMATS as FORMAT_READERS
+from core.shards.formats import planes_shard
 
 WINDOWS = [[5, 1, 9], [3, 30, 2], [8]]
 SITES = {"mlp": ((0, 2), 8), "residual": ((0, 2, 4), 6)}
@@ -172,3 +174,25 @@ def test_a_format_without_a_reader_of_rows_is_read_whole(runs, monkeypatch, shar
         whole.token_index([(0, 9), (11, 20)]), by_rows.token_index([(0, 9), (11, 20)]), strict=True
     ):
         np.testing.assert_array_equal(ours, wanted)
+
+
+def test_rows_of_several_blocks_of_a_planes_file_are_joined(tmp_path, monkeypatch):
+    monkeypatch.setattr(planes_shard, "BLOCK_BYTES", 5 * 8 * 2)
+    monkeypatch.setattr(shard_part, "BLOCK_BYTES", 5 * 8 * 2)
+    rows = open_activations(str(written(tmp_path, "planes"))).parts[1].read("mlp", 2)
+    with (tmp_path / "tpu_0/mlp/shard_0002.planes").open("rb") as file:
+        wanted = np.concatenate(FORMAT_READERS["planes"].read(file).layers[2])
+    assert list(rows.spans(1)) == [(start, start + 5) for start in range(0, 35, 5)]
+    for start in range(35):
+        for stop in range(start, 36):
+            np.testing.assert_array_equal(rows.stored(2, start, stop)["activation"], wanted[start:stop])
+    acts = open_activations(str(tmp_path))
+    for shuffle in (False, True):
+        batches = list(acts.tokens(2, "mlp", batch_size=9, shuffle=shuffle, chunk_bytes=1))
+        found = {
+            (s, p): row for b in batches for s, p, row in zip(b.sample_idx, b.positions, b.activations, strict=True)
+        }
+        assert len(found) == acts.n_tokens
+        np.testing.assert_array_equal(
+            np.stack([found[4, place] for place in range(30)]), wanted[3:33].astype(np.float32)
+        )

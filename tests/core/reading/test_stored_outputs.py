@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,3 +280,26 @@ def test_a_pickle_from_elsewhere_runs_nothing(tmp_path):
     write_and_reseal(path, gzip.compress(pickle.dumps({0: [Harmful()]})), out / "tpu_0")
     with pytest.raises(RunError, match="neither an array nor a plain container"):
         list(open_activations(str(out)).tokens(0, "mlp", batch_size=4))
+
+
+def test_one_changed_byte_of_a_block_is_found_by_its_crc(tmp_path):
+    out = synthetic(tmp_path, "planes")
+    path = out / "tpu_0/mlp/shard_0002.planes"
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("layer_2/000000.zst")
+    data = bytearray(path.read_bytes())
+    data[member.header_offset + 30 + len(member.filename) + member.file_size - 3] ^= 1
+    path.write_bytes(data)
+    acts = open_activations(str(out))
+    assert sum(len(batch) for batch in acts.tokens(0, "mlp", batch_size=4)) == acts.n_tokens
+    with pytest.raises(RunError, match=r"shard_0002.planes cannot be read: layer_2/000000.zst was damaged"):
+        list(acts.tokens(2, "mlp", batch_size=4))
+
+
+@pytest.mark.parametrize("shard_format", ["pickle", "safetensors", "planes"])
+def test_a_file_of_another_size_than_its_record_says_is_refused(tmp_path, shard_format):
+    out = synthetic(tmp_path, shard_format)
+    (path,) = out.glob("tpu_0/mlp/shard_0002.*")
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(RunError, match=r"bytes where .* were written"):
+        list(open_activations(str(out)).tokens(2, "mlp", batch_size=4))
