@@ -21,6 +21,7 @@ ORDER = (
     ("core.in_memory",),
     ("core.run",),
     ("core.claims",),
+    ("core.reading",),
     ("core.activation_storage",),
     ("core.commit",),
     ("core.shards",),

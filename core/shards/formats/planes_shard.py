@@ -190,7 +190,7 @@ def encode_block(block: Shaped[np.ndarray, "n D"]) -> bytes:
     return zstandard.ZstdCompressor(compression_params=_ZSTD).compress(to_planes(block).data)
 
 
-def decode_block(frame: bytes, tokens: int, width: int, dtype: np.dtype) -> Shaped[np.ndarray, "n D"]:
+def decode_block(frame: bytes | memoryview, tokens: int, width: int, dtype: np.dtype) -> Shaped[np.ndarray, "n D"]:
     """The block in a frame. Raises ValueError when it holds another number of bytes."""
     # The size that a frame announces is allocated before anything is read of it.
     if zstandard.frame_content_size(frame) != tokens * width * dtype.itemsize:
