@@ -131,10 +131,11 @@ def moments_of_device(
 
     Raises RunError if a token held NaN or infinity, or values whose fourth powers overflow float32.
     """
-    _require_sound(sums, norms)
     count = int(sums.count)
     if len(norms) != count:
         raise ValueError(f"{len(norms)} norms of {count} tokens")
+    origins = TokenOrigins.of_rows(count) if origins is None else origins
+    _require_sound(sums, norms, origins)
     shift = np.asarray(sums.shift, np.float64)
     total, scatter, cubes, fourth = (
         np.asarray(pair, np.float64).sum(axis=0) for pair in (sums.total, sums.scatter, sums.cubes, sums.fourth)
@@ -146,16 +147,18 @@ def moments_of_device(
     scatter -= np.outer(by, by) * count
     scatter = (scatter + scatter.T) / 2
     norms = np.asarray(norms, np.float64)
-    origins = TokenOrigins.of_rows(count) if origins is None else origins
     extremes = Extremes(np.asarray(sums.low, np.float64), np.asarray(sums.high, np.float64))
     tokens = LargestTokens.of(norms, origins, largest)
     return Moments(count, shift + by, scatter, cubes, float(fourth), Norms.of(norms), extremes, tokens)
 
 
-def _require_sound(sums: DeviceSums, norms: Float[np.ndarray, "N"]) -> None:
-    if not np.isfinite(norms).all():
-        row = int(np.flatnonzero(~np.isfinite(norms))[0])
-        raise RunError(f"token {row} holds NaN or infinity: no statistics can be made of it")
+def _require_sound(sums: DeviceSums, norms: Float[np.ndarray, "N"], origins: TokenOrigins) -> None:
+    bad = np.flatnonzero(~np.isfinite(norms))
+    if len(bad):
+        where = f"sample {origins.sample[bad[0]]}, position {origins.position[bad[0]]}"
+        raise RunError(
+            f"{where}: its values are not finite, or their squares overflow: no statistics can be made of it"
+        )
     if not np.isfinite(np.asarray(sums.fourth)).all():
         peak = np.max(np.abs([np.asarray(sums.low), np.asarray(sums.high)]))
         raise RunError(f"values of magnitude {peak:.1e}: their fourth powers overflow float32")

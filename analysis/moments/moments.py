@@ -64,7 +64,7 @@ class Moments:
         origins = TokenOrigins.of_rows(len(x)) if origins is None else origins
         if len(origins) != len(x):
             raise ValueError(f"{len(origins)} origins of {len(x)} rows")
-        mean, norms, extremes = _first_pass(x)
+        mean, norms, extremes = _first_pass(x, origins)
         scatter, cubes, fourth = _second_pass(x, mean)
         if not np.isfinite(fourth):
             raise RunError(f"values of magnitude {extremes.peaks.max():.1e}: their fourth powers overflow float64")
@@ -147,26 +147,27 @@ def _blocks(x: Float[np.ndarray, "N D"]) -> Iterator[Float64[np.ndarray, "_ D"]]
 
 
 def _first_pass(
-    x: Float[np.ndarray, "N D"],
+    x: Float[np.ndarray, "N D"], origins: TokenOrigins
 ) -> tuple[Float64[np.ndarray, "D"], Float64[np.ndarray, "N"], Extremes]:
     """The mean, the norm of each row, and the extremes."""
     total, norms = np.zeros(x.shape[1]), np.zeros(len(x))
     extremes = Extremes.of(np.zeros((0, x.shape[1])))
     for number, block in enumerate(_blocks(x)):
         first = number * _BLOCK_ROWS
-        _require_finite(block, first)
+        _require_finite(block, origins, first)
         norms[first : first + len(block)] = np.sqrt(np.einsum("nd,nd->n", block, block))
         total += block.sum(axis=0)
         extremes = extremes.merged(Extremes.of(block))
     return total / max(1, len(x)), norms, extremes
 
 
-def _require_finite(block: Float64[np.ndarray, "N D"], first: int) -> None:
+def _require_finite(block: Float64[np.ndarray, "N D"], origins: TokenOrigins, first: int) -> None:
     is_sound = np.isfinite(block)
     if not is_sound.all():
         row, dimension = np.argwhere(~is_sound)[0]
-        value = block[row, dimension]
-        raise RunError(f"row {first + row} holds {value} in dimension {dimension}: no statistics can be made of it")
+        sample, position = origins.sample[first + row], origins.position[first + row]
+        where = f"sample {sample}, position {position}, dimension {dimension}"
+        raise RunError(f"{where}: {block[row, dimension]}: no statistics can be made of it")
 
 
 def _second_pass(
