@@ -25,13 +25,13 @@ class DeviceSums(NamedTuple):
     """Sums over tokens that count, y = x - shift; each float is a float32 and what rounding left out of it.
 
     Attributes:
-      count: at most 2^31 - 1: fetch before.
+      n_tokens: at most 2^31 - 1: fetch before.
       shift: near the mean, fixed at the first token, so that squares do not cancel.
       total, scatter, cubes, fourth: the sums of y, y y^T, |y|^2 y and |y|^4.
       low, high: of x, by dimension.
     """
 
-    count: Int32[Array, ""]
+    n_tokens: Int32[Array, ""]
     shift: Float32[Array, "D"]
     total: Float32[Array, "2 D"]
     scatter: Float32[Array, "2 D D"]
@@ -64,7 +64,7 @@ def device_moments(
     """
     sums = _no_sums(x.shape[2]) if before is None else before
     # The mean of the first tokens need not be exact: any shift near the mean does.
-    sums = sums._replace(shift=jnp.where(sums.count > 0, sums.shift, _rough_mean(x, mask)))
+    sums = sums._replace(shift=jnp.where(sums.n_tokens > 0, sums.shift, _rough_mean(x, mask)))
     tokens = max(1, min(BLOCK_TOKENS // x.shape[0], x.shape[1]))
     missing = -x.shape[1] % tokens
     x, mask = jnp.pad(x, ((0, 0), (0, missing), (0, 0))), jnp.pad(mask, ((0, 0), (0, missing)))
@@ -97,7 +97,7 @@ def _add_block(
     y = jnp.where(counts, x - sums.shift, 0)
     squares = jnp.sum(y * y, axis=-1)
     sums = DeviceSums(
-        count=sums.count + jnp.sum(mask, dtype=jnp.int32),
+        n_tokens=sums.n_tokens + jnp.sum(mask, dtype=jnp.int32),
         shift=sums.shift,
         total=_plus(sums.total, jnp.sum(y, axis=(0, 1))),
         scatter=_plus(sums.scatter, jnp.einsum("BTD,BTE->DE", y, y, precision=_HIGHEST)),
@@ -131,7 +131,7 @@ def moments_of_device(
 
     Raises RunError if a token held NaN or infinity, or values whose fourth powers overflow float32.
     """
-    count = int(sums.count)
+    count = int(sums.n_tokens)
     if len(norms) != count:
         raise ValueError(f"{len(norms)} norms of {count} tokens")
     origins = TokenOrigins.of_rows(count) if origins is None else origins

@@ -43,7 +43,7 @@ class TokenOrigins:
 
 @dataclass(frozen=True, eq=False)
 class LargestTokens:
-    """At most `limit` tokens, largest norm first; equal norms by sample, then position, so that merging has no order."""
+    """At most `limit` tokens, largest norm first, equal norms by sample and position: merging has no order."""
 
     limit: int
     norm: Float64[np.ndarray, "K"]

@@ -90,4 +90,5 @@ class Norms:
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "Norms":
         """The inverse of `to_arrays`."""
         histogram = arrays["norm_histogram"]
-        return cls(int(histogram.sum()), *map(float, arrays["norm_sums"]), histogram)
+        total, total_squares, least, greatest = arrays["norm_sums"].tolist()
+        return cls(int(histogram.sum()), total, total_squares, least, greatest, histogram)

@@ -27,7 +27,7 @@ class CoderWeights(NamedTuple):
 def fold_whitening(whitening: Whitening, weights: CoderWeights, *, subtracts_b_dec: bool) -> CoderWeights:
     """The coder of raw rows with the features of `weights` on whitened ones, whose output is inverted; K becomes D.
 
-    subtracts_b_dec: whether the encoder sees x - b_dec (`apply_b_dec_to_input` of SAELens). It does so before and after.
+    subtracts_b_dec: whether the encoder sees x - b_dec (SAELens: `apply_b_dec_to_input`), before and after folding.
     Computed in float64, returned in the dtype of the weights. The rows of W_dec are no longer of unit length.
     """
     exact = CoderWeights(*(np.asarray(array, np.float64) for array in weights))

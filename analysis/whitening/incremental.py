@@ -30,10 +30,10 @@ _MOMENTS = "moments/"
 class IncrementalWhitener:
     """Collects moments batch by batch, then whitens: `update` for each batch, `finalize`, `transform`.
 
-    Instead of Welford's updates row by row, each batch is centred on its own mean and merged by Chan's formula, which is
-    the same algorithm for blocks. It may be saved after any batch: loaded again, it goes on with the same bits.
+    In place of Welford's update of one row, each batch is centred on its own mean and merged by Chan's formula, which is
+    the same for blocks. It may be saved after any batch: loaded again, it goes on with the same bits.
 
-    Batches are (N, T, D), or rows (N, D) that were selected before, of any float dtype; masks and ids are (N, T) or (N,).
+    Batches are (N, T, D), or rows (N, D) that were selected before, of any float dtype; masks and ids (N, T) or (N,).
 
     Attributes:
       moments: of the tokens that counted; None before the first batch.
@@ -105,7 +105,7 @@ class IncrementalWhitener:
         return self._checked(batch, attention_mask, token_ids)[1]
 
     def save(self, url: str) -> None:
-        """Writes everything to a safetensors file, local or in a bucket: moments, settings, and the whitening if any."""
+        """Writes moments, settings and the whitening, if any, to a safetensors file, local or in a bucket."""
         tensors = {} if self.moments is None else self.moments.to_arrays(_MOMENTS)
         metadata = self.settings.to_metadata()
         if self.whitening is not None:

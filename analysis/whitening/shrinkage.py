@@ -40,8 +40,10 @@ def _ledoit_wolf(moments: Moments, covariance: Float64[np.ndarray, "D D"]) -> fl
 
 
 def _oas(count: int, covariance: Float64[np.ndarray, "D D"]) -> float:
-    """As in scikit-learn; Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation (2010), equation 23, has terms
-    in 2 / D besides, which vanish for wide rows.
+    """Oracle approximating shrinkage, as in scikit-learn.
+
+    Chen et al., Shrinkage Algorithms for MMSE Covariance Estimation (2010), equation 23, has terms in 2 / D besides,
+    which vanish for wide rows.
     """
     width, trace = len(covariance), float(np.trace(covariance))
     squares = float(np.sum(covariance * covariance))

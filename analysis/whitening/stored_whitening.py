@@ -31,7 +31,7 @@ def load_whitening(url: str) -> Whitening:
 
 
 def save_projection(whitening: Whitening, url: str) -> None:
-    """Writes `matrix` and `mean` in float32, for `extract_activations.py --project`: rows are whitened as they are made."""
+    """Writes `matrix` and `mean` in float32, for `extract_activations.py --project`, which stores whitened rows."""
     tensors = {"matrix": whitening.transform.astype(np.float32), "mean": whitening.mean.astype(np.float32)}
     write_tensors(url, tensors, metadata_of(whitening))
 
@@ -53,7 +53,7 @@ def tensors_of(whitening: Whitening) -> dict[str, np.ndarray]:
 
 
 def whitening_of(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Whitening:
-    """The inverse of `tensors_of` and `metadata_of`. Raises KeyError or ValueError for what is missing or does not fit."""
+    """The inverse of `tensors_of` and `metadata_of`. Raises KeyError or ValueError for what is missing or wrong."""
     mean, transform, inverse = (np.asarray(tensors[name], np.float64) for name in _TENSORS)
     if mean.ndim != 1 or transform.ndim != 2 or len(transform) != len(mean) or inverse.T.shape != transform.shape:
         raise ValueError(f"mean, transform and inverse have shapes {mean.shape}, {transform.shape}, {inverse.shape}")

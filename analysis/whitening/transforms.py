@@ -37,7 +37,7 @@ def transforms_of(covariance: Float64[np.ndarray, "D D"], settings: WhiteningSet
 
 
 def _cholesky(covariance: Float64[np.ndarray, "D D"], spectrum: Spectrum) -> Transforms:
-    """transform is L of covariance^-1 = L L^T, from an upper R of covariance = R R^T: the covariance is not inverted."""
+    """transform is L of covariance^-1 = L L^T: that of an upper R with covariance = R R^T, inverted and transposed."""
     width, kept = spectrum.vectors.shape
     if kept < width:
         raise UsageError(
