@@ -16,8 +16,9 @@ from analysis.moments.moments import LARGEST_TOKENS, Moments
 from analysis.moments.norms import Norms
 from core.base.errors import RunError
 
-BLOCK_TOKENS = 1024
-"""Tokens of one float32 matrix product: its rounding grows with their number, the cost of adding products falls."""
+BLOCK_TOKENS = 256
+"""Tokens of one float32 matrix product. Its rounding grows with their number: squares of bfloat16 have few bits, and adding
+them one by one rounds the same way so often that 1,024 of them are off by 4e-6. The cost of adding products falls."""
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -28,6 +29,7 @@ class DeviceSums(NamedTuple):
       n_tokens: at most 2^31 - 1: fetch before.
       shift: near the mean, fixed at the first token, so that squares do not cancel.
       total, scatter, cubes, fourth: the sums of y, y y^T, |y|^2 y and |y|^4.
+      squares: the diagonal of scatter, added pairwise, which is more exact than what a matrix product does.
       low, high: of x, by dimension.
     """
 
@@ -35,6 +37,7 @@ class DeviceSums(NamedTuple):
     shift: Float32[Array, "D"]
     total: Float32[Array, "2 D"]
     scatter: Float32[Array, "2 D D"]
+    squares: Float32[Array, "2 D"]
     cubes: Float32[Array, "2 D"]
     fourth: Float32[Array, "2"]
     low: Float32[Array, "D"]
@@ -48,7 +51,6 @@ class StepMoments(NamedTuple):
     norms: Float32[Array, "B T"]
 
 
-@jax.jit
 def device_moments(
     x: Float[Array | np.ndarray, "B T D"], mask: Bool[Array | np.ndarray, "B T"], before: DeviceSums | None = None
 ) -> StepMoments:
@@ -62,9 +64,14 @@ def device_moments(
     Matrix products ask for full float32 whatever the default precision, and the sums of blocks are compensated, so
     the error of a covariance does not grow with the number of tokens. Source: Knuth's two-sum (TAOCP 2, 4.2.2).
     """
-    sums = _no_sums(x.shape[2]) if before is None else before
-    # The mean of the first tokens need not be exact: any shift near the mean does.
-    sums = sums._replace(shift=jnp.where(sums.n_tokens > 0, sums.shift, _rough_mean(x, mask)))
+    return _add_step(x, mask, _no_sums(x.shape[2]) if before is None else before)
+
+
+@jax.jit
+def _add_step(
+    x: Float[Array | np.ndarray, "B T D"], mask: Bool[Array | np.ndarray, "B T"], sums: DeviceSums
+) -> StepMoments:
+    sums = sums._replace(shift=jnp.where(sums.n_tokens > 0, sums.shift, _first_shift(x, mask)))
     tokens = max(1, min(BLOCK_TOKENS // x.shape[0], x.shape[1]))
     missing = -x.shape[1] % tokens
     x, mask = jnp.pad(x, ((0, 0), (0, missing), (0, 0))), jnp.pad(mask, ((0, 0), (0, missing)))
@@ -82,12 +89,18 @@ def _no_sums(width: int) -> DeviceSums:
     zeros = jnp.zeros(width, jnp.float32)
     pair = jnp.zeros((2, width), jnp.float32)
     scatter, fourth = jnp.zeros((2, width, width), jnp.float32), jnp.zeros(2, jnp.float32)
-    return DeviceSums(jnp.int32(0), zeros, pair, scatter, pair, fourth, zeros + jnp.inf, zeros - jnp.inf)
+    return DeviceSums(jnp.int32(0), zeros, pair, scatter, pair, pair, fourth, zeros + jnp.inf, zeros - jnp.inf)
 
 
-def _rough_mean(x: Float[Array | np.ndarray, "B T D"], mask: Bool[Array | np.ndarray, "B T"]) -> Float32[Array, "D"]:
+def _first_shift(x: Float[Array | np.ndarray, "B T D"], mask: Bool[Array | np.ndarray, "B T"]) -> Float32[Array, "D"]:
+    """The mean of the first tokens, rounded to their dtype; any shift near the mean does.
+
+    Few values of float16 or bfloat16 lie around a mean that is large for its standard deviation. Their distances from
+    another such value have few bits, so that sums of products are exact; those from a float32 would be rounded the same
+    way again and again, and such errors do not cancel.
+    """
     total = jnp.sum(jnp.where(mask[..., None], x, 0), axis=(0, 1), dtype=jnp.float32)
-    return total / jnp.maximum(1, jnp.sum(mask))
+    return (total / jnp.maximum(1, jnp.sum(mask))).astype(x.dtype).astype(jnp.float32)
 
 
 def _add_block(
@@ -95,18 +108,27 @@ def _add_block(
 ) -> tuple[DeviceSums, Float32[Array, "B T"]]:
     counts = mask[..., None]
     y = jnp.where(counts, x - sums.shift, 0)
-    squares = jnp.sum(y * y, axis=-1)
+    lengths = jnp.sum(y * y, axis=-1)
     sums = DeviceSums(
         n_tokens=sums.n_tokens + jnp.sum(mask, dtype=jnp.int32),
         shift=sums.shift,
         total=_plus(sums.total, jnp.sum(y, axis=(0, 1))),
         scatter=_plus(sums.scatter, jnp.einsum("BTD,BTE->DE", y, y, precision=_HIGHEST)),
-        cubes=_plus(sums.cubes, jnp.einsum("BT,BTD->D", squares, y, precision=_HIGHEST)),
-        fourth=_plus(sums.fourth, jnp.sum(squares * squares)),
+        squares=_plus(sums.squares, _pairwise_sum((y * y).reshape(-1, y.shape[2]))),
+        cubes=_plus(sums.cubes, jnp.einsum("BT,BTD->D", lengths, y, precision=_HIGHEST)),
+        fourth=_plus(sums.fourth, jnp.sum(lengths * lengths)),
         low=jnp.minimum(sums.low, jnp.min(jnp.where(counts, x, jnp.inf), axis=(0, 1))),
         high=jnp.maximum(sums.high, jnp.max(jnp.where(counts, x, -jnp.inf), axis=(0, 1))),
     )
     return sums, jnp.sqrt(jnp.sum(jnp.where(counts, x * x, 0), axis=-1))
+
+
+def _pairwise_sum(rows: Float32[Array, "N D"]) -> Float32[Array, "D"]:
+    """Adds halves to halves. Spelled out, since the compiler makes one loop of sums of sums."""
+    while len(rows) > 1:
+        rows = jnp.pad(rows, ((0, len(rows) % 2), (0, 0)))
+        rows = rows[: len(rows) // 2] + rows[len(rows) // 2 :]
+    return rows[0]
 
 
 def _plus(pair: Float32[Array, "2 *shape"], addend: Float32[Array, "*shape"]) -> Float32[Array, "2 *shape"]:
@@ -140,6 +162,7 @@ def moments_of_device(
     total, scatter, cubes, fourth = (
         np.asarray(pair, np.float64).sum(axis=0) for pair in (sums.total, sums.scatter, sums.cubes, sums.fourth)
     )
+    scatter[np.diag_indices(len(scatter))] = np.asarray(sums.squares, np.float64).sum(axis=0)
     by = total / max(1, count)
     along, length, trace = scatter @ by, float(by @ by), float(np.trace(scatter))
     fourth += -4 * cubes @ by + 4 * by @ along + 2 * length * trace - 3 * count * length * length
@@ -156,9 +179,7 @@ def _require_sound(sums: DeviceSums, norms: Float[np.ndarray, "N"], origins: Tok
     bad = np.flatnonzero(~np.isfinite(norms))
     if len(bad):
         where = f"sample {origins.sample[bad[0]]}, position {origins.position[bad[0]]}"
-        raise RunError(
-            f"{where}: its values are not finite, or their squares overflow: no statistics can be made of it"
-        )
+        raise RunError(f"{where}: values are not finite, or their squares overflow: no statistics can be made of it")
     if not np.isfinite(np.asarray(sums.fourth)).all():
         peak = np.max(np.abs([np.asarray(sums.low), np.asarray(sums.high)]))
         raise RunError(f"values of magnitude {peak:.1e}: their fourth powers overflow float32")

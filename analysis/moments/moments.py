@@ -65,7 +65,8 @@ class Moments:
         if len(origins) != len(x):
             raise ValueError(f"{len(origins)} origins of {len(x)} rows")
         mean, norms, extremes = _first_pass(x, origins)
-        scatter, cubes, fourth = _second_pass(x, mean)
+        with np.errstate(over="ignore"):
+            scatter, cubes, fourth = _second_pass(x, mean)
         if not np.isfinite(fourth):
             raise RunError(f"values of magnitude {extremes.peaks.max():.1e}: their fourth powers overflow float64")
         tokens = LargestTokens.of(norms, origins, largest)
