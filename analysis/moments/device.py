@@ -17,8 +17,8 @@ from analysis.moments.norms import Norms
 from core.base.errors import RunError
 
 BLOCK_TOKENS = 256
-"""Tokens of one float32 matrix product. Its rounding grows with their number: squares of bfloat16 have few bits, and adding
-them one by one rounds the same way so often that 1,024 of them are off by 4e-6. The cost of adding products falls."""
+"""Tokens of one float32 matrix product. Its rounding grows with their number, above all where factors agree: squares
+of bfloat16 have few bits, and adding 1,024 of them one by one rounds the same way so often that it is off by 4e-6."""
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 

@@ -48,4 +48,5 @@ def _oas(count: int, covariance: Float64[np.ndarray, "D D"]) -> float:
     width, trace = len(covariance), float(np.trace(covariance))
     squares = float(np.sum(covariance * covariance))
     distance = (count + 1) * (squares - trace**2 / width)
-    return min(1.0, (squares + trace**2) / distance) if distance > 0 else 1.0
+    # Of one dimension, or of equal variances without correlation, the target is the covariance itself.
+    return min(1.0, (squares + trace**2) / distance) if distance > 0 else 0.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Integer, Num
+from jaxtyping import Bool, Integer, Shaped
 
 from core.base.errors import UsageError
 
@@ -36,9 +36,9 @@ class TokenFilter:
     def counted(
         self,
         shape: Sequence[int],
-        attention_mask: Num[np.ndarray, "*tokens"] | Bool[np.ndarray, "*tokens"] | None,
-        token_ids: Integer[np.ndarray, "*tokens"] | None,
-    ) -> Bool[np.ndarray, "*tokens"]:
+        attention_mask: Shaped[np.ndarray, "..."] | None,
+        token_ids: Integer[np.ndarray, "..."] | None,
+    ) -> Bool[np.ndarray, "..."]:
         """Which tokens of a batch count. shape: (N, T), or (N,) for rows that were selected before.
 
         Raises UsageError where a rule cannot be applied for want of the mask or the ids.
@@ -62,9 +62,9 @@ class TokenFilter:
     def _unpadded(
         self,
         shape: Sequence[int],
-        attention_mask: Num[np.ndarray, "*tokens"] | Bool[np.ndarray, "*tokens"] | None,
-        token_ids: Integer[np.ndarray, "*tokens"] | None,
-    ) -> Bool[np.ndarray, "*tokens"]:
+        attention_mask: Shaped[np.ndarray, "..."] | None,
+        token_ids: Integer[np.ndarray, "..."] | None,
+    ) -> Bool[np.ndarray, "..."]:
         # The mask decides where there is one: many tokenizers pad with a token that texts contain too.
         if attention_mask is not None:
             return attention_mask != 0

@@ -97,7 +97,7 @@ def test_tokens_that_are_not_finite_are_refused_with_their_place():
     x[1, 4, 2] = np.inf
     samples, positions = np.divmod(np.arange(60), 30)
     origins = TokenOrigins(samples + 5, positions, positions)
-    with pytest.raises(RunError, match="^sample 6, position 4: values are not finite"):
+    with pytest.raises(RunError, match=r"^sample 6, position 4: values are not finite"):
         in_steps(x, mask, 1, origins=origins)
     x[1, 4] = 0
     x[0, 3] = 1e12
