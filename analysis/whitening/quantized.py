@@ -5,6 +5,7 @@ Axis letters: N rows, K values of a row, G blocks of a row.
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Int8
@@ -14,6 +15,7 @@ from core.reduce.losses import RELATIVE_L2, WORST_COSINE
 from core.reduce.reductions import SCALE, VALUES, Quantization, restore
 
 DEFAULT_BLOCK = 32
+_quantize = jax.jit(quantize, static_argnums=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,5 +50,5 @@ class QuantizedRows:
 
 def quantize_rows(rows: Float[np.ndarray, "N K"], block: int = DEFAULT_BLOCK) -> QuantizedRows:
     """int8 codes of rows, computed in float32. block: how many values share a scale; 0 for a whole row."""
-    codes, scale, _ = quantize(jnp.asarray(rows, jnp.float32), Quantization("int8", block))
+    codes, scale, _ = _quantize(jnp.asarray(rows, jnp.float32), Quantization("int8", block))
     return QuantizedRows(np.asarray(codes), np.asarray(scale), block)

@@ -8,7 +8,7 @@ from analysis.whitening import quantize_rows
 Z = np.random.default_rng(0).normal(size=(300, 70)).astype(np.float32)
 
 
-@pytest.mark.parametrize("block", [0, 16, 32])
+@pytest.mark.parametrize("block", [0, 32])
 def test_a_value_is_at_most_half_a_scale_away(block):
     coded = quantize_rows(Z, block)
     restored = coded.restored()

@@ -37,9 +37,10 @@ def test_the_covariance_of_whitened_rows_is_the_identity_and_inverting_returns_t
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_float32_stays_within_1e_5_of_the_identity(method):
+@pytest.mark.parametrize("compute_dtype", [np.float32, np.float64])
+def test_float32_stays_within_1e_5_of_the_identity(method, compute_dtype):
     whitening = Whitening.fit(MOMENTS, WhiteningSettings(method))
-    z = whitening.apply(X.astype(np.float32).reshape(20, 20, WIDTH))
+    z = whitening.apply(X.astype(np.float32).reshape(20, 20, WIDTH), compute_dtype=compute_dtype)
     assert (z.dtype, z.shape) == (np.float32, (20, 20, WIDTH))
     assert np.abs(np.cov(z.reshape(-1, WIDTH).T.astype(np.float64)) - np.eye(WIDTH)).max() < 1e-5
     restored = whitening.invert(z)
