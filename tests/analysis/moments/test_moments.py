@@ -150,6 +150,7 @@ def test_the_bin_of_a_norm_is_between_its_edges_and_quantiles_are_within_one_bin
     norms = Norms.of(lengths)
     assert norms.histogram.sum() == len(lengths)
     assert norms.histogram[0] >= 1
+    assert Norms.of(EDGES[[7]]).histogram.nonzero()[0] == [8], "a bin begins with its lower edge"
     for place in (1, 80, len(EDGES) - 1):
         is_inside = (EDGES[place - 1] <= lengths) & (lengths < EDGES[place])
         assert norms.histogram[place] == is_inside.sum() >= 1
@@ -194,5 +195,8 @@ def test_the_summary_is_json_without_infinity_and_names_what_stands_out():
     assert again["largest_tokens"][0] == {"norm": 27000.0, "sample_idx": 5, "position": 0, "token_id": -1}
     low, high = again["norm"]["median_between"]
     assert low <= np.median(np.linalg.norm(x, axis=1)) <= high
-    zeros = Moments.of(np.concatenate([np.zeros((30, 3)), np.eye(3)])).finish().summary()
-    json.dumps(zeros, allow_nan=False)
+    lonely = np.zeros((30, 3))
+    lonely[4, 1] = 5
+    (outlier,) = json.loads(json.dumps(Moments.of(lonely).finish().summary(), allow_nan=False))["outlier_dimensions"]
+    assert outlier["dimension"] == 1
+    assert outlier["peak_ratio"] is None, "the median dimension is 0"

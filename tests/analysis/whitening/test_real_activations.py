@@ -32,13 +32,13 @@ def test_both_paths_are_within_their_targets_with_first_tokens_of_27000(residual
     exact = np.cov(rows.T.astype(np.float64))
     samples, positions = np.divmod(np.arange(len(rows)), LENGTH)
     origins = TokenOrigins(samples, positions, positions)
-    host = Moments.of(rows, origins)
+    host = Moments.of(rows, origins, largest=8)
     assert scaled(host.finish().covariance - exact, exact) < 1e-13
     before, norms = None, []
     for step in np.split(residuals, 2):
         before, of_step = device_moments(step, np.ones(step.shape[:2], bool), before)
         norms.append(np.asarray(of_step).reshape(-1))
-    device = moments_of_device(before, np.concatenate(norms), origins)
+    device = moments_of_device(before, np.concatenate(norms), origins, largest=8)
     assert scaled(device.finish().covariance - exact, exact) < 1e-6
     for found in (host, device):
         summary = found.finish().summary()
