@@ -42,6 +42,10 @@ def test_the_error_is_within_the_target_with_means_a_hundred_sigmas_away(dtype, 
     mean, scatter = two_pass(kept)
     assert found.count == mask.sum()
     assert scaled_error(found.scatter, scatter) < TARGET
+    if sigmas == 100 and x.itemsize == 2:
+        assert scaled_error(found.scatter, scatter) < 1e-12, (
+            "so far from 0 these dtypes have few values: sums are exact"
+        )
     assert (np.abs(found.mean - mean) / host.finish().std).max() < TARGET
     assert found.fourth == pytest.approx(host.fourth, rel=TARGET)
     assert np.linalg.norm(found.cubes - host.cubes) < TARGET * host.fourth**0.75 * host.count**0.25
