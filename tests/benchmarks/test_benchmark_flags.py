@@ -22,6 +22,8 @@ import pytest
         "start --prompts 0",
         "start --repeats 0",
         "quantization --prompts -1",
+        "moments --tokens 0",
+        "moments --widths 576 -1",
         "generation --new_tokens 16 0",
         "utilisation --windows 0",
         "utilisation --batch_size 0",
