@@ -17,6 +17,8 @@ ORDER = (
     ("fleet",),
     ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table"),
     ("analysis.verification",),
+    ("analysis.whitening",),
+    ("analysis.moments",),
     ("core.pricing",),
     ("core.run",),
     ("core.claims",),

@@ -39,6 +39,15 @@ def safetensors_header(tensors: dict[str, np.ndarray], metadata: dict[str, str])
     return len(text).to_bytes(8, "little") + text
 
 
+def read_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file. Raises ValueError if `data` is not one."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("its header is not that of a safetensors file")
+    return metadata
+
+
 @dataclass(frozen=True)
 class TensorSpan:
     """A tensor's dtype and shape, and its bytes in the file: `start` to `stop`."""
