@@ -3,7 +3,6 @@
 from analysis.passes.partials import PartialStore
 from analysis.passes.protocol import PartFacts, Pass
 from analysis.passes.run_pass import run_pass
-from analysis.passes.runner import Runner
-from analysis.passes.runners import RUNNERS, RunnerChoice
+from analysis.passes.runners import RUNNERS, Runner, RunnerChoice
 
 __all__ = ["RUNNERS", "PartFacts", "PartialStore", "Pass", "Runner", "RunnerChoice", "run_pass"]

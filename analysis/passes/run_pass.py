@@ -5,14 +5,13 @@ from typing import TypeVar
 
 from absl import logging
 
-from analysis.passes.blas_threads import one_blas_thread
 from analysis.passes.blocks import BlockTask, MappedBlock, PartBlock, blocks_of
 from analysis.passes.merge_tree import MergeTree
 from analysis.passes.partials import PartialStore
 from analysis.passes.pass_progress import PassProgress
 from analysis.passes.protocol import Pass
-from analysis.passes.runner import Runner
-from analysis.passes.runners import RunnerChoice
+from analysis.passes.runners import Runner, RunnerChoice
+from analysis.passes.runners.blas_threads import one_blas_thread
 
 Part = TypeVar("Part")
 Partial = TypeVar("Partial")

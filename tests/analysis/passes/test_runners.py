@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_bits_do_not_depend_on_the_threads_that_blas_would_take(expected):
     """On two cores OpenBLAS cuts these products differently with two threads."""
     found = {}
     for threads in ("1", "2"):
-        argv = [sys.executable, "-c", SUM, os.path.dirname(__file__)]
+        argv = [sys.executable, "-c", SUM, str(Path(__file__).parents[2])]
         variables = environment(OPENBLAS_NUM_THREADS=threads, OMP_NUM_THREADS=threads)
         done = subprocess.run(argv, env=variables, capture_output=True, text=True, check=True)
         count, found[threads] = done.stdout.split()

@@ -3,10 +3,10 @@
 import os
 from dataclasses import dataclass
 
-from analysis.passes.local_runner import LocalRunner, ThreadRunner
-from analysis.passes.process_runner import ProcessRunner
-from analysis.passes.ray_runner import RayRunner
-from analysis.passes.runner import Runner
+from analysis.passes.runners.base import Runner
+from analysis.passes.runners.local import LocalRunner, ThreadRunner
+from analysis.passes.runners.processes import ProcessRunner
+from analysis.passes.runners.ray_cluster import RayRunner
 from core.base.errors import UsageError
 
 RUNNERS = ("local", "threads", "processes", "ray")

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from analysis.passes.blas_threads import one_blas_thread
-from analysis.passes.runner import Item, Output
+from analysis.passes.runners.base import Item, Output
+from analysis.passes.runners.blas_threads import one_blas_thread
 from core.base.command_line import configure_logging
 from core.base.errors import RunError
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from analysis.passes.in_flight import completed
-from analysis.passes.runner import Item, Output
+from analysis.passes.runners.base import Item, Output
+from analysis.passes.runners.in_flight import completed
 
 
 @dataclass(frozen=True)

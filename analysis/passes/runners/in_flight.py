@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 
-from analysis.passes.runner import Item, Output
+from analysis.passes.runners.base import Item, Output
 
 
 def completed(pool: Executor, task: Callable[[Item], Output], items: Iterable[Item], limit: int) -> Iterator[Output]:

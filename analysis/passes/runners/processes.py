@@ -10,9 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 
-from analysis.passes.blas_threads import keep_one_blas_thread
-from analysis.passes.in_flight import completed
-from analysis.passes.runner import Item, Output
+from analysis.passes.runners.base import Item, Output
+from analysis.passes.runners.blas_threads import keep_one_blas_thread
+from analysis.passes.runners.in_flight import completed
 from core.base.command_line import configure_logging
 from core.base.errors import RunError
 
