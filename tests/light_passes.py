@@ -21,12 +21,13 @@ class MatrixSum:
 
     Attributes:
       log: a folder in which each part that is mapped leaves a file.
-      bad: the part that cannot be read. slow_s: how long part 0 takes.
+      bad: the part that cannot be read. slow_s: how long part 0 takes more. pause_s: how long each takes.
     """
 
     log: str | None = None
     bad: int | None = None
     slow_s: float = 0.0
+    pause_s: float = 0.0
     width: int = WIDTH
     name: str = "matrix-sum"
     version: int = 1
@@ -38,8 +39,7 @@ class MatrixSum:
     def map(self, part: int) -> np.ndarray:
         if part == self.bad:
             raise RunError(f"out/part_{part} cannot be read: inspect it")
-        if part == 0:
-            time.sleep(self.slow_s)
+        time.sleep(self.pause_s + (self.slow_s if part == 0 else 0))
         if self.log is not None:
             Path(self.log, f"{part}-{os.getpid()}-{time.monotonic_ns()}").touch()
         matrix = np.random.default_rng(part).normal(size=(self.width, 2 * self.width)).astype(np.float32)
