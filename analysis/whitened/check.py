@@ -53,9 +53,8 @@ class CheckReport:
                 f"error is {check.kept_error:.3g}"
             )
         if self._settings.shrinkage != "none":
-            reasons.append(
-                f"shrinkage: it whitens the covariance that {self._settings.shrinkage} estimates, not that of the tokens"
-            )
+            estimate = self._settings.shrinkage
+            reasons.append(f"shrinkage: it whitens the covariance that {estimate} estimates, not that of the tokens")
         if self.whitening.n_samples != self.n_tokens:
             reasons.append(f"tokens: it was fitted on {self.whitening.n_samples} tokens, these are {self.n_tokens}")
         return reasons

@@ -62,8 +62,9 @@ class FitReport:
         """For people."""
         own = self.whitening
         shrunk = f", shrinkage {own.shrinkage_amount:.3g}" * (own.settings.shrinkage != "none")
+        shape = f"{own.width} values to {own.kept}, rank {own.rank}"
         return [
-            f"{own.settings.method} of {own.n_samples} tokens: {own.width} values to {own.kept}, rank {own.rank}{shrunk}",
+            f"{own.settings.method} of {own.n_samples} tokens: {shape}{shrunk}",
             f"on the same tokens max |WSW^T - I| is {self.check.max_error:.2g}",
             *([f"output: {self.output}"] if self.output else []),
         ]

@@ -5,6 +5,7 @@ a bucket, or a disk that all of them mount.
 """
 
 import itertools
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from core.base.errors import RunError
 
 # A task whose machine died is started again on another one, so many times.
 _RETRIES = 10
+_CONNECT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,30 @@ def _fetched(ray: Any, reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else RunError(_line(error)) from error
+        if isinstance(error.cause, ray.exceptions.RayError):
+            raise RunError(f"a Ray worker failed: {_line(error.cause)}") from error
+        raise error.cause from None
     except ray.exceptions.RayError as error:
         raise RunError(f"Ray lost a task: {_line(error)}; run the same command again to continue") from error
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    if address is not None:
+        _require_listener(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise RunError(f"--ray_address {address}: {_line(error)}") from error
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself waits for minutes where nothing listens."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if port.isdecimal():
+            socket.create_connection((host, int(port)), _CONNECT_S).close()
+    except OSError as error:
+        raise RunError(f"--ray_address {address}: nothing listens there ({error.strerror or error})") from error
 
 
 def _line(error: Exception) -> str:

@@ -13,11 +13,14 @@ from analysis.passes import PartialStore, RunnerChoice, run_pass
 from core.base.errors import RunError
 
 PARTS = list(range(24))
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
     """Two nodes of a core each; the test connects to it."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
     from ray.cluster_utils import Cluster
 
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

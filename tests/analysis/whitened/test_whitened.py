@@ -44,7 +44,7 @@ def fitted(request_, tmp_path_factory) -> str:
 
 def items_of(out: Path) -> list[dict]:
     """The samples of layer 2 as gzip and pickle read them."""
-    shards = [pickle.loads(gzip.decompress(path.read_bytes())) for path in sorted(out.glob("tpu_0/mlp/shard_*.pkl.gz"))]
+    shards = [pickle.loads(gzip.decompress(path.read_bytes())) for path in sorted(out.rglob("shard_*.pkl.gz"))]
     return [item for shard in shards for item in shard[2]]
 
 
