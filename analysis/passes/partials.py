@@ -5,10 +5,8 @@
 The file is 8 bytes little-endian length of a header, the header in JSON, and the pass's own bytes.
 """
 
-import functools
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +16,8 @@ from absl import logging
 from analysis.passes.protocol import Pass
 from core.base.canonical_json import canonical_json, content_hash
 from core.base.errors import RunError
-from core.object_store import Created, LocalStore, ObjectStore, open_store
+from core.object_store import Created, LocalStore, ObjectStore
+from core.object_store.shared import shared_store
 
 FOLDER = "partials"
 _PREFIX_BYTES = 8
@@ -98,7 +97,7 @@ class PartialStore:
 
     @property
     def _store(self) -> ObjectStore:
-        return _store_of_process(self.url, os.getpid())
+        return shared_store(self.url)
 
     def _require_own(self, header: dict[str, Any], key: PartialKey) -> None:
         wrong = [name for name, value in _described(key).items() if header.get(name) != value]
@@ -129,9 +128,3 @@ def _remove_empty_folders(store: LocalStore, folder: str) -> None:
             path.rmdir()
         except OSError:
             return
-
-
-@functools.lru_cache(maxsize=8)
-def _store_of_process(url: str, process: int) -> ObjectStore:
-    # A connection of a parent process must not be used after a fork.
-    return open_store(url)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from analysis.passes import PartialStore, RunnerChoice
 
 NO_PARTIALS = "none"
+_WRITABLE = ("file", "gs", "gcs", "local", "memory")
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,17 @@ class PassOptions:
     partials: str | None = None
     keep_partials: bool = False
 
-    def choice(self, default: str | None = None) -> RunnerChoice:
-        """The runner. default: where neither runner nor workers are given. Raises UsageError."""
-        name = self.runner
-        if name is None and self.workers is None and self.ray_address is None:
-            name = default
-        if name is None:
-            name = "ray" if self.ray_address else "processes" if (self.workers or 1) > 1 else "local"
-        return RunnerChoice(name, self.workers, self.ray_address)
+    def choice(self, default: RunnerChoice | None = None) -> RunnerChoice:
+        """The runner. default: where none of the three is given. Raises UsageError."""
+        if default is not None and (self.runner, self.workers, self.ray_address) == (None, None, None):
+            return default
+        name = "ray" if self.ray_address else "processes" if (self.workers or 1) > 1 else "local"
+        return RunnerChoice(self.runner or name, self.workers, self.ray_address)
 
     def store(self, output: str) -> PartialStore | None:
         """Where partials of passes over `output` lie."""
-        if self.partials == NO_PARTIALS:
-            return None
-        return PartialStore(self.partials or f"{output}/analysis")
+        if self.partials is not None:
+            return None if self.partials == NO_PARTIALS else PartialStore(self.partials)
+        # Other storages can be read, but do not create a file exclusively.
+        scheme, separator, _ = output.partition("://")
+        return None if separator and scheme not in _WRITABLE else PartialStore(f"{output}/analysis")
