@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from analysis.passes import PartFacts
-from analysis.whitened.chunks import CHUNK_WRITERS, NO_TOKEN, Chunk, ChunkPlace
+from analysis.whitened.chunks import CHUNK_WRITERS, NO_TOKEN, WhitenedChunk, ChunkPlace
 from analysis.whitening import Whitening
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError
@@ -125,7 +125,7 @@ class ApplyPass:
         return _Sample(row.sample_idx, values, counts, row.token_ids)
 
 
-def _padded(samples: list[_Sample], dtype: str, width: int) -> Chunk:
+def _padded(samples: list[_Sample], dtype: str, width: int) -> WhitenedChunk:
     shape = len(samples), max(len(sample.counts) for sample in samples)
     activations = np.zeros((*shape, width), DTYPES[dtype])
     mask, token_ids = np.zeros(shape, bool), np.full(shape, NO_TOKEN, np.int32)
@@ -135,6 +135,6 @@ def _padded(samples: list[_Sample], dtype: str, width: int) -> Chunk:
             activations[place, :length] = sample.values
         mask[place, :length], token_ids[place, :length] = sample.counts, sample.token_ids
     sample_idx = np.array([sample.sample_idx for sample in samples], np.int64)
-    return Chunk(
+    return WhitenedChunk(
         activations, mask, token_ids, sample_idx, np.array([len(sample.counts) for sample in samples], np.int32)
     )

@@ -17,7 +17,7 @@ NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
-class Chunk:
+class WhitenedChunk:
     """Attributes:
     activations: zeros where the mask is 0.
     attention_mask: 1 for a token that counts: stored, and not left out by a rule.
@@ -32,7 +32,7 @@ class Chunk:
     lengths: Int32[np.ndarray, "N"]
 
 
-def npz_bytes(chunk: Chunk) -> bytes:
+def npz_bytes(chunk: WhitenedChunk) -> bytes:
     """A compressed file for `numpy.load`; equal chunks have equal bytes."""
     file = io.BytesIO()
     arrays = {name: getattr(chunk, name) for name in ("activations", "token_ids", "sample_idx", "lengths")}
@@ -40,7 +40,7 @@ def npz_bytes(chunk: Chunk) -> bytes:
     return file.getvalue()
 
 
-CHUNK_WRITERS: dict[str, Callable[[Chunk], bytes]] = {"npz": npz_bytes}
+CHUNK_WRITERS: dict[str, Callable[[WhitenedChunk], bytes]] = {"npz": npz_bytes}
 """By the suffix of their files: what makes the bytes of a chunk. Another format of chunks is a line here."""
 
 

@@ -98,7 +98,7 @@ def moments_of_layer(request: LayerRequest, options: PassOptions) -> Moments:
         return as_stored(moments)
     if not request.stats.endswith(".safetensors"):
         return read_stats(request.stats, request.site, request.layer)
-    moments = IncrementalWhitener.load(request.stats).moments
-    if moments is None:
+    saved = IncrementalWhitener.load(request.stats).moments
+    if saved is None:
         raise UsageError(f"{request.stats}: it has seen no batch yet")
-    return moments
+    return saved

@@ -65,7 +65,7 @@ def test_a_node_that_is_killed_in_the_middle_changes_nothing(cluster, expected, 
         cluster.remove_node(doomed, allow_graceful=False)
         killed.set()
 
-    thread = threading.Thread(target=kill)
+    thread = threading.Thread(target=kill, daemon=True)
     thread.start()
     partials = PartialStore(str(tmp_path / "analysis")) if keeps_partials else None
     choice = RunnerChoice("ray", ray_address=cluster.address)
