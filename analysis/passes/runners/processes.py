@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait
+from typing import Any
 
 from analysis.passes.runners.base import Item, Output
 from analysis.passes.runners.blas_threads import keep_one_blas_thread
@@ -26,9 +27,9 @@ class ProcessRunner:
     def run(self, task: Callable[[Item], Output], items: Iterable[Item]) -> Iterator[Output]:
         """See `Runner`. Raises RunError when a process dies."""
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin)
+        pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_begin, initargs=(task,))
         try:
-            yield from completed(pool, task, items, self.workers)
+            yield from completed(pool, _apply, items, self.workers)
         except BrokenProcessPool as error:
             raise RunError(
                 "a worker process died, perhaps for want of memory: run the same command again to continue, "
@@ -38,7 +39,17 @@ class ProcessRunner:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
+# What this process applies: sent once, since it may hold a matrix.
+_task: Callable[[Any], Any]
+
+
+def _apply(item: Any) -> Any:
+    return _task(item)
+
+
+def _begin(task: Callable[[Any], Any]) -> None:
+    global _task
+    _task = task
     configure_logging()
     # Ctrl-C is the parent's, which then ends the pool.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
