@@ -63,7 +63,10 @@ def run_workers(ray: Any, workers: int, flags: Sequence[str], resources: Mapping
     codes = []
     while runs:
         (done, *_), _ = ray.wait(list(runs), num_returns=1)
-        codes.append(_code_of(ray, done, runs.pop(done)))
+        worker = runs.pop(done)
+        codes.append(_code_of(ray, done, worker))
+        # Its resources are for a worker that lost its node.
+        ray.kill(actors[worker])
     return max(codes)
 
 

@@ -97,7 +97,6 @@ def test_a_node_that_dies_in_the_middle_leaves_the_bytes_of_one_worker(cluster, 
         while len(list(out.glob("*/shard_*.json"))) < 2:
             time.sleep(0.02)
         cluster.remove_node(cluster.doomed, allow_graceful=False)
-        cluster.add_node(num_cpus=1, resources={"TPU": 1})
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()

@@ -1,6 +1,7 @@
 """`stats`, `whiten` and `verify` as commands and as functions, on a run of a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ from analysis.commands import whiten_commands
 from core.base.errors import UsageError
 from core.run import runner
 
+CONFIG = {"shard_size_gb": 60_000 / 2**30, "activation_type": ("residual", "mlp"), "max_seq_length": 128}
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """About four windows of 30 samples, two sites."""
     folder = tmp_path_factory.mktemp("commands")
     write_model(folder / "model", tokenizer=False)
-    config = {"shard_size_gb": 60_000 / 2**30, "activation_type": ("residual", "mlp"), "max_seq_length": 128}
-    runner.run(stream_config(folder, folder / "model", token_lines(30, longest=90), **config))
+    runner.run(stream_config(folder, folder / "model", token_lines(30, longest=90), **CONFIG))
     return folder
 
 
@@ -81,6 +83,19 @@ def test_verify_takes_the_same_flags_and_says_the_same(home):
     for more in (["--runner", "local"], ["--workers", 2, "--partials", "partials"]):
         assert json.loads(analyze(home, "verify", "out", "--json", *more).stdout) == json.loads(plain.stdout)
     assert not (home / "partials").exists()
+
+
+def test_kept_partials_disturb_neither_verify_nor_a_run_that_goes_on(home, tmp_path):
+    shutil.copytree(home, tmp_path / "home")
+    config = stream_config(tmp_path / "home", home / "model", token_lines(30, longest=90), **CONFIG)
+    before = analyze(tmp_path / "home", "verify", "out", "--json").stdout
+    analyze_activations.stats(config.output_dir, keep_partials=True)
+    assert list((tmp_path / "home/out/analysis").rglob("*.partial"))
+    assert analyze(tmp_path / "home", "verify", "out", "--json").stdout == before
+    (last, *_) = sorted((tmp_path / "home/out/tpu_0").glob("shard_*.json"), reverse=True)
+    last.unlink()
+    assert runner.run(config).shards == 1
+    assert analyze(tmp_path / "home", "verify", "out", "--json").stdout == before
 
 
 @pytest.mark.parametrize(

@@ -150,3 +150,25 @@ def test_killed_at_random_moments_and_finished_gives_the_same_bytes(forks, tmp_p
         fork.wait(30)
     assert forks.start("light_passes:summed", wish).wait(60) == 0
     assert Path(wish["result"]).read_bytes() == expected
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    from fake_gcs import FakeGcs, gcs_environment
+
+    with FakeGcs() as server:
+        for name, value in gcs_environment(server).items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+def test_partials_in_a_bucket_of_the_storage_service(bucket, tmp_path, expected):
+    store = PartialStore("gs://bucket/out/analysis")
+    with pytest.raises(RunError, match="part_7"):
+        run_pass(MatrixSum(bad=7), PARTS, partials=store)
+    again = logged(tmp_path / "again")
+    assert run_pass(again, PARTS, partials=store) == expected
+    assert again.mapped() == PARTS[7:]
+    store.remove(MatrixSum())
+    assert run_pass(again, PARTS, partials=store) == expected
+    assert len(again.mapped()) == 4 + len(PARTS)
