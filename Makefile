@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-benchmarks test-faults test-tpu test-gpu test-launchers lint bench clean
+.PHONY: help install demo test test-benchmarks test-faults test-tpu test-gpu test-launchers test-ray lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-benchmarks  every benchmark once, at a tiny size"
 	@echo "make test-faults  kills, pauses, races, lost replies, full disks: all counts"
 	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
+	@echo "make test-ray   passes and workers on a local Ray cluster of two nodes"
 	@echo "make test-tpu   the TPU estimates against their baselines, by the TPU's compiler; no TPU needed"
 	@echo "make test-gpu   the attention kernel and the step, by the GPU's compiler; no GPU needed"
 	@echo "make lint       ruff and mypy"
@@ -57,6 +58,16 @@ build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt
 
 test-launchers: build/launchers/.installed
 	build/launchers/bin/python -m pytest tests/launchers
+
+# In an environment of its own: Ray is 200 MB, which nothing else needs.
+build/ray/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv build/ray
+	build/ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' \
+		beartype hypothesis pytest safetensors
+	@touch $@
+
+test-ray: build/ray/.installed
+	build/ray/bin/python -m pytest tests/analysis/passes/test_ray.py tests/launchers/test_ray_job.py
 
 # The compiler is 200 MB, which nothing else needs.
 .venv/.installed-lab: .venv/.installed-dev

@@ -1,6 +1,8 @@
-"""Verifies and certifies committed shards, and shows the status of a run and the sites of a model. See README.md.
+"""Verifies, certifies, describes and whitens committed shards; shows the status of a run. See README.md.
 
-In Python: `verify(dir)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`, `list_hooks(model_path)`.
+In Python: `verify(dir)`, `stats(dir)`, `whiten_fit(dir, layer)`, `whiten_apply(dir, whitening, output, layer)`,
+`whiten_check(dir, whitening, layer)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`,
+`list_hooks(model_path)`.
 """
 
 import argparse
@@ -10,6 +12,11 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
+from analysis.commands.functions import stats, verify, whiten_apply, whiten_check, whiten_fit
+from analysis.commands.pass_flags import print_report
+from analysis.commands.stats_command import add_stats
+from analysis.commands.verify_command import add_verify
+from analysis.commands.whiten_commands import add_whiten
 from core.backends import BACKENDS, choose_backend
 from core.base.arguments import path_text
 from core.base.command_line import CommandParser, run_command
@@ -19,7 +26,18 @@ if TYPE_CHECKING:
     from analysis.certificate.fidelity import FidelityReport
     from analysis.fleet_status.report import FleetStatus
     from analysis.hook_table import HookTable
-    from analysis.verification.verify import VerificationReport
+
+__all__ = [
+    "certify",
+    "list_hooks",
+    "retry",
+    "stats",
+    "status",
+    "verify",
+    "whiten_apply",
+    "whiten_check",
+    "whiten_fit",
+]
 
 
 def build_parser() -> CommandParser:
@@ -27,10 +45,7 @@ def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
     parser.set_defaults(verbose=False)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="check every committed shard; exit code 0 when nothing is wrong, else 1")
-    check.add_argument("dir", help="the output folder, local or gs://, or one worker's folder in it")
-    check.add_argument("--allow_unfinished", action="store_true", help="an unfinished run is not a problem")
-    check.set_defaults(run=verify_command)
+    on_shards = [add_verify(commands), add_stats(commands), *add_whiten(commands)]
     certificate = _add_certify(commands)
     hooks = _add_list_hooks(commands)
     fleet = _add_status(commands)
@@ -38,20 +53,10 @@ def build_parser() -> CommandParser:
     retrying.add_argument("dir", help="the output folder, local or gs://")
     retrying.add_argument("shard", nargs="+", help="such as shard_007; status lists them")
     retrying.set_defaults(run=retry_command)
-    for command in (check, certificate, hooks, fleet, retrying):
+    for command in (*on_shards, certificate, hooks, fleet, retrying):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--verbose", action="store_true", help="debug messages, and stack traces of errors")
     return parser
-
-
-def verify(dir: str, *, allow_unfinished: bool = False) -> "VerificationReport":
-    """Checks every committed shard of an output: `report.ok`, `report.problems`, and counts.
-
-    allow_unfinished: an unfinished run is not a problem. Raises UsageError where there is no output.
-    """
-    from analysis.verification import verify as verification
-
-    return verification.verify(path_text(dir, "dir"), allow_unfinished=allow_unfinished)
 
 
 def certify(
@@ -158,19 +163,8 @@ def _add_certify(commands: argparse._SubParsersAction) -> argparse.ArgumentParse
 def certify_command(args: argparse.Namespace) -> int:
     """Prints the certificate of a run; returns 0 when its activations are faithful to the model."""
     options = {"revision": args.revision, "samples": args.samples, "trust_remote_code": args.trust_remote_code}
-    return _print_report(certify(args.dir, args.model_path, **options), args)
-
-
-def verify_command(args: argparse.Namespace) -> int:
-    """Prints the problems of a run's shards; returns 0 when there are none."""
-    return _print_report(verify(args.dir, allow_unfinished=args.allow_unfinished), args)
-
-
-def _print_report(report: "VerificationReport | FidelityReport", args: argparse.Namespace) -> int:
-    for line in report.lines():
-        logging.info("%s", line)
-    if args.json:
-        print(json.dumps(report.to_json()))
+    report = certify(args.dir, args.model_path, **options)
+    print_report(report, args)
     return 0 if report.ok else 1
 
 

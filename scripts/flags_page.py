@@ -25,16 +25,19 @@ def page() -> str:
     sections = [_INTRODUCTION]
     for module in (extract_activations, create_dataset_streams, analyze_activations):
         sections.append(f"## {module.__name__}.py\n")
-        sections += _sections(module.build_parser(), module.__name__)
+        sections += _sections(module.build_parser())
     return "\n".join(sections)
 
 
-def _sections(parser: argparse.ArgumentParser, name: str) -> Iterator[str]:
+def _sections(parser: argparse.ArgumentParser, prefix: str = "") -> Iterator[str]:
     commands = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     if commands:
         helps = {choice.dest: choice.help or "" for choice in commands[0]._choices_actions}
         for command, subparser in commands[0].choices.items():
-            yield f"### {command}\n\n{_sentence(helps[command])}\n"
+            if any(isinstance(action, argparse._SubParsersAction) for action in subparser._actions):
+                yield from _sections(subparser, f"{prefix}{command} ")
+                continue
+            yield f"### {prefix}{command}\n\n{_sentence(helps[command])}\n"
             yield _table(subparser._actions)
         return
     for group in parser._action_groups:

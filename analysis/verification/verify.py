@@ -5,10 +5,10 @@ Only the bytes count: checksums are recomputed, shards are decoded, arrays are c
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from analysis.passes import PartialStore, RunnerChoice
+from analysis.verification.report import FolderReport, VerificationReport
 from analysis.verification.stored_identity import (
     StoredRunIdentity,
     StoredStream,
@@ -18,7 +18,8 @@ from analysis.verification.stored_identity import (
     read_stream,
 )
 from analysis.verification.stream_shares import share_faults
-from analysis.verification.window_checks import CheckedWindow, check_window
+from analysis.verification.window_checks import CheckedWindow
+from analysis.verification.windows_pass import CommittedWindow, check_windows
 from core.base.canonical_json import read_sealed_json
 from core.base.errors import RunError, UsageError
 from core.claims.records import CLAIMS_FOLDER, damaged_claims
@@ -32,75 +33,23 @@ from core.shards.formats import FORMATS
 from core.streams.sharded_dataset import SHARD_NAME
 
 # Each thread holds one shard in memory.
-_THREADS = 2
+DEFAULT_RUNNER = RunnerChoice("threads", 2)
 
 
-@dataclass
-class FolderReport:
-    """The result for one worker's folder. Any problem makes the whole verification fail; a warning does not."""
-
-    folder: str
-    shards: int = 0
-    samples: int = 0
-    tokens: int = 0
-    bytes: int = 0
-    lines_done: int = 0
-    complete: bool = False
-    problems: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class VerificationReport:
-    """The results for the folders of an output, and the problems and warnings beyond single folders."""
-
-    url: str
-    folders: tuple[FolderReport, ...]
-    problems: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether neither the output nor a folder of it has a problem."""
-        return not self.problems and not any(folder.problems for folder in self.folders)
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values."""
-        return {"ok": self.ok} | asdict(self)
-
-    def lines(self) -> list[str]:
-        """The report as lines of text."""
-        lines = []
-        for report in self.folders:
-            state = "complete" if report.complete else "not finished"
-            if report.problems:
-                state = _count_problems(len(report.problems))
-            counts = f"{report.shards} shards, {report.samples} samples, {report.tokens} tokens, {report.bytes} bytes"
-            lines.append(f"{report.folder}: {counts}, {state}")
-            lines += [f"{report.folder}: PROBLEM: {problem}" for problem in report.problems]
-            lines += [f"{report.folder}: note: {warning}" for warning in report.warnings]
-        lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        lines += [f"note: {warning}" for warning in self.warnings]
-        return [*lines, self._verdict()]
-
-    def _verdict(self) -> str:
-        if self.ok:
-            shards, samples, tokens = (
-                sum(getattr(f, n) for f in self.folders) for n in ("shards", "samples", "tokens")
-            )
-            return f"verified: {shards} shards, {samples} samples, {tokens} tokens"
-        return _count_problems(len(self.problems) + sum(len(folder.problems) for folder in self.folders))
-
-
-def _count_problems(count: int) -> str:
-    return "1 problem" if count == 1 else f"{count} problems"
-
-
-def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
+def verify(
+    url: str,
+    *,
+    allow_unfinished: bool = False,
+    runner: RunnerChoice = DEFAULT_RUNNER,
+    partials: PartialStore | None = None,
+) -> VerificationReport:
     """Verifies the output at `url`: the output folder, or one worker's folder in it, which is then checked alone.
 
-    allow_unfinished: an unfinished stream, and a share or dataset shard that no worker has begun, is a note instead of
-    a problem.
+    Args:
+      allow_unfinished: an unfinished stream, and a share or dataset shard that no worker has begun, is a note instead
+        of a problem.
+      runner: where windows are read and checked. partials: what an interrupted verification found is not read again.
+
     Raises UsageError when there is no run at `url`, RunError when it cannot be listed.
     """
     root, names, only = listed_root(url.rstrip("/"))
@@ -111,15 +60,10 @@ def verify(url: str, *, allow_unfinished: bool = False) -> VerificationReport:
         run_identity = read_run(root)
     except RunError as error:
         return VerificationReport(root.url, (), problems=(str(error),))
-    reports = {folder: FolderReport(folder) for folder in folders}
-    streams = {}
-    for folder, report in reports.items():
-        try:
-            stream = read_stream(root, folder)
-            streams[folder] = stream.stream
-            _verify_folder(root, report, run_identity, stream, names, allow_unfinished)
-        except RunError as error:
-            report.problems.append(str(error))
+    found = [_FoundFolder.read(root, folder, run_identity) for folder in folders]
+    _check_folders(root, found, run_identity.format, names, allow_unfinished, (runner, partials))
+    reports = {each.folder: each.report for each in found}
+    streams = {each.folder: each.stream.stream for each in found if each.stream is not None}
     if only is not None:
         return VerificationReport(root.url, tuple(reports.values()))
     faults = share_faults(streams)
@@ -187,23 +131,65 @@ def _claim_notes(root: ObjectStore, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _verify_folder(
+@dataclass(frozen=True)
+class _FoundFolder:
+    """A folder before its windows are checked. stream: None if it cannot be read; records: empty if they cannot."""
+
+    report: FolderReport
+    stream: StoredStream | None = None
+    records: tuple[CommitRecord, ...] = ()
+    is_readable: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Its name."""
+        return self.report.folder
+
+    @classmethod
+    def read(cls, root: ObjectStore, folder: str, run_identity: StoredRunIdentity) -> "_FoundFolder":
+        """Reads the stream and the records; what cannot be read is a problem of the report."""
+        report, stream = FolderReport(folder), None
+        try:
+            stream = read_stream(root, folder)
+            records = tuple(_records(root, folder))
+        except RunError as error:
+            report.problems.append(str(error))
+            return cls(report, stream)
+        foreign = [record.window for record in records if record.plan_hash != run_identity.hash]
+        report.problems += _foreign_records(RUN_FILE, "run", foreign)
+        foreign = [record.window for record in records if record.stream_hash != stream.hash]
+        report.problems += _foreign_records(STREAM_FILE, "stream", foreign)
+        return cls(report, stream, records, is_readable=True)
+
+
+def _check_folders(
     root: ObjectStore,
-    report: FolderReport,
-    run_identity: StoredRunIdentity,
+    found: Sequence[_FoundFolder],
+    format_name: str,
+    names: Sequence[str],
+    allow_unfinished: bool,
+    where: tuple[RunnerChoice, PartialStore | None],
+) -> None:
+    """Checks the windows of all folders in one pass, and fills the reports."""
+    windows = [CommittedWindow(root.url, each.folder, record, format_name) for each in found for record in each.records]
+    checked = iter(check_windows(windows, *where))
+    for each in found:
+        own = list(itertools.islice(checked, len(each.records)))
+        if each.stream is not None and each.is_readable:
+            _check_folder(root, each, each.stream, own, names, allow_unfinished)
+
+
+def _check_folder(
+    root: ObjectStore,
+    found: _FoundFolder,
     stream: StoredStream,
+    checked: Sequence[CheckedWindow],
     names: Sequence[str],
     allow_unfinished: bool,
 ) -> None:
-    """Fills the report; raises RunError when the records of the folder cannot be read."""
-    records = _records(root, report.folder)
-    report.problems += _foreign_records(
-        RUN_FILE, "run", [r.window for r in records if r.plan_hash != run_identity.hash]
-    )
-    report.problems += _foreign_records(
-        STREAM_FILE, "stream", [r.window for r in records if r.stream_hash != stream.hash]
-    )
-    checked = _check_windows(root, report, records, run_identity.format)
+    """Fills the report of a folder with what was found in its windows, and what these are together."""
+    report, records = found.report, found.records
+    _count_windows(report, records, checked)
     report.problems += _coverage_problems(records, checked, stream.stream)
     report.complete = bool(records) and records[-1].next_place is None
     if not report.complete:
@@ -229,18 +215,13 @@ def _records(root: ObjectStore, folder: str) -> list[CommitRecord]:
         raise RunError(f"{root.url}/{folder}: its records cannot be read: {error}") from error
 
 
-def _check_windows(
-    root: ObjectStore, report: FolderReport, records: Sequence[CommitRecord], format_name: str
-) -> list[CheckedWindow]:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        checked = list(pool.map(lambda record: check_window(root, report.folder, record, format_name), records))
+def _count_windows(report: FolderReport, records: Sequence[CommitRecord], checked: Sequence[CheckedWindow]) -> None:
     for record, window in zip(records, checked, strict=True):
         report.problems += [f"window {record.window}: {problem}" for problem in window.problems]
         report.shards += 1
         report.samples += len(window.sample_idx)
         report.tokens += record.n_tokens
         report.bytes += sum(file.bytes for file in record.files)
-    return checked
 
 
 def _coverage_problems(

@@ -16,6 +16,7 @@ import extract_activations
 from benchmarks.fleet import limits as fleet_limits
 from benchmarks.fleet import simulation as fleet_simulation
 from fleet import command_line
+from launchers import ray_job
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS_PAGE = "benchmarks/README.md"
@@ -40,7 +41,9 @@ def flags_of(parser: argparse.ArgumentParser) -> set[str]:
     return flags
 
 
-OTHERS = [module.build_parser() for module in (command_line, fleet_limits, fleet_simulation)]
+OTHERS = [module.build_parser() for module in (command_line, fleet_limits, fleet_simulation, ray_job)]
+# Of `ray job submit`.
+RAYS_OWN = {"--address", "--working-dir"}
 
 
 @functools.cache
@@ -93,7 +96,7 @@ def test_every_flag_is_one_of_a_command(page):
     benchmarks = benchmark_parsers().values() if page == BENCHMARKS_PAGE else ()
     known = set().union(*map(flags_of, [*COMMANDS.values(), *OTHERS, *benchmarks]))
     # After "=" it is a flag of XLA in XLA_FLAGS.
-    assert set(re.findall(r"(?<![\w=-])--[a-z][\w-]*", PAGES[page])) - known == set()
+    assert set(re.findall(r"(?<![\w=-])--[a-z][\w-]*", PAGES[page])) - known - RAYS_OWN == set()
 
 
 @pytest.mark.parametrize("page", PAGES)
