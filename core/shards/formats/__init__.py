@@ -5,12 +5,18 @@ from typing import BinaryIO
 
 from isal import igzip, igzip_lib
 
+from core.shards.formats.arrow_shard import ArrowFormat
 from core.shards.formats.base import Outline, ShardContent, ShardFormat, StoredShard
+from core.shards.formats.npz_shard import NpzFormat
+from core.shards.formats.parquet_shard import ParquetFormat
 from core.shards.formats.pickle_shard import PickleFormat
 from core.shards.formats.planes_shard import PlanesFormat
 from core.shards.formats.safetensors_shard import SafetensorsFormat
 
-FORMATS: dict[str, ShardFormat] = {fmt.name: fmt for fmt in (PickleFormat(), SafetensorsFormat(), PlanesFormat())}
+FORMATS: dict[str, ShardFormat] = {
+    fmt.name: fmt
+    for fmt in (PickleFormat(), SafetensorsFormat(), PlanesFormat(), NpzFormat(), ParquetFormat(), ArrowFormat())
+}
 
 __all__ = [
     "FORMATS",

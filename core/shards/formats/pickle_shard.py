@@ -48,6 +48,8 @@ class PickleFormat:
     """See the module."""
 
     name = "pickle"
+    dtypes = frozenset(UNCOMPRESSED)
+    needs = None
     compressible = True
     usual_share = UNCOMPRESSED
 
