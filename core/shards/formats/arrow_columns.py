@@ -10,11 +10,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Shaped
+from jaxtyping import Int32, Int64, Shaped
 
 from core.base.dtypes import ARRAY_DTYPES
 from core.base.errors import RunError
@@ -123,10 +122,15 @@ def _arrow_type(dtype: str) -> Any:
     return pyarrow.from_numpy_dtype(ARRAY_DTYPES[dtype])
 
 
-def read_lists(column: Any, dtype: np.dtype, width: int) -> list[Shaped[np.ndarray, "K W"]]:
-    """The arrays of a column of one batch, as views. Raises ValueError if a row does not have `width` values."""
+def read_nested(
+    column: Any, dtype: np.dtype, width: int
+) -> tuple[Shaped[np.ndarray, "N W"], Int64[np.ndarray, "S_plus_1"]]:
+    """The rows of a column of arrays of one batch, as a view, and where those of each sample begin.
+
+    Raises ValueError if a row does not have `width` values of `dtype`.
+    """
     column = getattr(column, "storage", column)  # datasets is imported: its type wraps the lists
-    offsets, rows = column.offsets.to_numpy(), column.values
+    offsets, rows = column.offsets.to_numpy().astype(np.int64), column.values
     ends = rows.offsets.to_numpy()
     if column.null_count or rows.null_count or rows.values.null_count or (np.diff(ends) != width).any():
         raise ValueError(f"a row has nulls, or not {width} values")
@@ -134,12 +138,12 @@ def read_lists(column: Any, dtype: np.dtype, width: int) -> list[Shaped[np.ndarr
     if values.dtype != dtype:
         raise ValueError(f"its values are {values.dtype}, not {dtype}")
     by_row = values[ends[0] : ends[-1]].reshape(-1, width)
-    return [by_row[start:stop] for start, stop in pairwise(offsets.tolist())]
+    return by_row[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
-def read_numbers(column: Any) -> list[Int32[np.ndarray, "_"]]:
-    """The lists of int32 of a column of one batch."""
-    offsets, values = column.offsets.to_numpy(), column.values.to_numpy()
+def read_numbers(column: Any) -> tuple[Int32[np.ndarray, "N"], Int64[np.ndarray, "S_plus_1"]]:
+    """The numbers of a column of lists of int32 of one batch, and where those of each sample begin."""
+    offsets, values = column.offsets.to_numpy().astype(np.int64), column.values.to_numpy()
     if column.null_count or column.values.null_count or values.dtype != np.int32:
         raise ValueError("its lists of numbers have nulls, or are not int32")
-    return [values[start:stop] for start, stop in pairwise(offsets.tolist())]
+    return values[offsets[0] : offsets[-1]], offsets - offsets[0]

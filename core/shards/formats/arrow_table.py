@@ -7,10 +7,11 @@ have `{site}_layer_{i}_indices` and `{site}_layer_{i}_scale` besides; where rows
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 
 from core.base.dtypes import ARRAY_DTYPES
 from core.reduce.reductions import VALUES
@@ -21,7 +22,7 @@ from core.shards.formats.arrow_columns import (
     nested_lists,
     number_lists,
     parse_column,
-    read_lists,
+    read_nested,
     read_numbers,
     table_schema,
 )
@@ -100,18 +101,20 @@ def stored_shard(schema: Any, batches: Iterable[Any]) -> StoredShard:
         lengths = batch.column("n_rows").to_pylist()
         samples += batch.column("sample_idx").to_pylist()
         for name, found in numbers.items():
-            found += _checked(read_numbers(batch.column(name)), lengths, name)
+            found += _cut(*read_numbers(batch.column(name)), lengths, name)
         for name, column in arrays.items():
             layer, array = parse_column(name) or (0, "")
-            rows = read_lists(batch.column(name), ARRAY_DTYPES[column.dtype], column.width)
-            more.setdefault(array, {}).setdefault(layer, []).extend(_checked(rows, lengths, name))
+            rows = _cut(*read_nested(batch.column(name), ARRAY_DTYPES[column.dtype], column.width), lengths, name)
+            more.setdefault(array, {}).setdefault(layer, []).extend(rows)
     if not all(type(index) is int for index in samples):
         raise ValueError("a sample has no number")
     named = dict(sorted(more.items()))
     return StoredShard(tuple(samples), named.pop(VALUES), numbers.get("positions"), numbers.get("token_ids"), named)
 
 
-def _checked(rows: list[np.ndarray], lengths: list[int], name: str) -> list[np.ndarray]:
-    if [len(array) for array in rows] != lengths:
+def _cut(
+    rows: Shaped[np.ndarray, "N *_"], offsets: Int64[np.ndarray, "S_plus_1"], lengths: list[int], name: str
+) -> list[Shaped[np.ndarray, "K *_"]]:
+    if np.diff(offsets).tolist() != lengths:
         raise ValueError(f"{name} has other numbers of rows than n_rows")
-    return rows
+    return [rows[start:stop] for start, stop in pairwise(offsets.tolist())]
