@@ -16,6 +16,7 @@ ORDER = (
     ("extract_activations", "create_dataset_streams", "analyze_activations"),
     ("fleet",),
     ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table"),
+    ("analysis.exporting", "analysis.importing"),
     ("analysis.verification",),
     ("analysis.whitening",),
     ("analysis.moments",),

@@ -22,16 +22,18 @@ from core.reduce.reductions import VALUES
 _ARRAY2D = "datasets.features.features.Array2DExtensionType"
 _EXTENSION_NAME, _EXTENSION_METADATA = b"ARROW:extension:name", b"ARROW:extension:metadata"
 _COLUMN = re.compile(r"[a-z][a-z0-9_]*_layer_(?P<layer>-?[0-9]{1,6})(?:_(?P<array>indices|scale))?")
+_NUMBERS = "[int32]"
 _MOST_VALUES = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
 class ArrayColumn:
-    """A column of arrays: its name, and dtype and width of its rows."""
+    """A column of arrays: its name, dtype and width of its rows, and how many each array has (None: any number)."""
 
     name: str
     dtype: str
     width: int
+    n_rows: int | None = None
 
     @classmethod
     def of(cls, field: Any) -> "ArrayColumn":
@@ -50,12 +52,12 @@ class ArrayColumn:
         import pyarrow
 
         stored = pyarrow.list_(pyarrow.list_(_arrow_type(self.dtype)))
-        described = json.dumps([[None, self.width], self.dtype])
+        described = json.dumps([[self.n_rows, self.width], self.dtype])
         return pyarrow.field(self.name, stored, metadata={_EXTENSION_NAME: _ARRAY2D, _EXTENSION_METADATA: described})
 
     def feature(self) -> dict[str, Any]:
         """The feature of datasets."""
-        return {"shape": [None, self.width], "dtype": self.dtype, "_type": "Array2D"}
+        return {"shape": [self.n_rows, self.width], "dtype": self.dtype, "_type": "Array2D"}
 
 
 def column_name(site: str, layer: int, array: str = VALUES) -> str:
@@ -70,22 +72,37 @@ def parse_column(name: str) -> tuple[int, str] | None:
 
 
 def table_schema(arrays: Sequence[ArrayColumn], more: dict[str, str]) -> Any:
-    """The schema of a table. more: further columns, by name their dtype; `[int32]` for lists of int32."""
+    """The schema of a table.
+
+    more: further columns, by name their dtype; `[int32]` for lists of int32, `[int32]*4` for lists of 4.
+    """
     import pyarrow
 
-    plain = {"int64": pyarrow.int64(), "int32": pyarrow.int32(), "string": pyarrow.string()}
-    plain["[int32]"] = pyarrow.list_(pyarrow.int32())
-    fields = [pyarrow.field(name, plain[dtype]) for name, dtype in more.items()]
+    fields = [pyarrow.field(name, _plain_type(dtype)) for name, dtype in more.items()]
     features: dict[str, Any] = {name: _feature(dtype) for name, dtype in more.items()}
     features |= {column.name: column.feature() for column in arrays}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     return pyarrow.schema([*fields, *(column.field() for column in arrays)], metadata)
 
 
+def _plain_type(dtype: str) -> Any:
+    import pyarrow
+
+    if dtype.startswith(_NUMBERS):
+        return pyarrow.list_(pyarrow.int32(), _list_length(dtype))
+    return {"int64": pyarrow.int64(), "int32": pyarrow.int32(), "string": pyarrow.string()}[dtype]
+
+
 def _feature(dtype: str) -> dict[str, Any]:
-    if dtype == "[int32]":
-        return {"feature": {"dtype": "int32", "_type": "Value"}, "_type": "Sequence"}
+    if dtype.startswith(_NUMBERS):
+        number = {"dtype": "int32", "_type": "Value"}
+        return {"feature": number, "length": _list_length(dtype), "_type": "Sequence"}
     return {"dtype": dtype, "_type": "Value"}
+
+
+def _list_length(dtype: str) -> int:
+    """-1 where lists have any length."""
+    return int(dtype.removeprefix(_NUMBERS)[1:] or -1)
 
 
 def number_lists(arrays: Sequence[Int32[np.ndarray, "_"]]) -> Any:
