@@ -14,7 +14,7 @@ from core.base.dtypes import DTYPES
 from core.base.errors import UsageError
 from core.reduce.reductions import DEFAULT_BLOCK, QUANTIZATIONS, Quantization, parse_pool
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS, Selection, parse_positions
-from core.shards.formats import FORMATS
+from core.shards.formats import FORMATS, require_format
 from core.step.mesh_flag import is_mesh
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-0.5B"
@@ -113,7 +113,7 @@ class RunConfig:
             self._require(getattr(self, name) in choices, name, f"must be one of {', '.join(choices)}")
         self._require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}")
         self._require(is_mesh(self.mesh), "mesh", "must be auto, 1d, 2d or DATAxMODEL, such as 2x4")
-        self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
+        self._check_format()
         self._check_hosts()
         self._check_certificate()
         self._check_selection()
@@ -131,6 +131,18 @@ class RunConfig:
             raise UsageError(f"--output_dir {self.output_dir} is a file: pass a folder")
         if self.delete_local_after_upload and not self.uploads:
             raise UsageError("--delete_local_after_upload needs --upload_to_gcs: it would delete the only copy")
+
+    def _check_format(self) -> None:
+        self._require(self.format in FORMATS, "format", f"must be one of {', '.join(FORMATS)}")
+        require_format(self.format)
+        dtypes = FORMATS[self.format].dtypes
+        if self.quantize is None and self.dtype not in dtypes:
+            flags = " or ".join(f"--dtype {dtype}" for dtype in DTYPES if dtype in dtypes)
+            raise UsageError(f"--format {self.format} has no {self.dtype}: use {flags}, or --format safetensors")
+        if self.quantize in QUANTIZATIONS and QUANTIZATIONS[self.quantize].name not in dtypes:
+            raise UsageError(
+                f"--format {self.format} has no {self.quantize}: use --quantize int8, or --format safetensors"
+            )
 
     def _check_hosts(self) -> None:
         for name in ("coordinator_address", "num_hosts", "host_id"):

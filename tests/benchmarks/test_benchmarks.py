@@ -22,7 +22,7 @@ from benchmarks.peers import benchmark as peers
 from benchmarks.peers.agreement import read_shards, worst_disagreement
 from benchmarks.peers.peer_sides import Request
 from benchmarks.storage import benchmark as storage
-from benchmarks.storage import codecs
+from benchmarks.storage import codecs, layouts
 from core.base.errors import RunError, UsageError
 from core.object_store.stored_files import read_jsonl_lines
 from core.step.backend import StepOutput
@@ -225,6 +225,19 @@ def test_storage_measures_every_way_and_reads_back_what_it_wrote(source, capsys,
     assert 0 < upload["cpu_allows"] < 1.0
     assert all(upload[side]["ours"] > 0 for side in ("raw_busy", "run_busy"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.benchmark
+def test_layouts_are_measured_and_those_that_datasets_loads_are_marked(source, capsys):
+    pytest.importorskip("pyarrow")
+    result = result_of(layouts, source, capsys, "--dtypes", "float16", "--repeats", "1")
+    rows = {(row["layout"], row["encoding"]): row for row in result["rows"]}
+    assert len(rows) == len(layouts.LAYOUTS) * len(layouts.ENCODINGS) + 3
+    assert all(row["ratio"] > 0 and row["write"] > 0 and row["read"] > 0 for row in result["rows"])
+    loaded = {layout for (layout, _), row in rows.items() if row["is_loaded"]}
+    assert loaded == {"lists of lists", "--format parquet", "--format arrow"}
+    for name in ("split, zstd 1", "zstd 1"):
+        assert rows["lists of lists", name]["ratio"] > rows["lists of lists", "not compressed"]["ratio"]
 
 
 def test_the_entropy_of_a_plane_is_that_of_its_bytes():

@@ -7,13 +7,18 @@ from collections.abc import Callable
 
 from core.reading.files.base import ExpectedRows, RowFile
 from core.reading.files.byte_ranges import ByteRanges, open_ranges
+from core.reading.files.npz_rows import NpzRows
 from core.reading.files.planes_rows import PlanesRows
 from core.reading.files.safetensors_rows import SafetensorsRows
+from core.reading.files.table_rows import arrow_rows, parquet_rows
 from core.reading.files.whole_rows import WholeRows
 
 OPENERS: dict[str, Callable[[ByteRanges, ExpectedRows], RowFile]] = {
     "safetensors": SafetensorsRows,
     "planes": PlanesRows,
+    "npz": NpzRows,
+    "parquet": parquet_rows,
+    "arrow": arrow_rows,
 }
 
 __all__ = ["OPENERS", "ByteRanges", "ExpectedRows", "RowFile", "is_read_whole", "open_ranges", "open_rows"]

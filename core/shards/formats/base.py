@@ -4,7 +4,7 @@ Axis letters: L layers, S samples, N stored rows of all samples, one after the o
 values of a row. A row is a token, or one of the vectors that its tokens were pooled to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -137,6 +137,8 @@ class ShardFormat(Protocol):
 
     Attributes:
       compressible: whether gzip may be put around it.
+      dtypes: names of the dtypes of values and codes that it can hold.
+      needs: a package that is not installed with this project, without which it is neither written nor read.
       expected_ratio: by dtype, stored over raw bytes without gzip, before anything is measured.
     """
 
@@ -145,6 +147,12 @@ class ShardFormat(Protocol):
 
     @property
     def compressible(self) -> bool: ...
+
+    @property
+    def dtypes(self) -> Collection[str]: ...
+
+    @property
+    def needs(self) -> str | None: ...
 
     @property
     def expected_ratio(self) -> Mapping[str, float]: ...

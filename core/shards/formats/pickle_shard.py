@@ -48,6 +48,8 @@ class PickleFormat:
     """See the module."""
 
     name = "pickle"
+    dtypes = frozenset(UNCOMPRESSED)
+    needs = None
     compressible = True
     expected_ratio = UNCOMPRESSED
 

@@ -12,10 +12,7 @@ rest.
 Formats: PKWARE's APPNOTE.TXT, RFC 8878, `numpy.lib.format`.
 """
 
-import io
-import itertools
 import json
-import struct
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,6 +30,16 @@ from core.base.dtypes import CODE_DTYPES, DTYPES
 from core.base.json_types import Kinds, require_all, require_types
 from core.object_store.sinks import Sink
 from core.shards.formats.base import ShardContent, StoredShard
+from core.shards.formats.stored_zip import (
+    UNREADABLE,
+    add_array,
+    add_member,
+    cut_by_sample,
+    member_bytes,
+    new_archive,
+    open_archive,
+    parse_npy,
+)
 
 # Prompts that begin alike have the same activations there: a block holds several, and zstd looks back that far.
 BLOCK_BYTES = 4 << 20
@@ -49,24 +56,6 @@ _HEADER: Kinds = {
     "block_tokens": (int,),
 }
 _ARRAYS = {"sample_idx": np.int64, "sample_offsets": np.int64, "token_ids": np.int32, "positions": np.int32}
-# zip stores a time for every member; this is the earliest that it can represent.
-_NO_TIME = (1980, 1, 1, 0, 0, 0)
-_UNIX = 3
-# What zipfile, numpy and zstandard raise for damaged files.
-_UNREADABLE = (
-    ArithmeticError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-    zstandard.ZstdError,
-)
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -128,6 +117,8 @@ class PlanesFormat:
     """See the module."""
 
     name = "planes"
+    dtypes = frozenset(DTYPES | CODE_DTYPES)
+    needs = None
     compressible = False
     # Of prompts that have nothing in common.
     expected_ratio: Mapping[str, float] = MappingProxyType(
@@ -141,17 +132,17 @@ class PlanesFormat:
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams the members; blocks are compressed by `executor`, at most a few at a time."""
         header = Header.of(content)
-        with zipfile.ZipFile(_Unseekable(sink), "w") as archive:
-            _add(archive, _HEADER_FILE, header.to_json())
+        with new_archive(sink) as archive:
+            add_member(archive, _HEADER_FILE, header.to_json())
             for name, array in _index_of(content).items():
-                _add(archive, f"{name}.npy", _npy(array))
+                add_array(archive, name, array)
             names = (_block_name(layer, block) for layer in header.layers for block in range(len(header.blocks())))
             blocks = (layer[start:stop] for layer in content.values for start, stop in header.blocks())
             for name, frame in zip(names, _in_order(encode_block, blocks, executor), strict=True):
-                _add(archive, name, frame)
+                add_member(archive, name, frame)
             for array_name, array in content.more.items():
                 for layer, values in zip(header.layers, array, strict=True):
-                    _add(archive, f"{_more_name(layer, array_name)}.npy", _npy(values))
+                    add_array(archive, _more_name(layer, array_name), values)
 
     def stored_bytes(self, values: Shaped[np.ndarray, "..."]) -> int:
         """What these values of one layer take in a file."""
@@ -160,9 +151,9 @@ class PlanesFormat:
     def read(self, stream: BinaryIO) -> StoredShard:
         """Reads a whole shard; raises ValueError saying what is wrong with the bytes."""
         try:
-            with zipfile.ZipFile(stream) as archive:
+            with open_archive(stream) as archive:
                 return _read_archive(archive)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise ValueError(f"not a readable planes shard: {error!r}") from error
 
 
@@ -199,23 +190,6 @@ def decode_block(frame: bytes | memoryview, tokens: int, width: int, dtype: np.d
     return from_planes(planes.reshape(dtype.itemsize, -1), dtype).reshape(tokens, width)
 
 
-class _Unseekable:
-    """A sink as zipfile wants one that it cannot seek in."""
-
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-
-    def write(self, data: bytes, /) -> int:
-        """Appends `data`."""
-        return self._sink.write(data)
-
-    def flush(self) -> None:
-        """Nothing waits here."""
-
-    def close(self) -> None:
-        """The sink stays open."""
-
-
 def _index_of(content: ShardContent) -> dict[str, np.ndarray]:
     arrays: dict[str, np.ndarray] = {
         "sample_idx": np.array([sample.sample_idx for sample in content.samples], np.int64),
@@ -226,25 +200,12 @@ def _index_of(content: ShardContent) -> dict[str, np.ndarray]:
     return arrays if content.positions is None else arrays | {"positions": np.concatenate(content.positions)}
 
 
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
 def _block_name(layer: int, block: int) -> str:
     return f"layer_{layer}/{block:06d}.zst"
 
 
 def _more_name(layer: int, array: str) -> str:
     return f"layer_{layer}/{array}"
-
-
-def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    member = zipfile.ZipInfo(name, _NO_TIME)
-    # Else it would say on which system it was written.
-    member.create_system = _UNIX
-    archive.writestr(member, data)
 
 
 def _in_order(make: Callable[[Item], Made], items: Iterable[Item], executor: Executor | None) -> Iterator[Made]:
@@ -262,13 +223,13 @@ def _in_order(make: Callable[[Item], Made], items: Iterable[Item], executor: Exe
 
 
 def _read_archive(archive: zipfile.ZipFile) -> StoredShard:
-    header = Header.from_json(_member(archive, _HEADER_FILE))
+    header = Header.from_json(member_bytes(archive, _HEADER_FILE))
     arrays = {name: _array(archive, name) for name in _ARRAYS if f"{name}.npy" in archive.namelist()}
     if "token_ids" in arrays and len(arrays["token_ids"]) != header.tokens:
         raise ValueError(f"it has {len(arrays['token_ids'])} token ids for {header.tokens} tokens")
     _check_members(archive, header, arrays)
     offsets = arrays["sample_offsets"]
-    by_sample = partial(_by_sample, offsets, header.tokens)
+    by_sample = partial(cut_by_sample, offsets, header.tokens)
     layers = {layer: by_sample(_read_layer(archive, header, layer)) for layer in header.layers}
     positions = by_sample(arrays["positions"]) if "positions" in arrays else None
     sample_idx = tuple(arrays["sample_idx"].tolist())
@@ -284,7 +245,7 @@ def _read_archive(archive: zipfile.ZipFile) -> StoredShard:
 
 def _read_more(archive: zipfile.ZipFile, header: Header, layer: int, name: str) -> Shaped[np.ndarray, "N W"]:
     member = f"{_more_name(layer, name)}.npy"
-    array = np.lib.format.read_array(io.BytesIO(_member(archive, member)), allow_pickle=False)
+    array = parse_npy(member_bytes(archive, member))
     if array.ndim != 2 or len(array) != header.tokens:
         raise ValueError(f"{member} has shape {array.shape} for {header.tokens} rows")
     return array
@@ -301,34 +262,14 @@ def _check_members(archive: zipfile.ZipFile, header: Header, arrays: dict[str, n
 def _read_layer(archive: zipfile.ZipFile, header: Header, layer: int) -> Shaped[np.ndarray, "N D"]:
     dtype = (DTYPES | CODE_DTYPES)[header.dtype]
     blocks = [
-        decode_block(_member(archive, _block_name(layer, block)), stop - start, header.width, dtype)
+        decode_block(member_bytes(archive, _block_name(layer, block)), stop - start, header.width, dtype)
         for block, (start, stop) in enumerate(header.blocks())
     ]
     return np.concatenate(blocks) if blocks else np.empty((0, header.width), dtype)
 
 
-def _by_sample(offsets: np.ndarray, tokens: int, array: np.ndarray) -> list[np.ndarray]:
-    if (
-        len(array) != tokens
-        or not len(offsets)
-        or offsets[0] != 0
-        or offsets[-1] != tokens
-        or (np.diff(offsets) < 0).any()
-    ):
-        raise ValueError(f"its sample offsets do not cut {len(array)} tokens")
-    return [array[start:stop] for start, stop in itertools.pairwise(offsets)]
-
-
 def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    array = np.lib.format.read_array(io.BytesIO(_member(archive, f"{name}.npy")), allow_pickle=False)
+    array = parse_npy(member_bytes(archive, f"{name}.npy"))
     if array.dtype != _ARRAYS[name] or array.ndim != 1:
         raise ValueError(f"{name}.npy is {array.dtype} of shape {array.shape}")
     return array
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A member's bytes; zipfile checks their CRC. A compressed member is refused: it can expand to any size."""
-    member = archive.getinfo(name)
-    if member.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed")
-    return archive.read(member)

@@ -27,6 +27,8 @@ class SafetensorsFormat:
     """See the module."""
 
     name = "safetensors"
+    dtypes = frozenset(UNCOMPRESSED)
+    needs = None
     compressible = False
     expected_ratio = UNCOMPRESSED
 

@@ -21,7 +21,7 @@ from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.extraction import WINDOWS_IN_MEMORY
 from core.run.runner import run
-from core.shards.formats import FORMATS
+from core.shards.formats import FORMATS, require_format
 from core.shards.window_activations import WindowActivations
 
 SITES = (
@@ -319,8 +319,9 @@ def test_a_nan_names_its_own_sample_or_those_that_share_its_row(config, broken, 
 
 @pytest.mark.parametrize("format_name", [name for name in FORMATS if name != "pickle"])
 def test_shards_of_other_formats_hold_the_same_activations_as_pickle_ones(config, tmp_path, format_name):
-    run(replace(config, dtype="bfloat16"))
-    run(replace(config, dtype="bfloat16", format=format_name, output_dir=str(tmp_path / "st")))
+    dtype = "bfloat16" if "bfloat16" in FORMATS[format_name].dtypes else "float16"
+    run(replace(config, dtype=dtype))
+    run(replace(config, dtype=dtype, format=format_name, output_dir=str(tmp_path / "st")))
     arrays = shard_arrays(tmp_path / "out" / "tpu_0")
     seen = 0
     for path in sorted((tmp_path / "st" / "tpu_0").glob(f"shard_*{FORMATS[format_name].suffix()}")):
@@ -331,6 +332,23 @@ def test_shards_of_other_formats_hold_the_same_activations_as_pickle_ones(config
                 np.testing.assert_array_equal(array, arrays[layer, index])
                 seen += 1
     assert seen == len(arrays)
+
+
+@pytest.mark.parametrize("format_name", [name for name in FORMATS if "bfloat16" not in FORMATS[name].dtypes])
+def test_a_dtype_that_a_format_does_not_have_is_refused_and_named(config, format_name):
+    wanted = f"--format {format_name} has no bfloat16: use --dtype float16 or --dtype float32, or --format safetensors"
+    with pytest.raises(UsageError, match=wanted):
+        replace(config, format=format_name, dtype="bfloat16")
+    with pytest.raises(UsageError, match=f"--format {format_name} has no fp8: use --quantize int8"):
+        replace(config, format=format_name, quantize="fp8")
+
+
+def test_a_format_whose_package_is_missing_is_refused_before_anything_is_read(config, monkeypatch):
+    require_format.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"the format parquet needs pyarrow: pip install"):
+        replace(config, format="parquet")
+    require_format.cache_clear()
 
 
 def test_bad_records_are_refused_with_file_and_line_or_set_aside_and_listed(config, tmp_path):

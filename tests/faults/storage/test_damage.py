@@ -22,8 +22,12 @@ KINDS = {
     "shards, plain pickle of two sites": {"compress_shards": False, "activation_type": ("residual", "mlp")},
     "a stream with tokens left out": {"positions": ("0:20",), "max_bad_records": 2},
 } | {
-    f"a stream, {name}": {"format": name, "activation_type": ("residual", "mlp"), "dtype": "bfloat16"}
-    for name in FORMATS
+    f"a stream, {name}": {
+        "format": name,
+        "activation_type": ("residual", "mlp"),
+        "dtype": "bfloat16" if "bfloat16" in fmt.dtypes else "float16",
+    }
+    for name, fmt in FORMATS.items()
     if name != "pickle"
 }
 

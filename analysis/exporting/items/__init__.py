@@ -1,0 +1,1 @@
+"""What is exported: the request, the items of a part, and which of them a file has."""
