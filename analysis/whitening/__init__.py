@@ -1,4 +1,10 @@
-"""Whitening of activations: from their moments, or incrementally from batches."""
+"""Whitening of activations: from their moments, incrementally from batches, or of a dataset of texts.
+
+What runs a model is imported at its first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from analysis.whitening.folding import CoderWeights, fold_whitening
 from analysis.whitening.incremental import IncrementalWhitener
@@ -7,13 +13,26 @@ from analysis.whitening.settings import BELOW_FLOOR, METHODS, SHRINKAGES, Whiten
 from analysis.whitening.stored_whitening import load_whitening, save_projection, save_whitening
 from analysis.whitening.whitening import Whitening, WhiteningCheck
 
+if TYPE_CHECKING:
+    from analysis.whitening.texts.dataset import DatasetCreator, WhitenedDataset
+    from analysis.whitening.texts.extractor import ChunkedActivationExtractor
+
+_OF_TEXTS = {
+    "ChunkedActivationExtractor": "extractor",
+    "DatasetCreator": "dataset",
+    "WhitenedDataset": "dataset",
+}
+
 __all__ = [
     "BELOW_FLOOR",
     "METHODS",
     "SHRINKAGES",
+    "ChunkedActivationExtractor",
     "CoderWeights",
+    "DatasetCreator",
     "IncrementalWhitener",
     "QuantizedRows",
+    "WhitenedDataset",
     "Whitening",
     "WhiteningCheck",
     "WhiteningSettings",
@@ -23,3 +42,9 @@ __all__ = [
     "save_projection",
     "save_whitening",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _OF_TEXTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.texts.{_OF_TEXTS[name]}"), name)
