@@ -56,7 +56,7 @@ class TokenFilter:
         if "first" in self.exclude:
             if len(shape) < 2:
                 raise UsageError("exclude first: rows (n, d) have no samples; give a batch (n, seq, d)")
-            counts &= np.cumsum(is_real, axis=1) != 1
+            counts &= ~(is_real & (np.cumsum(is_real, axis=1) == 1))
         return counts
 
     def _unpadded(

@@ -62,6 +62,12 @@ def test_the_error_does_not_grow_with_the_number_of_steps():
     assert scaled_error(found.scatter, two_pass(x)[1]) < 3e-7
 
 
+def test_squares_of_bfloat16_do_not_round_one_way():
+    x = far_from_zero(8 * 1024, 64, sigmas=1.0).reshape(8, 1024, 64).astype(ml_dtypes.bfloat16)
+    found = in_steps(x, np.ones((8, 1024), bool), 1)
+    assert scaled_error(found.scatter, two_pass(x.reshape(-1, 64))[1]) < 3e-7
+
+
 def test_massive_values_leave_the_other_dimensions_as_exact():
     x = far_from_zero(4 * 700, WIDTH, seed=5, sigmas=1.0).reshape(4, 700, WIDTH).astype(np.float32)
     x[:, 0, 7] = 27000

@@ -62,6 +62,14 @@ def test_what_is_not_excluded_counts_and_the_mask_outranks_the_pad_id():
     assert none.update(x, np.zeros_like(mask)).moments.count == mask.sum()
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_the_first_token_is_the_first_that_is_no_padding_also_of_a_sample_of_one(left):
+    mask = np.array([[0, 0, 1, 1], [0, 0, 0, 1]]) if left else np.array([[1, 1, 0, 0], [1, 0, 0, 0]])
+    found = IncrementalWhitener(exclude=("first",)).counted(np.ones((2, 4, 3)), mask)
+    expected = [[1, 1, 0, 1], [1, 1, 1, 0]] if left else [[0, 1, 1, 1], [0, 1, 1, 1]]
+    np.testing.assert_array_equal(found, np.array(expected, bool))
+
+
 def test_rows_that_were_selected_before_are_taken_as_they_are():
     x, mask, ids = batches()[0]
     counts = mask & (ids != BOS)

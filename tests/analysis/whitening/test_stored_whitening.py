@@ -58,6 +58,15 @@ def test_a_run_whitens_what_it_stores(tmp_path):
     np.testing.assert_allclose(z, whitening.apply(X), atol=2e-5)
 
 
+def test_matrices_that_do_not_fit_the_mean_are_refused(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_whitening(fitted(n_components=4), str(path))
+    swapped = path.read_bytes().replace(b"[9,4]", b"[x,y]").replace(b"[4,9]", b"[9,4]").replace(b"[x,y]", b"[4,9]")
+    path.write_bytes(swapped)
+    with pytest.raises(UsageError, match=r"it is not a whitening \(mean, transform and inverse have shapes \(9,\)"):
+        load_whitening(str(path))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
