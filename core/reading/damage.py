@@ -9,7 +9,7 @@ import zstandard
 
 from core.base.errors import RunError
 
-# What json, gzip, numpy, zipfile, zstandard and struct raise for damaged files.
+# What json, gzip, pickle, numpy, zipfile, zstandard and struct raise for damaged files.
 _UNREADABLE = (
     ArithmeticError,
     AttributeError,
@@ -18,6 +18,7 @@ _UNREADABLE = (
     MemoryError,
     OSError,
     RuntimeError,
+    SystemError,
     TypeError,
     ValueError,
     struct.error,
