@@ -5,7 +5,26 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import zstandard
+
 from core.base.errors import RunError
+
+# What json, gzip, pickle, numpy, zipfile, zstandard and struct raise for damaged files.
+_UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    SystemError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    zstandard.ZstdError,
+)
 
 
 @contextmanager
@@ -16,6 +35,6 @@ def damage(root: str, name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise RunError(f"{root}/{name} is missing, though a commit record names it: {advice}") from error
-    except (ArithmeticError, EOFError, LookupError, OSError, TypeError, ValueError, struct.error, zlib.error) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RunError(f"{root}/{name} cannot be read: {reason}; {advice}") from error

@@ -1,6 +1,7 @@
 """Rows of a planes shard: the table of contents, then only the blocks in which the rows lie."""
 
 import io
+import math
 import struct
 import zipfile
 from typing import BinaryIO, cast
@@ -19,10 +20,11 @@ from core.shards.formats.planes_shard import Header, decode_block
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _INDEX = {"sample_idx": np.int64, "sample_offsets": np.int64, "token_ids": np.int32, "positions": np.int32}
 _TAIL_BYTES = 1 << 20
+_NPY_HEAD_BYTES = 4096
 
 
 class PlanesRows:
-    """See `RowFile`. Holds the last block that was decoded, and the arrays of the file that are not cut into blocks."""
+    """See `RowFile`. Holds the last block that was decoded, and of a file in a bucket also what is not in blocks."""
 
     def __init__(self, ranges: ByteRanges, expected: ExpectedRows) -> None:
         self._ranges, self._expected = ranges, expected
@@ -85,9 +87,7 @@ class PlanesRows:
 
     def _array(self, name: str) -> np.ndarray:
         if name not in self._arrays:
-            data = io.BytesIO(self._member(f"{name}.npy"))
-            array = np.lib.format.read_array(data, allow_pickle=False)
-            self._arrays[name] = array
+            self._arrays[name] = array = _array_in(self._member(f"{name}.npy"))
             _, _, kind = name.rpartition("/")
             if "/" in name:
                 self._expected.check_array(kind, array.shape, array.dtype, self._header.tokens)
@@ -110,3 +110,14 @@ class PlanesRows:
         if isal_zlib.crc32(found) != member.CRC:
             raise ValueError(f"{name} was damaged or changed: its CRC-32 is not that of its content")
         return found
+
+
+def _array_in(data: memoryview) -> np.ndarray:
+    """The array of a .npy file, as a view of its bytes: those of a mapped file take no memory of ours."""
+    head = io.BytesIO(data[:_NPY_HEAD_BYTES])
+    if np.lib.format.read_magic(head) != (1, 0):
+        raise ValueError("an array has a header of another version than runs write")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(head)
+    if is_fortran or dtype.hasobject:
+        raise ValueError(f"an array is {dtype}, or its columns stand together")
+    return np.frombuffer(data, dtype, math.prod(shape), head.tell()).reshape(shape)

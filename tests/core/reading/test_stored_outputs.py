@@ -303,3 +303,21 @@ def test_a_file_of_another_size_than_its_record_says_is_refused(tmp_path, shard_
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(RunError, match=r"bytes where .* were written"):
         list(open_activations(str(out)).tokens(2, "mlp", batch_size=4))
+
+
+@pytest.mark.parametrize("shard_format", ["pickle", "safetensors", "planes"])
+def test_changed_bytes_that_a_record_agrees_with_are_read_or_refused_in_one_line(tmp_path, shard_format):
+    out = synthetic(tmp_path, shard_format)
+    (path,) = out.glob("tpu_0/mlp/shard_0002.*")
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    ends = [*range(min(700, len(whole))), *range(max(0, len(whole) - 700), len(whole))]
+    for place in rng.choice(ends, 40).tolist():
+        data = bytearray(whole)
+        data[place] = rng.integers(256)
+        write_and_reseal(path, bytes(data), out / "tpu_0")
+        message = ""
+        try:
+            assert sum(len(batch) for batch in open_activations(str(out)).tokens([0, 2], "mlp", batch_size=9)) > 0
+        except RunError as error:
+            message = str(error)
+        assert message == "" or (str(path) in message and "\n" not in message)
