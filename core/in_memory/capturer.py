@@ -20,7 +20,7 @@ from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.in_memory.given_samples import Sample, as_many, check_token_ids, token_ids_of
 from core.jax_utils import LoadedBackend, enable_compilation_cache
-from core.reduce.pooling import FetchedRows, fetch_rows
+from core.reduce.pooling import fetch_rows
 from core.reduce.reducer import Reducer
 from core.reduce.reductions import Reduction, parse_pool
 from core.run.config import RunConfig
@@ -189,9 +189,9 @@ class Capturer:
         with ThreadPoolExecutor(lanes, "device") as device, tqdm(total=len(samples), disable=not show_bar) as bar:
             under_way: deque[tuple[Fetch, Future[StepOutput]]] = deque()
             for layout in layouts:
-                fetched = fetch_rows(layout, samples, window.lengths, pools)
-                computing = device.submit(self._compute, step_arrays(layout, token_ids), fetched)
-                under_way.append((fetched.fetch, computing))
+                fetch = fetch_rows(layout, samples, window.lengths, pools)
+                computing = device.submit(self._compute, step_arrays(layout, token_ids), fetch)
+                under_way.append((fetch, computing))
                 # One more than are computed at once: the device computes the next step while the last one is copied.
                 if len(under_way) > lanes:
                     _store(*under_way.popleft(), activations, bar)
@@ -204,9 +204,9 @@ class Capturer:
         stored = {site: self.reduction.arrays(widths[site], dtype) for site in self.layers}
         return WindowActivations.allocate(window, self.layers, stored, n_steps)
 
-    def _compute(self, arrays: StepArrays, fetched: FetchedRows) -> StepOutput:
-        output = gather(self.step(arrays), fetched.fetch.gathered)
-        return begin_copies(output if self._reduce is None else self._reduce(output, fetched.rows))
+    def _compute(self, arrays: StepArrays, fetch: Fetch) -> StepOutput:
+        output = gather(self.step(arrays), fetch.gathered)
+        return begin_copies(output if self._reduce is None else self._reduce(output, fetch))
 
 
 def _store(fetch: Fetch, computed: Future[StepOutput], activations: WindowActivations, bar: tqdm) -> None:

@@ -228,11 +228,11 @@ class _Totals:
 def time_step(job: Job, model: LoadedStep, window: Window, layout: StepLayout) -> tuple[float, float | None]:
     """Seconds of one step after compilation, and stored over raw bytes of its first row (None: nothing to measure)."""
     arrays = step_arrays(layout, [sample.token_ids for sample in window.samples])
-    fetch, rows = fetch_rows(layout, window.samples, window.lengths, job.pools)
+    fetch = fetch_rows(layout, window.samples, window.lengths, job.pools)
 
     def fetched() -> StepOutput:
         output = gather(model.step(arrays), fetch.gathered)
-        return on_host(begin_copies(output if model.reduce is None else model.reduce(output, rows)))
+        return on_host(begin_copies(output if model.reduce is None else model.reduce(output, fetch)))
 
     fetched()
     started = time.monotonic()

@@ -18,13 +18,14 @@ from jax.sharding import NamedSharding
 from core.base.errors import RunError, UsageError
 from core.jax_utils import COMPUTE_DTYPES, StepProgram, step_program
 from core.pricing.tpu_chips import CHIPS, Chip
-from core.reduce.pooling import FetchedRows, fetch_rows
+from core.reduce.pooling import fetch_rows
 from core.reduce.reducer import lower_reduction
 from core.reduce.reductions import Pool, Reduction
 from core.samples.windows import TokenizedSample
 from core.step.backend import StepRequest
+from core.step.fetching import Fetch
 from core.step.gathering import gather_program
-from core.step.layout import Row, StepLayout
+from core.step.layout import StepLayout
 from qwen2_jax import Decoder, DecoderConfig
 from qwen2_jax.checkpoints.weights import cut_config
 from qwen2_jax.sharding import ModelMesh
@@ -139,7 +140,7 @@ def _lower_reduction(
     reduction: Reduction,
     dtype: np.dtype,
 ) -> list[jax.stages.Lowered]:
-    (fetch, rows), before = _fetch_of_row(length, reduction.pools), []
+    fetch, before = _fetch_of_row(length, reduction.pools), []
     if fetch.gathered is not None:
         n_rows = next(iter(activations.values())).shape[1]
         places = jax.ShapeDtypeStruct((n_rows, fetch.gathered.shape[1]), jnp.int32, sharding=program.rows)
@@ -149,7 +150,7 @@ def _lower_reduction(
             {site: x.sharding for site, x in activations.items()},
         )
         before = list(taken.values())
-    return [*before, lower_reduction(activations, rows, reduction, dtype)]
+    return [*before, lower_reduction(activations, fetch, reduction, dtype)]
 
 
 def _with_shardings(
@@ -162,10 +163,10 @@ def _n_bytes(arrays: Any) -> int:
     return sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
 
-def _fetch_of_row(length: int, pools: tuple[Pool, ...]) -> FetchedRows:
+def _fetch_of_row(length: int, pools: tuple[Pool, ...]) -> Fetch:
     """Of a row that one sample fills."""
     sample = TokenizedSample(0, 0, 1, np.zeros(length, np.int32), length, "", n_pools=len(pools))
-    return fetch_rows(StepLayout(length, 1, (Row(length, (0,)),)), [sample], [length], pools)
+    return fetch_rows(StepLayout(length, 1, ((0,),)), [sample], [length], pools)
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int32, Num, Shaped
 
 from core.reduce.reductions import INDICES, LARGEST_CODE, QUANTIZATIONS, SCALE, VALUES, Pool, Quantization, Reduction
+from core.step.fetching import Fetch
 
 
 class StepRows(NamedTuple):
@@ -27,6 +28,14 @@ class StepRows(NamedTuple):
     weights: Float32[Array | np.ndarray, "P B K"]
     slots: Int32[Array | np.ndarray, "B K"]
     is_stored: Bool[Array | np.ndarray, "B U"]
+
+    @classmethod
+    def of(cls, fetch: Fetch) -> "StepRows":
+        """Of what is fetched of a step."""
+        n_rows = len(fetch.is_stored)
+        weights = np.zeros((0, n_rows, 0), np.float32) if fetch.weights is None else fetch.weights
+        slots = np.zeros((n_rows, 0), np.int32) if fetch.slots is None else fetch.slots
+        return cls(weights, slots, fetch.is_stored)
 
 
 class ReducedSite(NamedTuple):

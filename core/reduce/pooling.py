@@ -5,43 +5,30 @@ per row of the step: one for each fetched token, or P for each sample.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from core.reduce.arithmetic import StepRows
 from core.reduce.reductions import Pool
 from core.samples.windows import TokenizedSample
 from core.step.fetching import Fetch, Places, fetch_of, places_of
 from core.step.layout import StepLayout, sample_spans
 
 
-class FetchedRows(NamedTuple):
-    """fetch: the tokens of a step that are copied to the host. rows: the input of the step's reduction."""
-
-    fetch: Fetch
-    rows: StepRows
-
-
 def fetch_rows(
     layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
-) -> FetchedRows:
+) -> Fetch:
     """What is fetched of a step and what is stored of it. `samples` and their `lengths` are the window's.
 
     With pools, the tokens with a weight above 0 are fetched: all of them for a mean, one per sample for the last.
     """
-    if pools:
-        return _fetch_pools(layout, samples, lengths, pools)
-    fetch = fetch_of(layout, samples, lengths)
-    n_rows = len(fetch.is_stored)
-    nothing = np.zeros((0, n_rows, 0), np.float32), np.zeros((n_rows, 0), np.int32)
-    return FetchedRows(fetch, StepRows(*nothing, fetch.is_stored))
+    return _fetch_pools(layout, samples, lengths, pools) if pools else fetch_of(layout, samples, lengths)
 
 
 def _fetch_pools(
     layout: StepLayout, samples: Sequence[TokenizedSample], lengths: Sequence[int], pools: Sequence[Pool]
-) -> FetchedRows:
+) -> Fetch:
     weights = np.zeros((len(pools), layout.n_rows, layout.length), np.float32)
     slots = np.full((layout.n_rows, layout.length), -1, np.int32)
     in_row: dict[int, tuple[int, Places]] = {}
@@ -60,7 +47,7 @@ def _fetch_pools(
     if gathered is not None:
         weights, slots = _gathered(weights, slots, wanted, gathered, n_slots)
     fetch = Fetch.of(gathered, in_row, (layout.n_rows, len(pools) * n_slots))
-    return FetchedRows(fetch, StepRows(weights, slots, fetch.is_stored))
+    return replace(fetch, weights=weights, slots=slots)
 
 
 def _gathered(

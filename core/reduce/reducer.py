@@ -17,6 +17,7 @@ from jaxtyping import Array
 from core.reduce.arithmetic import ReducedSite, StepRows, reduce_site
 from core.reduce.reductions import Reduction, array_name
 from core.step.backend import StepOutput
+from core.step.fetching import Fetch
 from core.step.host_copies import begin_copy
 from qwen2_jax.sharding import DATA_AXIS
 
@@ -37,8 +38,8 @@ class Reducer:
         # Compile each program once.
         self._one_at_a_time = threading.Lock()
 
-    def __call__(self, output: StepOutput, rows: StepRows) -> StepOutput:
-        """Starts to reduce an output of (L, B, K, D) by site, whose tokens `rows` describes.
+    def __call__(self, output: StepOutput, fetch: Fetch) -> StepOutput:
+        """Starts to reduce an output of (L, B, K, D) by site, which holds the fetched tokens.
 
         Non-JAX arrays are copied to the host first, which blocks.
         """
@@ -49,7 +50,7 @@ class Reducer:
             key = frozenset(shardings.items())
             if key not in self._programs:
                 self._programs[key] = _Program(shardings, self._reduction, self._dtype)
-            return _as_output(self._programs[key](activations, rows))
+            return _as_output(self._programs[key](activations, StepRows.of(fetch)))
 
 
 def _as_output(reduced: Mapping[str, ReducedSite]) -> StepOutput:
@@ -99,11 +100,11 @@ def _reduction_of(shardings: Mapping[str, NamedSharding], reduction: Reduction, 
 
 
 def lower_reduction(
-    activations: Mapping[str, jax.ShapeDtypeStruct], rows: StepRows, reduction: Reduction, dtype: np.dtype
+    activations: Mapping[str, jax.ShapeDtypeStruct], fetch: Fetch, reduction: Reduction, dtype: np.dtype
 ) -> jax.stages.Lowered:
     """The reduction that a run compiles for `activations`, (L, B, K, D) with shardings; the devices may be absent.
 
-    rows: a `StepRows` of a single row; all rows of the step are assumed to be like it.
+    fetch: of a step with a single row; all rows are assumed to be like it.
     """
     shardings = {site: x.sharding for site, x in activations.items()}
     mesh, n_rows = next(iter(shardings.values())).mesh, next(iter(activations.values())).shape[1]
@@ -114,7 +115,7 @@ def lower_reduction(
             shape[tuple(spec).index(DATA_AXIS)] = n_rows
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    shapes: Any = map(struct, rows, _STEP_ROWS)  # in place of arrays
+    shapes: Any = map(struct, StepRows.of(fetch), _STEP_ROWS)  # in place of arrays
     matrices = None
     if reduction.projection is not None:
         matrices = tuple(struct(x, _WHOLE) for x in (reduction.projection.matrix, reduction.projection.mean))

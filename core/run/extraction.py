@@ -23,7 +23,7 @@ from core.base.errors import RunError
 from core.commit.record import CommitRecord, PartCounts, StoredFile, StoredPart, StoredSite
 from core.hosts.session import HostSession
 from core.reduce.losses import Losses, total_losses
-from core.reduce.pooling import FetchedRows, fetch_rows
+from core.reduce.pooling import fetch_rows
 from core.reduce.reducer import Reducer
 from core.reduce.reductions import Reduction
 from core.run.job import Job
@@ -55,7 +55,7 @@ class StepInFlight:
 
     Attributes:
       output: the step's output; after selection, the pending host copy of its fetched part.
-      fetched: the tokens that are copied and the rows that are stored; None until norms have decided.
+      fetch: the tokens that are copied and the rows that are stored; None until norms have decided.
     """
 
     part: PartOfWindow
@@ -63,7 +63,7 @@ class StepInFlight:
     layout: StepLayout
     output: Future[StepOutput]
     started: float
-    fetched: FetchedRows | None = None
+    fetch: Fetch | None = None
 
 
 @dataclass
@@ -145,9 +145,9 @@ class Extraction:
                 output = self._device.submit(self._compute, arrays)
                 flight = StepInFlight(part, activations, layout, output, started)
             else:
-                fetched = self._fetch_rows(layout, activations)
-                output = self._device.submit(self._compute_and_copy, arrays, fetched)
-                flight = StepInFlight(part, activations, layout, output, started, fetched)
+                fetch = self._fetch_rows(layout, activations)
+                output = self._device.submit(self._compute_and_copy, arrays, fetch)
+                flight = StepInFlight(part, activations, layout, output, started, fetch)
             if self._lanes == 1:
                 wait([output])  # a queued step would still be computed after the run is stopped
             steps.put(flight, clock)
@@ -156,7 +156,7 @@ class Extraction:
         number = part.part if self.job.identity.parts > 1 else None
         return WindowActivations.allocate(part.own, self.job.layers, self.job.stored, n_steps, number)
 
-    def _fetch_rows(self, layout: StepLayout, activations: WindowActivations) -> FetchedRows:
+    def _fetch_rows(self, layout: StepLayout, activations: WindowActivations) -> Fetch:
         return fetch_rows(layout, activations.samples, activations.window.lengths, self.job.pools)
 
     def _compute(self, arrays: StepArrays) -> StepOutput:
@@ -164,14 +164,14 @@ class Extraction:
         output = self.step(arrays)
         return replace(output, norms={site: begin_copy(norms) for site, norms in output.norms.items()})
 
-    def _compute_and_copy(self, arrays: StepArrays, fetched: FetchedRows) -> StepOutput:
-        return self._begin_copy(self.step(arrays), fetched)
+    def _compute_and_copy(self, arrays: StepArrays, fetch: Fetch) -> StepOutput:
+        return self._begin_copy(self.step(arrays), fetch)
 
-    def _begin_copy(self, output: StepOutput, fetched: FetchedRows) -> StepOutput:
+    def _begin_copy(self, output: StepOutput, fetch: Fetch) -> StepOutput:
         """Starts to copy the fetched part of a step to the host. The rest can be freed on the device."""
-        output = gather(output, fetched.fetch.gathered)
+        output = gather(output, fetch.gathered)
         if self.reduce is not None and self.job.backend.reduces_on_device:
-            output = self.reduce(output, fetched.rows)
+            output = self.reduce(output, fetch)
         return begin_copies(output)
 
     def _acquire_buffer(self) -> None:
@@ -197,10 +197,10 @@ class Extraction:
             output = self._wait_for_device(flight, clock)
             norms = {site: np.asarray(norms) for site, norms in output.norms.items()}
             flight.activations.select(flight.layout, norms, selection)
-            fetched = self._fetch_rows(flight.layout, flight.activations)
-            copying = self._device.submit(self._begin_copy, output, fetched)
+            fetch = self._fetch_rows(flight.layout, flight.activations)
+            copying = self._device.submit(self._begin_copy, output, fetch)
             # Drop references so the full output is freed while waiting.
-            flight = replace(flight, output=copying, fetched=fetched)
+            flight = replace(flight, output=copying, fetch=fetch)
             del output
             selected.put(flight, clock)
             del flight
@@ -224,9 +224,9 @@ class Extraction:
 
     def _store_rows(self, flight: StepInFlight, clock: StageClock) -> None:
         """Scatters the output of a step into the arrays of its window, once it is copied and checked."""
-        assert flight.fetched is not None
-        fetch, activations = flight.fetched.fetch, flight.activations
-        output = self._on_host(flight, flight.fetched, clock)
+        fetch, activations = flight.fetch, flight.activations
+        assert fetch is not None
+        output = self._on_host(flight, fetch, clock)
         check_peaks(flight, fetch, output.peaks, self.job)
         activations.scatter(fetch, output.arrays)
         if self._codes_rows:
@@ -234,18 +234,18 @@ class Extraction:
         lengths = [len(activations.samples[sample].token_ids) for sample in fetch.samples]
         self.progress.computed(len(lengths), sum(lengths))
 
-    def _on_host(self, flight: StepInFlight, fetched: FetchedRows, clock: StageClock) -> StepOutput:
+    def _on_host(self, flight: StepInFlight, fetch: Fetch, clock: StageClock) -> StepOutput:
         """The output of a step, on the host."""
         output = on_host(flight.output.result() if self._norms_decide else self._wait_for_device(flight, clock))
         if self.reduce is not None and not self.job.backend.reduces_on_device:
-            output = on_host(self.reduce(output, fetched.rows))
+            output = on_host(self.reduce(output, fetch))
         return output
 
     def _wait_for_device(self, flight: StepInFlight, clock: StageClock) -> StepOutput:
         """Waits for the step, and counts the time as the device's rather than the copy's."""
         waiting_since = time.monotonic()
         output = flight.output.result()
-        wait_for(output.norms if flight.fetched is None else output.peaks)
+        wait_for(output.norms if flight.fetch is None else output.peaks)
         ready = time.monotonic()
         clock.waiting += ready - waiting_since
         self.pipeline.clock("forward").add_busy(ready - max(flight.started, self._device_free_at))

@@ -1,14 +1,14 @@
 """The tokens of a step that are copied to the host, and where each sample's are among them.
 
 Axis letters: B rows of a step, T tokens of a row, K fetched tokens of a row, U output rows per row of the step: one for
-each fetched token, or a few for each sample.
+each fetched token, or P, one for each pool, for each sample.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
 from core.samples.windows import TokenizedSample
 from core.step.layout import StepLayout, sample_spans
@@ -29,11 +29,16 @@ class Fetch:
       gathered: the places of the fetched tokens in their row; None: whole rows.
       samples: by sample of the window (row of the step, index of its stored rows in that row of the output).
       is_stored: mask of the stored output rows.
+      weights: of each fetched token in each pool of its sample, 0 outside it; None where tokens are stored.
+      slots: the place of its sample among those of the row, for each fetched token; a number that no sample has for
+        padding.
     """
 
     gathered: Int32[np.ndarray, "B K"] | None
     samples: dict[int, tuple[int, Places]]
     is_stored: Bool[np.ndarray, "B U"]
+    weights: Float32[np.ndarray, "P B K"] | None = None
+    slots: Int32[np.ndarray, "B K"] | None = None
 
     @classmethod
     def of(

@@ -18,20 +18,15 @@ LONG_ROW = 2
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a step: the window's samples that share it, in row order, and its padded length."""
-
-    length: int
-    samples: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class StepLayout:
-    """Which samples one step computes: `rows` of equal length, filled up to `n_rows` with empty ones."""
+    """Which samples one step computes: `rows` of equal length, filled up to `n_rows` with empty ones.
+
+    rows: the window's samples that share each row, in their order.
+    """
 
     length: int
     n_rows: int
-    rows: tuple[Row, ...]
+    rows: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -90,8 +85,8 @@ def _round_up(length: int) -> int:
     return -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def lay_out_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
-    """Lays samples of `lengths` tokens into rows, longest row first.
+def lay_out_rows(lengths: Sequence[int], shape: BatchShape) -> dict[int, list[tuple[int, ...]]]:
+    """Lays samples of `lengths` tokens into rows: by the length of the rows, longest first, the samples of each.
 
     Best-fit decreasing: a sample goes to the open row that it fills best, else opens another of the longest length.
     Every row is then cut down to the shortest length that holds its samples.
@@ -105,8 +100,10 @@ def lay_out_rows(lengths: Sequence[int], shape: BatchShape) -> list[Row]:
             members.append([])
         members[row].append(index)
         open_rows.add(row, room - lengths[index])
-    rows = [Row(_shortest(shape, sum(lengths[index] for index in row)), tuple(row)) for row in members]
-    return sorted(rows, key=lambda row: -row.length)
+    by_length: dict[int, list[tuple[int, ...]]] = defaultdict(list)
+    for samples in members:
+        by_length[_shortest(shape, sum(lengths[index] for index in samples))].append(tuple(samples))
+    return dict(sorted(by_length.items(), reverse=True))
 
 
 def _shortest(shape: BatchShape, needed: int) -> int:
@@ -143,14 +140,13 @@ def lay_out_steps(lengths: Sequence[int], shape: BatchShape) -> list[StepLayout]
     A full step has `rows_per_step` rows. The last rows of a length form smaller steps (4, 2, 1 × row_multiple)
     instead of being padded to a full step: few static shapes, little padding.
     """
-    rows = lay_out_rows(lengths, shape)
     steps = []
-    for length in sorted({row.length for row in rows}, reverse=True):
-        same = [row for row in rows if row.length == length]
-        while same:
-            n_rows = _step_rows(len(same), shape)
-            steps.append(StepLayout(length, n_rows, tuple(same[:n_rows])))
-            same = same[n_rows:]
+    for length, rows in lay_out_rows(lengths, shape).items():
+        first = 0
+        while first < len(rows):
+            n_rows = _step_rows(len(rows) - first, shape)
+            steps.append(StepLayout(length, n_rows, tuple(rows[first : first + n_rows])))
+            first += n_rows
     return steps
 
 
@@ -179,9 +175,9 @@ def step_arrays(layout: StepLayout, token_ids: Sequence[Int32[np.ndarray, "_"]])
 def sample_spans(layout: StepLayout, lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
     """Where each sample of a step lies: (row, sample, first token, one past the last token)."""
     spans = []
-    for row_index, row in enumerate(layout.rows):
+    for row_index, samples in enumerate(layout.rows):
         start = 0
-        for sample in row.samples:
+        for sample in samples:
             stop = start + lengths[sample]
             spans.append((row_index, sample, start, stop))
             start = stop

@@ -11,7 +11,7 @@ from core.reduce.losses import LossSum, total_losses
 from core.reduce.pooling import fetch_rows
 from core.reduce.reductions import Pool, Quantization, Reduction, parse_pool, restore
 from core.samples.windows import TokenizedSample
-from core.step.layout import Row, StepLayout
+from core.step.layout import StepLayout
 
 F32 = np.dtype(np.float32)
 
@@ -90,13 +90,13 @@ def test_pools_of_packed_rows_are_those_of_each_sample_alone(pools, selects):
         )
     assert not selects or any(not len(sample.stored_places) for sample in samples)
     numbers = iter(range(len(flat)))
-    layout = StepLayout(32, len(lengths) + 1, tuple(Row(32, tuple(next(numbers) for _ in row)) for row in lengths))
+    layout = StepLayout(32, len(lengths) + 1, tuple(tuple(next(numbers) for _ in row) for row in lengths))
     parsed = tuple(map(parse_pool, pools))
-    fetch, rows = fetch_rows(layout, samples, flat, parsed)
+    fetch = fetch_rows(layout, samples, flat, parsed)
     x = tokens(2, layout.n_rows, 32, 3)
     taken = x if fetch.gathered is None else np.take_along_axis(x, fetch.gathered[None, :, :, None], axis=2)
-    arrays, peaks, _ = reduced(taken, rows, pools=parsed)
-    starts = {s: sum(flat[o] for o in row.samples[: row.samples.index(s)]) for row in layout.rows for s in row.samples}
+    arrays, peaks, _ = reduced(taken, StepRows.of(fetch), pools=parsed)
+    starts = {s: sum(flat[o] for o in row[: row.index(s)]) for row in layout.rows for s in row}
     for index, (row, places) in fetch.samples.items():
         found = arrays["activation"][:, row, places]
         assert found.shape[1] == samples[index].n_rows == (len(pools) if len(samples[index].stored_places) else 0)

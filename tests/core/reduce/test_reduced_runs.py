@@ -155,10 +155,10 @@ def test_what_is_brought_to_the_host_is_a_row_for_each_pool_of_a_sample(full, st
     part = next(job.parts_of(next(job.windows())))
     layout = job.layouts_of(part)[0]
     output = step(step_arrays(layout, [sample.token_ids for sample in part.own.samples]))
-    fetch, of_step = fetch_rows(layout, part.own.samples, part.own.lengths, job.pools)
+    fetch = fetch_rows(layout, part.own.samples, part.own.lengths, job.pools)
     reduce = Reducer(job.reduction, DTYPES["float32"])
-    output = on_host(begin_copies(reduce(gather(output, fetch.gathered), of_step)))
-    most = max(len(row.samples) for row in layout.rows)
+    output = on_host(begin_copies(reduce(gather(output, fetch.gathered), fetch)))
+    most = max(map(len, layout.rows))
     for site, array in output.arrays.items():
         layers, rows, units, width = array.shape
         assert (layers, rows, width) == (len(LAYERS), layout.n_rows, WIDTHS[site])

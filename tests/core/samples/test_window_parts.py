@@ -42,7 +42,7 @@ def test_any_number_of_hosts_takes_every_part_with_a_sample_once_and_all_have_as
         assert [part.is_last for part in host] == [False] * (len(host) - 1) + [True]
     for part in itertools.chain.from_iterable(turns):
         steps = lay_out_part(part.own.lengths, SHAPE)
-        placed = [sample for step in steps for row in step.rows for sample in row.samples]
+        placed = [sample for step in steps for row in step.rows for sample in row]
         assert sorted(placed) == list(range(len(part.own.samples)))
         assert steps, "a part without steps would get lost on its way"
 

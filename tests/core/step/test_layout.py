@@ -31,20 +31,23 @@ shapes = st.builds(
 @given(lengths_lists, shapes)
 def test_every_sample_lies_in_exactly_one_row_and_fits(lengths, shape):
     steps = lay_out_steps(lengths, shape)
-    placed = [sample for step in steps for row in step.rows for sample in row.samples]
+    placed = [sample for step in steps for row in step.rows for sample in row]
     assert sorted(placed) == list(range(len(lengths)))
     for step in steps:
         assert step.n_rows % shape.row_multiple == 0
         assert len(step.rows) <= step.n_rows <= shape.rows_per_step
-        assert all(sum(lengths[sample] for sample in row.samples) <= step.length == row.length for row in step.rows)
+        assert all(sum(lengths[sample] for sample in row) <= step.length for row in step.rows)
 
 
 @given(lengths_lists, shapes)
 def test_rows_are_in_descending_length_and_single_without_packing(lengths, shape):
     rows = lay_out_rows(lengths, shape)
-    assert [row.length for row in rows] == sorted((row.length for row in rows), reverse=True)
-    if not shape.pack:
-        assert all(len(row.samples) == 1 for row in rows)
+    assert list(rows) == sorted(rows, reverse=True)
+    for length, of_length in rows.items():
+        for samples in of_length:
+            needed = sum(lengths[sample] for sample in samples)
+            assert length == min(fitting for fitting in shape.row_lengths if fitting >= needed)
+            assert shape.pack or len(samples) == 1
 
 
 @given(lengths_lists, shapes)
