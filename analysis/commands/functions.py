@@ -76,9 +76,8 @@ def whiten_fit(
 ) -> "FitReport":
     """Fits a whitening of one layer: `report.whitening`, and a safetensors file at `output`.
 
-    Args:
-      method, shrinkage, components, below: see `analysis.whitening.WhiteningSettings`.
-      stats: what `stats` or `IncrementalWhitener.save` wrote, in place of reading the shards; `drop` is not used then.
+    method, shrinkage, components, below: see `analysis.whitening.WhiteningSettings`.
+    stats: what `stats` or `IncrementalWhitener.save` wrote, in place of the shards; `drop` is not used then.
 
     Raises UsageError for what is not stored or cannot be, RunError naming a damaged file.
     """

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from analysis.passes import PartFacts
-from analysis.whitened.chunks import CHUNK_WRITERS, NO_TOKEN, WhitenedChunk, ChunkPlace
+from analysis.whitened.chunks import CHUNK_WRITERS, NO_TOKEN, ChunkPlace, WhitenedChunk
 from analysis.whitening import Whitening
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError
