@@ -186,8 +186,11 @@ def _check_folders(
     checked = iter(check_windows(windows, *where))
     for each in found:
         own = list(itertools.islice(checked, len(each.records)))
-        if each.stream is not None and each.is_readable:
-            _check_folder(root, each, each.stream, own, names, allow_unfinished)
+        try:
+            if each.stream is not None and each.is_readable:
+                _check_folder(root, each, each.stream, own, names, allow_unfinished)
+        except RunError as error:
+            each.report.problems.append(str(error))
 
 
 def _check_folder(
