@@ -3,10 +3,13 @@
 import contextlib
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import environment
 from light_passes import MatrixSum
 
 from analysis.passes import PartialStore, RunnerChoice, run_pass
@@ -172,3 +175,34 @@ def test_partials_in_a_bucket_of_the_storage_service(bucket, tmp_path, expected)
     store.remove(MatrixSum())
     assert run_pass(again, PARTS, partials=store) == expected
     assert len(again.mapped()) == 4 + len(PARTS)
+
+
+POOL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from light_passes import MatrixSum
+from analysis.passes import PartialStore, RunnerChoice, run_pass
+if __name__ == "__main__":
+    run_pass(MatrixSum(log=sys.argv[2], pause_s=0.2), range(200), partials=PartialStore(sys.argv[3]),
+             runner=RunnerChoice("processes", 2))
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed_and_their_partials_count(tmp_path, expected):
+    log, store = tmp_path / "log", PartialStore(str(tmp_path / "analysis"))
+    log.mkdir()
+    argv = [sys.executable, "-c", POOL, str(Path(__file__).parents[2]), str(log), store.url]
+    parent = subprocess.Popen(argv, env=environment())
+    while len(list(tmp_path.rglob("*.partial"))) < 4:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    workers = {int(path.name.split("-")[1]) for path in log.iterdir()}
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.05)
+    again = logged(tmp_path / "again")
+    assert run_pass(again, PARTS, partials=store) == expected
+    assert len(again.mapped()) <= len(PARTS) - 4
