@@ -47,7 +47,8 @@ test-benchmarks: .venv/.installed-dev
 
 # A selection of these is a part of `make test`.
 test-faults: .venv/.installed-dev
-	FAULTS=all $(PYTEST) tests/faults tests/runs/test_pod_slice.py tests/runs/test_kill_resume.py
+	FAULTS=all $(PYTEST) tests/faults tests/runs/test_pod_slice.py tests/runs/test_kill_resume.py \
+		tests/analysis/passes/test_partials.py tests/analysis/stats/test_killed_stats.py
 
 # In an environment of their own: these tools pin packages that the project uses too.
 build/launchers/.installed: launchers/requirements.txt launchers/constraints.txt

@@ -42,7 +42,7 @@ class MatrixSum:
         time.sleep(self.pause_s + (self.slow_s if part == 0 else 0))
         if self.log is not None:
             Path(self.log, f"{part}-{os.getpid()}-{time.monotonic_ns()}").touch()
-        matrix = np.random.default_rng(part).normal(size=(self.width, 2 * self.width)).astype(np.float32)
+        matrix = np.random.default_rng(part).normal(size=(self.width, 2 * self.width))
         return matrix @ matrix.T
 
     def merge(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -55,7 +55,7 @@ class MatrixSum:
         return partial.tobytes()
 
     def unpack(self, data: bytes) -> np.ndarray:
-        return np.frombuffer(data, np.float32).reshape(self.width, self.width)
+        return np.frombuffer(data, np.float64).reshape(self.width, self.width)
 
     def mapped(self) -> list[int]:
         """The parts that were mapped, once for each time."""

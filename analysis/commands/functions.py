@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from core.base.arguments import checked_arguments, path_text
+from core.base.errors import UsageError
 
 if TYPE_CHECKING:
     from analysis.stats import StatsReport
@@ -76,9 +77,8 @@ def whiten_fit(
 ) -> "FitReport":
     """Fits a whitening of one layer: `report.whitening`, and a safetensors file at `output`.
 
-    Args:
-      method, shrinkage, components, below: see `analysis.whitening.WhiteningSettings`.
-      stats: what `stats` or `IncrementalWhitener.save` wrote, in place of reading the shards; `drop` is not used then.
+    method, shrinkage, components, below: see `analysis.whitening.WhiteningSettings`.
+    stats: what `stats` or `IncrementalWhitener.save` wrote, in place of the shards; `drop` is not used then.
 
     Raises UsageError for what is not stored or cannot be, RunError naming a damaged file.
     """
@@ -153,5 +153,7 @@ def _layer(
     from analysis.stats import drop_rules
     from analysis.whitened import LayerRequest
 
+    if stats is not None and (drop, tokenizer) != (None, None):
+        raise UsageError(f"drop, tokenizer: the tokens that count are those of {stats}: leave them out")
     stored = None if stats is None else path_text(stats, "stats")
     return LayerRequest(path_text(dir, "dir"), layer, site, drop_rules(drop, tokenizer), stored)

@@ -21,6 +21,7 @@ from core.object_store.shared import shared_store
 
 FOLDER = "partials"
 _PREFIX_BYTES = 8
+_ELSEWHERE = "or choose another folder for partial results: --partials FOLDER, or none"
 Partial = TypeVar("Partial")
 
 
@@ -64,6 +65,8 @@ class PartialStore:
             data = self._store.read_bytes(key.path)
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise RunError(f"{self.url}/{key.path} cannot be read: {error.strerror or error}; {_ELSEWHERE}") from error
         try:
             header, payload = _parse(data)
             partial = a_pass.unpack(payload)
@@ -80,7 +83,11 @@ class PartialStore:
         payload = a_pass.pack(partial)
         header = canonical_json(_described(key) | {"sha256": hashlib.sha256(payload).hexdigest()})
         data = len(header).to_bytes(_PREFIX_BYTES, "little") + header + payload
-        if self._store.create_bytes(key.path, data) is not Created.ALREADY_DIFFERENT:
+        try:
+            created = self._store.create_bytes(key.path, data)
+        except RunError as error:
+            raise RunError(f"{error}; {_ELSEWHERE}") from error
+        if created is not Created.ALREADY_DIFFERENT:
             return partial
         # On other hardware last bits differ; one of both results must hold for every reader.
         theirs = self.read(a_pass, key)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from absl import logging
+
 from analysis.moments import Moments
 from analysis.passes import PartialStore, run_pass
 from analysis.stats.moments_pass import MomentsPass
@@ -11,8 +13,8 @@ from core.base.errors import RunError, UsageError
 from core.reading import Activations, ShardPart
 from core.reading.dropping import Dropping
 
-GROUP_BYTES = 512 << 20
-"""The scatter matrices of the layers of one pass: 4 layers of width 4096, 12 of 2304, 83 of 896."""
+GROUP_BYTES = 256 << 20
+"""The scatter matrices of the layers of one pass: 2 layers of width 4096, 6 of 2304, 41 of 896."""
 _SHARE_OF_INPUT = 4
 _LARGEST_BLOCK = 64
 
@@ -50,12 +52,16 @@ def layer_moments(acts: Activations, request: StatsRequest, options: PassOptions
 
     Partials stay stored until `remove_partials`. Raises RunError naming a damaged file, or if no token counts.
     """
-    for group in groups_of(acts, request):
+    groups, runner, partials = groups_of(acts, request), options.choice(), options.store(acts.url)
+    for number, group in enumerate(groups, 1):
+        if len(groups) > 1:
+            layers = ", ".join(map(str, group.layers))
+            logging.info("stats: pass %d of %d: %s, layers %s", number, len(groups), group.site, layers)
         found = run_pass(
             group,
             acts.parts,
-            runner=options.choice(),
-            partials=options.store(acts.url),
+            runner=runner,
+            partials=partials,
             block=block_size(acts.parts, group, acts.width(group.site)),
         )
         for layer in group.layers:

@@ -66,13 +66,24 @@ def verify(
     streams = {each.folder: each.stream.stream for each in found if each.stream is not None}
     if only is not None:
         return VerificationReport(root.url, tuple(reports.values()))
+    problems, notes = _common_problems(root, names, reports, streams, allow_unfinished)
+    return VerificationReport(root.url, tuple(reports.values()), tuple(problems), tuple(notes))
+
+
+def _common_problems(
+    root: ObjectStore,
+    names: Sequence[str],
+    reports: dict[str, FolderReport],
+    streams: Mapping[str, StreamIdentity],
+    allow_unfinished: bool,
+) -> tuple[list[str], list[str]]:
+    """Problems and notes beyond single folders; adds what concerns one to its report, and missing reports."""
     faults = share_faults(streams)
     problems = [*faults.problems, *([] if allow_unfinished else faults.unfinished)]
     # A missing dataset.json is reported, too: without it missing shards cannot be found.
-    if DATASET_FILE in names or any(map(SHARD_NAME.fullmatch, folders)):
+    if DATASET_FILE in names or any(map(SHARD_NAME.fullmatch, reports)):
         problems += _verify_dataset(root, reports, streams, allow_unfinished)
-    notes = [*(faults.unfinished if allow_unfinished else ()), *_claim_notes(root, names)]
-    return VerificationReport(root.url, tuple(reports.values()), tuple(problems), tuple(notes))
+    return problems, [*(faults.unfinished if allow_unfinished else ()), *_claim_notes(root, names)]
 
 
 def listed_root(url: str) -> tuple[ObjectStore, list[str], str | None]:
@@ -175,8 +186,11 @@ def _check_folders(
     checked = iter(check_windows(windows, *where))
     for each in found:
         own = list(itertools.islice(checked, len(each.records)))
-        if each.stream is not None and each.is_readable:
-            _check_folder(root, each, each.stream, own, names, allow_unfinished)
+        try:
+            if each.stream is not None and each.is_readable:
+                _check_folder(root, each, each.stream, own, names, allow_unfinished)
+        except RunError as error:
+            each.report.problems.append(str(error))
 
 
 def _check_folder(

@@ -12,7 +12,9 @@ import pytest
 from resealing import write_and_reseal
 from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
+from analysis.passes import PartialStore, RunnerChoice
 from analysis.verification.verify import verify
+from analysis.verification.window_checks import check_window
 from core.base.canonical_json import read_sealed_json, sealed_json
 from core.base.errors import RunError, UsageError
 from core.commit.record import CommitRecord
@@ -326,3 +328,21 @@ def test_an_output_behind_a_url_is_downloaded_once_and_in_pieces(out, tmp_path, 
     fs.pipe_file(damaged, fs.cat_file(damaged)[:-1])
     assert any("samples_0001" in problem for problem in problems(f"memory:/{root}"))
     fs.rm(root, recursive=True)
+
+
+def test_an_interrupted_verification_goes_on_with_the_same_report(out, tmp_path, monkeypatch):
+    whole, store = verify(str(out)), PartialStore(str(tmp_path / "partials"))
+    checked: list[int] = []
+
+    def counting(root, folder, record, format_name):
+        checked.append(record.window)
+        if record.window == 3 and checked.count(3) == 1:
+            raise KeyboardInterrupt
+        return check_window(root, folder, record, format_name)
+
+    monkeypatch.setattr("analysis.verification.windows_pass.check_window", counting)
+    with pytest.raises(KeyboardInterrupt):
+        verify(str(out), runner=RunnerChoice("local"), partials=store)
+    assert verify(str(out), runner=RunnerChoice("threads", 3), partials=store) == whole
+    assert [checked.count(window) for window in (1, 2, 3, 4)] == [1, 1, 2, 1]
+    assert not (tmp_path / "partials").exists()

@@ -107,6 +107,11 @@ def test_kept_partials_disturb_neither_verify_nor_a_run_that_goes_on(home, tmp_p
         (["stats", "out", "--runner", "local", "--workers", "2"], 2, "error: runner local has one worker"),
         (["whiten", "fit", "out", "--output", "x"], 2, "error: "),
         (["whiten", "fit", "out", "--site", "mlp", "--layer", "1", "--components", "3", "--output", "x"], 2, "use pca"),
+        (
+            ["whiten", "fit", "out", "--drop", "0:2", "--stats", "s.npz", "--output", "x"],
+            2,
+            "tokens that count are those",
+        ),
         (["whiten", "check", "out", "--whitening", "missing"], 2, "error: missing: there is no such file"),
         (["whiten"], 2, "error: the following arguments are required: step"),
     ],

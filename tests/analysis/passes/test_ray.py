@@ -10,6 +10,8 @@ from light_passes import MatrixSum
 pytest.importorskip("ray", reason="Ray is not installed: make test-ray")
 
 from analysis.passes import PartialStore, RunnerChoice, run_pass
+from analysis.stats import PassOptions, StatsRequest, drop_rules, stats
+from benchmarks.storage.synthetic_run import SyntheticRun, write_run
 from core.base.errors import RunError
 
 PARTS = list(range(24))
@@ -78,3 +80,13 @@ def test_a_node_that_is_killed_in_the_middle_changes_nothing(cluster, expected, 
 def test_a_cluster_that_is_not_there_is_one_line():
     with pytest.raises(RunError, match=r"^--ray_address 127.0.0.1:1: "):
         run_pass(MatrixSum(), PARTS, runner=RunnerChoice("ray", ray_address="127.0.0.1:1"))
+
+
+def test_statistics_on_the_cluster_have_the_bytes_of_one_process(cluster, tmp_path):
+    run = SyntheticRun({"mlp": ((0, 2), 64)}, shard_format="safetensors", dtype="float16")
+    write_run(tmp_path / "out", run, [[200, 60]] * 9)
+    request = StatsRequest(drop=drop_rules(None))
+    for name, options in (("one.npz", PassOptions()), ("ray.npz", PassOptions(ray_address=cluster.address))):
+        stats(str(tmp_path / "out"), request, options, str(tmp_path / name))
+    assert (tmp_path / "ray.npz").read_bytes() == (tmp_path / "one.npz").read_bytes()
+    assert not (tmp_path / "out/analysis").exists()

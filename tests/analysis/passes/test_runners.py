@@ -30,17 +30,17 @@ def test_blocks_do_not_change_a_bit(expected, block):
     assert run_pass(MatrixSum(), PARTS, block=block) == expected
 
 
-@pytest.mark.parametrize(("name", "workers"), [("threads", 3), ("processes", 2), ("processes", 7)])
+@pytest.mark.parametrize(("name", "workers"), [("threads", 2), ("processes", 7)])
 def test_bits_are_equal_over_workers_also_where_part_0_is_last(expected, name, workers):
     assert run_pass(MatrixSum(slow_s=1.0), PARTS, runner=RunnerChoice(name, workers)) == expected
 
 
 def test_the_result_is_the_sum(expected):
-    exact = np.zeros((300, 300))
+    exact = np.zeros((4, 300))
     for part in PARTS:
-        matrix = np.random.default_rng(part).normal(size=(300, 600)).astype(np.float32).astype(np.float64)
-        exact += matrix @ matrix.T
-    np.testing.assert_allclose(np.frombuffer(expected, np.float32).reshape(300, 300), exact, rtol=1e-4, atol=1e-2)
+        matrix = np.random.default_rng(part).normal(size=(300, 600))
+        exact += np.einsum("ik,jk->ij", matrix[:4], matrix)
+    np.testing.assert_allclose(np.frombuffer(expected).reshape(300, 300)[:4], exact, rtol=1e-9, atol=1e-9)
 
 
 SUM = """
