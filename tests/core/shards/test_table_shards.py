@@ -87,7 +87,7 @@ def test_many_samples_are_cut_into_groups_of_a_few(monkeypatch, fmt):
 
 
 @pytest.mark.parametrize("fmt", ["npz", *TABLES])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_changes_values_alone(fmt, place, bit):
     shard = content([3, 4])
