@@ -75,3 +75,15 @@ def test_llamascopium_loads_every_row_in_order(run, samples, tmp_path, read_with
     assert n_rows > len(wanted) - 4
     np.testing.assert_array_equal(found["values"], wanted[:n_rows])
     np.testing.assert_array_equal(found["tokens"], np.concatenate([s.token_ids for s in samples])[:n_rows])
+
+
+@pytest.mark.parametrize(
+    ("environment", "line"),
+    [("sae_lens", "from sae_lens.config import"), ("dictionary_learning", "from dictionary_learning.training import")],
+)
+def test_trainers_take_batches_as_the_page_says(tmp_path, read_with, environment, line):
+    make_run(tmp_path / "activations", dtype="bfloat16")
+    found = read_with(environment, "run_snippet", tmp_path, LAYER, line)
+    assert sorted(found["decoder"].shape) == [WIDTH, 16 * WIDTH]
+    assert np.isfinite(found["decoder"]).all()
+    assert found["taken"] > 1  # epochs of 57 tokens
