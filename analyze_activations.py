@@ -6,6 +6,7 @@ In Python: `verify(dir)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir,
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -188,6 +189,8 @@ def import_activations(
 
 def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     exporting = commands.add_parser("export", help="write one layer in the format of another tool")
+    # Otherwise argparse takes `-8:` in `--drop -8:` for an unknown flag.
+    exporting._negative_number_matcher = re.compile(r"-[0-9.]+(:-?[0-9]*)?$")
     add = exporting.add_argument
     add("dir", help="the output folder of a run, local or a URL, or one worker's folder in it")
     add("--to", required=True, choices=EXPORT_FORMATS, help="the format, see docs/exporting.md")

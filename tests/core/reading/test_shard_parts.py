@@ -147,8 +147,9 @@ def test_what_is_not_stored_is_refused_in_one_line(runs):
             part.read(*arguments)
 
 
-def test_windows_in_parts_are_parts_in_order(tmp_path):
-    out = written(tmp_path, "safetensors", n_parts=2)
+@pytest.mark.parametrize("shard_format", [name for name in FORMATS if name not in ("pickle", "planes")])
+def test_windows_in_parts_are_parts_in_order(tmp_path, shard_format):
+    out = written(tmp_path, shard_format, n_parts=2)
     parts = open_activations(str(out)).parts
     assert [(part.window, part.part) for part in parts] == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 1)]
     assert [index for part in parts for index in part.read("mlp").sample_idx] == list(range(7))

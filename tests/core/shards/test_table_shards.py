@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import content, selected, written
 
-from core.shards.formats import FORMATS, read_shard
+from core.shards.formats import FORMATS, parquet_footer, read_shard
 from core.shards.formats.arrow_table import shard_batches, shard_schema
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -152,6 +152,32 @@ def test_a_parquet_file_that_expands_beyond_measure_is_refused(monkeypatch):
     data = stored(bomb, compression="zstd", use_dictionary=False, write_statistics=False)
     assert len(data) < 8192
     refused("parquet", data, "bytes would expand to 4194")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_footer_that_would_end_the_process_is_refused(place):
+    """Lists of another length than the levels of a column: pyarrow 26 aborts in `RowGroupMetaData.column`."""
+    histogram = {2: [0, 0, 0], 3: [0, 0, 0, 0, 0, 0]}
+    fields = {2: [0, 3], 3: [b"a", b"list", b"element", b"list", b"element"], 5: 1, 6: 1, 7: 1, 16: histogram}
+    assert parquet_footer._chunk(fields).path == "a.list.element.list.element"
+    histogram[2 + place] = [0]
+    with pytest.raises(ValueError, match="has histograms of other levels"):
+        parquet_footer._chunk(fields)
+
+
+def test_the_footer_says_what_pyarrow_says():
+    data = written("parquet", selected([3, 1, 4]))
+    group = parquet.read_metadata(io.BytesIO(data)).row_group(0)
+    chunks = parquet_footer.read_chunks(io.BytesIO(data))
+    assert len(chunks) == group.num_columns
+    for chunk, column in zip(chunks, map(group.column, range(group.num_columns)), strict=True):
+        assert chunk.path == column.path_in_schema
+        assert set(chunk.encodings) == set(column.encodings)
+        assert (chunk.n_values, chunk.compressed, chunk.uncompressed) == (
+            column.num_values,
+            column.total_compressed_size,
+            column.total_uncompressed_size,
+        )
 
 
 def test_an_arrow_file_that_is_compressed_or_shares_its_bytes_is_refused():
