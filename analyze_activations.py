@@ -17,11 +17,11 @@ from core.backends import BACKENDS, choose_backend
 from core.base.arguments import path_text
 from core.base.command_line import CommandParser, not_negative, positive, run_command
 from core.base.dtypes import DTYPES
-from core.shards.formats import FORMATS
 
+# The keys of registries that are not imported for every command.
 EXPORT_FORMATS = ("npz", "parquet", "arrow", "safetensors", "sae_lens", "llamascopium", "activault")
-"""The names of `analysis.exporting.targets.TARGETS`, which are not imported for the other commands."""
 IMPORT_KINDS = ("vllm", "sae_lens")
+SHARD_FORMATS = ("pickle", "safetensors", "planes", "npz", "parquet", "arrow")
 
 if TYPE_CHECKING:
     from analysis.certificate.fidelity import FidelityReport
@@ -224,7 +224,7 @@ def _add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     add("--output", required=True, help="the output folder, local or gs://")
     add("--site", default="residual", help="what the activations are called (default residual)")
     add("--layers", type=int, nargs="+", metavar="LAYER", help="their numbers, in the order of the source")
-    add("--format", choices=tuple(FORMATS), default="safetensors", help="of the shards (default safetensors)")
+    add("--format", choices=SHARD_FORMATS, default="safetensors", help="of the shards (default safetensors)")
     add("--dtype", choices=tuple(DTYPES), help="of the stored values (default: as they are)")
     add("--shard_size_gb", type=positive(float), default=1.0, help="size of a shard before compression (default 1.0)")
     importing.set_defaults(run=import_command)

@@ -147,6 +147,18 @@ def test_what_is_not_stored_is_refused_in_one_line(runs):
             part.read(*arguments)
 
 
+@pytest.mark.parametrize("shard_format", ["parquet", "arrow"])
+def test_rows_of_a_table_are_read_across_its_groups(tmp_path, monkeypatch, shard_format):
+    monkeypatch.setattr("core.shards.formats.arrow_table.GROUP_BYTES", 300)  # a row of residual takes 36
+    (part, *_) = open_activations(str(written(tmp_path / "one", shard_format))).parts
+    (wanted, *_) = open_activations(str(written(tmp_path / "other", "safetensors", dtype="float16"))).parts
+    rows, exact = part.read("residual"), wanted.read("residual")
+    for layer in (4, 0):
+        for start, stop in ((0, 15), (3, 7), (5, 6), (6, 15), (0, 5), (15, 15), (4, 4)):
+            np.testing.assert_array_equal(rows.rows(layer, start, stop), exact.rows(layer, start, stop))
+            np.testing.assert_array_equal(rows.token_ids(start, stop), exact.token_ids(start, stop))
+
+
 @pytest.mark.parametrize("shard_format", [name for name in FORMATS if name not in ("pickle", "planes")])
 def test_windows_in_parts_are_parts_in_order(tmp_path, shard_format):
     out = written(tmp_path, shard_format, n_parts=2)

@@ -37,6 +37,11 @@ def test_numpy_alone_reads_an_npz(tmp_path):
         np.testing.assert_array_equal(file["positions"][start:stop], shard.samples[1].stored_places)
 
 
+def test_an_npz_has_no_time():
+    with zipfile.ZipFile(io.BytesIO(written("npz", content([3, 4])))) as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+
+
 @pytest.mark.parametrize("fmt", TABLES)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_datasets_loads_a_table_as_arrays(tmp_path, fmt, dtype):
