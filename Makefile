@@ -68,7 +68,7 @@ build/interop/%/.installed: tests/interop/requirements/%.txt .venv/.installed-de
 	@touch $@
 
 test-interop: $(patsubst %,build/interop/%/.installed,datasets3 sae_lens llamascopium dictionary_learning)
-	$(BIN)/python -m pytest tests/interop
+	INTEROP=build/interop $(BIN)/python -m pytest tests/interop
 
 # The compiler is 200 MB, which nothing else needs.
 .venv/.installed-lab: .venv/.installed-dev

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
@@ -139,7 +139,6 @@ def export(
     activations or a full disk.
     """
     from analysis.exporting import export as exporting
-    from qwen2_jax import load_tokenizer
 
     return exporting(
         path_text(dir, "dir"),
@@ -150,11 +149,17 @@ def export(
         dtype=dtype,
         context_size=context_size,
         drop=drop,
-        tokenizer=None if tokenizer_path is None else load_tokenizer(tokenizer_path),
+        tokenizer=None if tokenizer_path is None else _tokenizer(path_text(tokenizer_path, "tokenizer_path")),
         seed=seed,
         file_mb=file_mb,
         hook_name=hook_name,
     )
+
+
+def _tokenizer(path: str) -> Any:
+    from qwen2_jax import load_tokenizer
+
+    return load_tokenizer(path)
 
 
 def import_activations(

@@ -171,3 +171,17 @@ def test_a_missing_run_is_named(tmp_path):
     with pytest.raises(UsageError, match="no run here"):
         open_activations(str(tmp_path))
     assert issubclass(UsageError, RunError)
+
+
+@pytest.mark.parametrize("shard_format", ["npz", "parquet", "arrow"])
+def test_ranges_of_a_remote_file_are_read_without_the_rest(tmp_path, shard_format):
+    fsspec = pytest.importorskip("fsspec")
+    out = written(tmp_path / "run", shard_format)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(out), f"/{shard_format}_run", recursive=True)
+    parts, local = open_activations(f"memory://{shard_format}_run").parts, open_activations(str(out)).parts
+    for part, same in zip(parts, local, strict=True):
+        for site, layer in (("residual", 4), ("mlp", 0)):
+            rows, wanted = part.read(site, layer), same.read(site, layer)
+            np.testing.assert_array_equal(rows.rows(layer, 1, 5), wanted.rows(layer, 1, 5))
+            np.testing.assert_array_equal(rows.token_ids(), wanted.token_ids())
