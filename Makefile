@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help install demo test test-benchmarks test-faults test-tpu test-gpu test-launchers test-ray lint bench clean
+.PHONY: help install demo test test-benchmarks test-faults test-tpu test-gpu test-launchers test-ray test-interop lint bench clean
 
 help:
 	@echo "make install    .venv with the pinned versions (no torch)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-faults  kills, pauses, races, lost replies, full disks: all counts"
 	@echo "make test-launchers  launchers/ and the shell scripts, by their own tools"
 	@echo "make test-ray   passes and workers on a local Ray cluster of two nodes"
+	@echo "make test-interop  exports, loaded by datasets 3, SAELens, llamascopium and dictionary_learning"
 	@echo "make test-tpu   the TPU estimates against their baselines, by the TPU's compiler; no TPU needed"
 	@echo "make test-gpu   the attention kernel and the step, by the GPU's compiler; no GPU needed"
 	@echo "make lint       ruff and mypy"
@@ -69,6 +70,17 @@ build/ray/.installed: setup.cfg constraints.txt
 
 test-ray: build/ray/.installed
 	build/ray/bin/python -m pytest tests/analysis/passes/test_ray.py tests/launchers/test_ray_job.py
+
+# In environments of their own, which see the packages of .venv: these tools ask for other versions of many of them.
+build/interop/%/.installed: tests/interop/requirements/%.txt .venv/.installed-dev
+	$(PYTHON) -m venv build/interop/$*
+	build/interop/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(build/interop/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_project.pth
+	@touch $@
+
+test-interop: $(patsubst %,build/interop/%/.installed,datasets3 sae_lens llamascopium dictionary_learning)
+	INTEROP=build/interop $(BIN)/python -m pytest tests/interop
 
 # The compiler is 200 MB, which nothing else needs.
 .venv/.installed-lab: .venv/.installed-dev

@@ -7,9 +7,10 @@ In Python: `verify(dir)`, `stats(dir)`, `whiten_fit(dir, layer)`, `whiten_apply(
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
@@ -22,11 +23,11 @@ from core.backends import BACKENDS, choose_backend
 from core.base.arguments import path_text
 from core.base.command_line import CommandParser, not_negative, positive, run_command
 from core.base.dtypes import DTYPES
-from core.shards.formats import FORMATS
 
+# The keys of registries that are not imported for every command.
 EXPORT_FORMATS = ("npz", "parquet", "arrow", "safetensors", "sae_lens", "llamascopium", "activault")
-"""The names of `analysis.exporting.targets.TARGETS`, which are not imported for the other commands."""
 IMPORT_KINDS = ("vllm", "sae_lens")
+SHARD_FORMATS = ("pickle", "safetensors", "planes", "npz", "parquet", "arrow")
 
 if TYPE_CHECKING:
     from analysis.certificate.fidelity import FidelityReport
@@ -144,7 +145,6 @@ def export(
     activations or a full disk.
     """
     from analysis.exporting import export as exporting
-    from qwen2_jax import load_tokenizer
 
     return exporting(
         path_text(dir, "dir"),
@@ -155,11 +155,17 @@ def export(
         dtype=dtype,
         context_size=context_size,
         drop=drop,
-        tokenizer=None if tokenizer_path is None else load_tokenizer(tokenizer_path),
+        tokenizer=None if tokenizer_path is None else _tokenizer(path_text(tokenizer_path, "tokenizer_path")),
         seed=seed,
         file_mb=file_mb,
         hook_name=hook_name,
     )
+
+
+def _tokenizer(path: str) -> Any:
+    from qwen2_jax import load_tokenizer
+
+    return load_tokenizer(path)
 
 
 def import_activations(
@@ -194,6 +200,8 @@ def import_activations(
 
 def _add_export(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     exporting = commands.add_parser("export", help="write one layer in the format of another tool")
+    # Otherwise argparse takes `-8:` in `--drop -8:` for an unknown flag.
+    exporting._negative_number_matcher = re.compile(r"-[0-9.]+(:-?[0-9]*)?$")
     add = exporting.add_argument
     add("dir", help="the output folder of a run, local or a URL, or one worker's folder in it")
     add("--to", required=True, choices=EXPORT_FORMATS, help="the format, see docs/exporting.md")
@@ -227,7 +235,7 @@ def _add_import(commands: argparse._SubParsersAction) -> argparse.ArgumentParser
     add("--output", required=True, help="the output folder, local or gs://")
     add("--site", default="residual", help="what the activations are called (default residual)")
     add("--layers", type=int, nargs="+", metavar="LAYER", help="their numbers, in the order of the source")
-    add("--format", choices=tuple(FORMATS), default="safetensors", help="of the shards (default safetensors)")
+    add("--format", choices=SHARD_FORMATS, default="safetensors", help="of the shards (default safetensors)")
     add("--dtype", choices=tuple(DTYPES), help="of the stored values (default: as they are)")
     add("--shard_size_gb", type=positive(float), default=1.0, help="size of a shard before compression (default 1.0)")
     importing.set_defaults(run=import_command)

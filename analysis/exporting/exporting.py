@@ -18,7 +18,7 @@ from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.object_store import Created, open_store
 from core.reading import Activations, open_activations
-from core.reading.dropping import Rule, dropping
+from core.reading.dropping import Dropping, Rule, dropping
 
 _REPORT_S = 10.0
 Run = Callable[[Iterable[FileTask]], Iterator[ExportedFile]]
@@ -88,23 +88,42 @@ def export(
     Raises UsageError for what cannot be exported so, RunError for damaged activations or a full disk.
     """
     acts = open_activations(url)
-    plan = _plan(acts, _target(to), output, layer, site, dtype, context_size, drop, tokenizer, seed, file_mb, hook_name)
-    store = open_store(output)
-    done = stored_export.begin(store, plan.identity())
-    was_finished = stored_export.is_finished(store)
-    files = dict(done)
-    todo = (task for task in plan.tasks() if task.number not in done)
-    progress = _Progress(len(plan.ends), len(done))
-    for file in (run or _one_by_one)(todo):
+    options = _Options(layer, site, dtype, context_size, dropping(drop, tokenizer), seed, file_mb, hook_name)
+    return _execute(_plan(acts, _target(to), output, options), run or _one_by_one)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The arguments of `export` of these names."""
+
+    layer: int | None
+    site: str | None
+    dtype: str | None
+    context_size: int | None
+    drop: Dropping
+    seed: int
+    file_mb: float | None
+    hook_name: str | None
+
+
+def _execute(plan: ExportPlan, run: Run) -> ExportReport:
+    """Writes the files that are missing, then those beside them."""
+    store = open_store(plan.output)
+    files = stored_export.begin(store, plan.identity())
+    n_kept, was_finished = len(files), stored_export.is_finished(store)
+    progress = _Progress(len(plan.ends), n_kept)
+    done = set(files)
+    for file in run(task for task in plan.tasks() if task.number not in done):
         stored_export.add_file(store, file)
         files[file.number] = file
         progress.add(file)
     ordered = [files[number] for number in range(len(plan.ends))]
     if not was_finished:
-        for name, data in TARGETS[to].metadata(plan.request, [file.to_json() for file in ordered]).items():
+        target = TARGETS[plan.request.to]
+        for name, data in target.metadata(plan.request, [file.to_json() for file in ordered]).items():
             if store.create_bytes(name, data) is Created.ALREADY_DIFFERENT:
                 raise RunError(f"{store.url}/{name} exists with other content: remove it, or use another --output")
-    report = _report(plan, ordered, len(done), store.url)
+    report = _report(plan, ordered, n_kept, store.url)
     counts = {name: getattr(report, name) for name in ("items", "tokens", "n_dropped", "n_short", "n_left_over")}
     stored_export.finish(store, plan.identity(), ordered, counts)
     return report
@@ -124,43 +143,29 @@ def _target(to: str) -> ExportTarget:
     return TARGETS[to]
 
 
-def _plan(
-    acts: Activations,
-    target: ExportTarget,
-    output: str,
-    layer: int | None,
-    site: str | None,
-    dtype: str | None,
-    context_size: int | None,
-    drop: Rule | Iterable[Rule] | None,
-    tokenizer: Any,
-    seed: int,
-    file_mb: float | None,
-    hook_name: str | None,
-) -> ExportPlan:
+def _plan(acts: Activations, target: ExportTarget, output: str, options: _Options) -> ExportPlan:
     traits, first = target.traits, acts.parts[0]
-    site = first.site(site)
-    layer = first.layer(site, layer)
-    if first.pools and (traits.needs_tokens or context_size or drop):
+    site = first.site(options.site)
+    layer = first.layer(site, options.layer)
+    size = options.context_size
+    if first.pools and (traits.needs_tokens or size or options.drop != Dropping()):
         raise UsageError(f"{acts.url}: its rows are pools: export them as parquet, arrow, npz or safetensors, whole")
-    if context_size is not None and context_size < 1:
-        raise UsageError(f"a context of {context_size} tokens: expected 1 or more")
-    size = traits.context_size if context_size is None else context_size
-    cut = ItemCut(site, layer, dropping(drop, tokenizer), size, traits.keeps_short)
-    run = content_hash(acts.identity)
-    family = acts.identity.get("model", {}).get("family")
+    if size is not None and size < 1:
+        raise UsageError(f"a context of {size} tokens: expected 1 or more")
+    model = acts.identity.get("model", {})
+    described = {"run": content_hash(acts.identity), "family": model.get("family"), "model": model}
     return plan_export(
         output,
         acts.parts,
-        cut,
+        ItemCut(site, layer, options.drop, traits.context_size if size is None else size, traits.keeps_short),
         traits,
         to=target.name,
         width=acts.width(site),
-        dtype=_dtype(acts, target, dtype),
-        hook_name=hook_name or target.hook_name(site, layer),
-        seed=seed,
-        file_bytes=traits.file_bytes if file_mb is None else max(1, int(file_mb * 1e6)),
-        described={"run": run, "family": family, "model": acts.identity.get("model"), "stored_dtype": acts.dtype},
+        dtype=_dtype(acts, target, options.dtype),
+        hook_name=options.hook_name or target.hook_name(site, layer),
+        seed=options.seed,
+        file_bytes=traits.file_bytes if options.file_mb is None else max(1, int(options.file_mb * 1e6)),
+        described=described | {"stored_dtype": acts.dtype},
     )
 
 

@@ -94,12 +94,13 @@ def plan_export(
 
 
 def _equal_ends(n_items: int, request: ExportRequest, traits: TargetTraits) -> tuple[int, ...]:
-    """Files of as many items as fit, the last one with what is left."""
+    """Files of as many items as fit, the last one with what is left; or of equally many."""
     per_file = max(1, request.file_bytes // (request.item_rows * request.row_bytes))
-    if traits.needs_full_files:
-        per_file = min(per_file, n_items)
-        return tuple(range(per_file, n_items + 1, per_file))
     n_files = math.ceil(n_items / per_file)
+    if traits.needs_full_files:
+        # Fewer items are left over than there are files.
+        per_file = n_items // n_files
+        return tuple(range(per_file, n_files * per_file + 1, per_file))
     return tuple(min((number + 1) * per_file, n_items) for number in range(n_files))
 
 

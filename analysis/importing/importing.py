@@ -80,12 +80,7 @@ def import_activations(
 
     Raises UsageError for what is not there or does not fit, RunError for damaged files or values that are not finite.
     """
-    if kind not in _SOURCES:
-        raise UsageError(f"{kind!r} is no tool to import from: choose from {', '.join(_SOURCES)}")
-    found = _SOURCES[kind](Path(source).expanduser(), site)
-    layers = found.layers if layers is None else layers
-    if len(layers) != len(found.layers) or len(set(layers)) != len(layers):
-        raise UsageError(f"{source} has {len(found.layers)} layers: name as many different ones")
+    found, layers = _opened(source, kind, site, layers)
     dtype = dtype or found.dtype
     require_format(shard_format)
     if dtype not in FORMATS[shard_format].dtypes:
@@ -104,6 +99,17 @@ def import_activations(
     n_samples, n_tokens = (sum(getattr(record, name) for record in records) for name in ("n_samples", "n_tokens"))
     n_new = n_samples - sum(record.n_samples for record in earlier)
     return ImportReport(store.url, site, layers, dtype, len(records), n_samples, n_tokens, n_new)
+
+
+def _opened(source: str, kind: str, site: str, layers: tuple[int, ...] | None) -> tuple[ForeignSource, tuple[int, ...]]:
+    """The source, and the numbers of its layers."""
+    if kind not in _SOURCES:
+        raise UsageError(f"{kind!r} is no tool to import from: choose from {', '.join(_SOURCES)}")
+    found = _SOURCES[kind](Path(source).expanduser(), site)
+    layers = found.layers if layers is None else layers
+    if len(layers) != len(found.layers) or len(set(layers)) != len(layers):
+        raise UsageError(f"{source} has {len(found.layers)} layers: name as many different ones")
+    return found, layers
 
 
 def _identity(

@@ -229,7 +229,8 @@ def measure_case(case: str, workload: Workload, folder: Path, args: argparse.Nam
     for dtype in args.dtypes:
         activations = cast(computed, DTYPES[dtype])
         content = content_of(activations)
-        rows = measure_ways(case, activations, folder, args.ways, args.repeats)
+        ways = [way for way in args.ways if dtype in FORMATS[WAYS[way][0]].dtypes]
+        rows = measure_ways(case, activations, folder, ways, args.repeats)
         if case == "middle":
             rows += [measure_codec(case, content.values, name, args.repeats) for name in args.codecs]
         scaling = measure_cores(

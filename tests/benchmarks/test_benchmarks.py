@@ -212,7 +212,8 @@ def test_storage_measures_every_way_and_reads_back_what_it_wrote(source, capsys,
     result = result_of(storage, source, capsys, *sizes, *ways)
     (found,) = result["cases"]
     rows = {row["way"]: row for row in found["rows"]}
-    assert set(rows) == {storage.BASELINE, *storage.WAYS, "gzip 6", "planes + zstd 1"}
+    ways = set(storage.WAYS) - {"npz", "parquet", "arrow"}  # which have no bfloat16
+    assert set(rows) == {storage.BASELINE, *ways, "gzip 6", "planes + zstd 1"}
     # The same bytes, so the ratios follow from what the formats are.
     assert rows["pickle"]["ratio"] < 1.05 < rows["pickle.gz"]["ratio"] < rows["planes"]["ratio"]
     assert rows["planes + zstd 1"]["ratio"] > rows["gzip 6"]["ratio"]

@@ -82,6 +82,24 @@ def test_the_largest_values_are_spread_as_the_page_says(whole, exact, tmp_path, 
     np.testing.assert_allclose(names["x"][stored], exact[stored], atol=np.abs(exact).max() / 200)
 
 
+def test_npz_is_read_as_the_page_says(whole, exact, tmp_path, monkeypatch):
+    run_in(tmp_path, whole, monkeypatch, format="npz")
+    names: dict = {}
+    exec(snippet("output_format.md", with_line='shard = np.load("tpu_0/shard_0001.npz"').replace("_14", "_2"), names)
+    np.testing.assert_array_equal(names["activation"], exact.astype(np.float16))
+
+
+@pytest.mark.parametrize("fmt", ["parquet", "arrow"])
+def test_tables_are_read_by_datasets_as_the_page_says(whole, exact, tmp_path, monkeypatch, fmt):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    run_in(tmp_path, whole, monkeypatch, format=fmt)
+    names: dict = {}
+    code = snippet("output_format.md", with_line='rows = load_dataset("parquet"').replace("_14", "_2")
+    exec(code.replace('"parquet"', f'"{fmt}"').replace(".parquet", f".{fmt}"), names)
+    np.testing.assert_array_equal(names["activation"], exact.astype(np.float16))
+
+
 def test_planes_are_read_as_the_page_says_where_samples_are_empty(whole, tmp_path, monkeypatch):
     run_in(tmp_path, whole, monkeypatch, pool=("last",), positions=("100:",), format="planes")
     names: dict = {}

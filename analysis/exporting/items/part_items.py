@@ -13,7 +13,7 @@ from core.base.errors import RunError
 from core.reading import PartRows, ShardPart
 from core.reduce.reductions import VALUES
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 20
 _OPEN_PARTS = 64
 
 

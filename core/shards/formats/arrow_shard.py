@@ -79,10 +79,13 @@ def _batches(source: Any, file: Any) -> Iterator[Any]:
     size, n_bytes = source.seek(0, io.SEEK_END), 0
     source.seek(_MAGIC_BYTES)
     messages = pyarrow.ipc.MessageReader.open_stream(source)
-    if messages.read_next_message().type != "schema":
+    first = next(messages, None)
+    if first is None or first.type != "schema":
         raise ValueError("it does not begin with its schema")
     for _ in range(file.num_record_batches):
-        message = messages.read_next_message()
+        message = next(messages, None)
+        if message is None:
+            raise ValueError("it ends before its last batch")
         if is_compressed(memoryview(message.metadata)):
             raise ValueError("it is compressed")
         batch = pyarrow.ipc.read_record_batch(message, file.schema)

@@ -48,7 +48,9 @@ class NpzFormat:
         return ".npz"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
-        """Streams the members, without a copy of the values."""
+        """Streams the members, without a copy of the values. Raises ValueError for a dtype that numpy alone lacks."""
+        if content.values.dtype.name not in self.dtypes:
+            raise ValueError(f"npz has no {content.values.dtype}")
         with new_archive(sink) as archive:
             add_array(archive, "sample_idx", np.array([sample.sample_idx for sample in content.samples], np.int64))
             add_array(archive, "sample_offsets", content.offsets.astype(np.int64))

@@ -21,6 +21,7 @@ from core.shards.formats.arrow_columns import ArrayColumn, nested_lists, parse_c
 from core.shards.formats.arrow_sink import ArrowSink
 from core.shards.formats.arrow_table import shard_batches, shard_schema, stored_shard
 from core.shards.formats.base import ShardContent, StoredShard
+from core.shards.formats.parquet_footer import read_chunks
 
 # Thrift: a string field, one after the last.
 _STRING = 0x18
@@ -28,6 +29,8 @@ _CREATED_BY = b"qwen2-jax-activations version 1"
 # Dictionaries and runs can stand for any number of values; levels of lists are runs in every file.
 _VALUE_ENCODINGS = {"PLAIN", "BYTE_STREAM_SPLIT", "RLE"}
 # No real file compresses so well: one that does was made to fill the memory.
+# Samples without rows are a value each, and no byte.
+_LEVELS_ALONE = 1 << 20
 _MOST_EXPANSION, _ALWAYS_ALLOWED = 200, 256 << 20
 
 
@@ -68,7 +71,15 @@ class ParquetFormat:
         try:
             file = open_parquet(pyarrow.PythonFile(stream, mode="r"))
             return stored_shard(file.schema_arrow, row_groups(file))
-        except (pyarrow.ArrowException, ArithmeticError, LookupError, OSError, TypeError, AttributeError) as error:
+        except (
+            pyarrow.ArrowException,
+            ArithmeticError,
+            EOFError,
+            LookupError,
+            OSError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise ValueError(f"not a readable parquet shard: {error!r}") from error
 
 
@@ -114,24 +125,21 @@ def _without_version(footer: bytes) -> bytes:
 def open_parquet(source: Any) -> Any:
     """A `pyarrow.parquet.ParquetFile` of a shard, whose content is untrusted.
 
-    Raises ValueError if its columns say that they expand to far more than the file has.
+    Raises ValueError or EOFError if its footer is damaged, or says that columns expand to far more than the file has.
     """
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(source, page_checksum_verification=True)
-    stored = expanded = 0
-    for group in range(file.metadata.num_row_groups):
-        for number in range(file.metadata.num_columns):
-            column = file.metadata.row_group(group).column(number)
-            stored, expanded = stored + column.total_compressed_size, expanded + column.total_uncompressed_size
-            if not set(column.encodings) <= _VALUE_ENCODINGS:
-                raise ValueError(f"{column.path_in_schema} is encoded as {', '.join(column.encodings)}")
-            if parse_column(column.path_in_schema.partition(".")[0]) and column.num_values > expanded:
-                raise ValueError(f"{column.path_in_schema} has {column.num_values} values in {expanded} bytes")
-    source.seek(0, 2)
-    if expanded > _MOST_EXPANSION * min(stored, source.tell()) + _ALWAYS_ALLOWED:
-        raise ValueError(f"{source.tell()} bytes would expand to {expanded}")
-    return file
+    chunks = read_chunks(source)
+    for chunk in chunks:
+        if not set(chunk.encodings) <= _VALUE_ENCODINGS:
+            raise ValueError(f"{chunk.path} is encoded as {', '.join(chunk.encodings)}")
+        if parse_column(chunk.path.partition(".")[0]) and chunk.n_values > chunk.uncompressed + _LEVELS_ALONE:
+            raise ValueError(f"{chunk.path} has {chunk.n_values} values in {chunk.uncompressed} bytes")
+    size, expanded = source.seek(0, io.SEEK_END), sum(chunk.uncompressed for chunk in chunks)
+    if expanded > _MOST_EXPANSION * size + _ALWAYS_ALLOWED:
+        raise ValueError(f"{size} bytes would expand to {expanded}")
+    source.seek(0)
+    return parquet.ParquetFile(source, page_checksum_verification=True)
 
 
 def row_groups(file: Any) -> Iterator[Any]:

@@ -43,8 +43,16 @@ def test_an_interrupted_export_finishes_to_the_same_bytes(run, tmp_path, to, n_f
     with pytest.raises(KeyboardInterrupt):
         export(run, to, output=str(tmp_path / "again"), run=stops_after(n_files), **options)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "again").rglob("*") if path.suffix != ".json"}
-    report = export(run, to, output=str(tmp_path / "again"), **options)
+    written = []
+
+    def counted(tasks):
+        for task in tasks:
+            written.append(task.number)
+            yield export_file(task)
+
+    report = export(run, to, output=str(tmp_path / "again"), run=counted, **options)
     assert (report.n_kept, report.files) == (n_files, whole.files)
+    assert written == list(range(n_files, whole.files))
     assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
     kept = [path for path in before if path.is_file()]
     assert len(kept) == n_files

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 import analyze_activations
 from analyze_activations import export
 from core.base.errors import RunError, UsageError
+from core.shards.formats import FORMATS
 
 HOOK = f"blocks.{LAYER}.hook_resid_post"
 SMALL = {"file_mb": 0.0002, "site": "residual", "layer": LAYER}
@@ -110,7 +111,12 @@ def test_sae_lens_rows_are_contexts_of_one_size_in_random_order(run, samples, tm
     wanted = contexts(samples, size, keeps_short=False)
     in_order = np.stack([values for values, _ in wanted])
     assert rows_as_set(arrays) == rows_as_set(in_order)
-    assert not np.array_equal(arrays, in_order)
+    place = {values.tobytes(): number for number, (values, _) in enumerate(wanted)}
+    order = np.array([place[array.tobytes()] for array in arrays])
+    assert (np.diff(order) == 1).mean() < 0.3  # neighbours are not neighbours any more
+    n_first = datasets.Dataset.from_file(str(sorted((tmp_path / "out").glob("data-*.arrow"))[0])).num_rows
+    assert 0 < n_first < len(order) / 2
+    assert size == 1 or sorted(order[:n_first]) != list(range(n_first))  # files are mixed, too
     ids = {values.tobytes(): ids.tolist() for values, ids in wanted}
     assert all(ids[array.tobytes()] == row["token_ids"] for array, row in zip(arrays, found, strict=True))
     assert report.n_short == sum(len(sample.values) % size for sample in samples)
@@ -216,3 +222,4 @@ def test_the_command_names_every_target_and_source():
     assert tuple(TARGETS) == ("npz", "parquet", "arrow", "safetensors", "sae_lens", "llamascopium", "activault")
     assert set(TARGETS) == set(analyze_activations.EXPORT_FORMATS)
     assert set(_SOURCES) == set(analyze_activations.IMPORT_KINDS)
+    assert tuple(FORMATS) == analyze_activations.SHARD_FORMATS

@@ -334,6 +334,20 @@ def test_shards_of_other_formats_hold_the_same_activations_as_pickle_ones(config
     assert seen == len(arrays)
 
 
+@pytest.mark.parametrize("format_name", ["npz", "parquet", "arrow"])
+def test_lost_records_and_files_are_made_again_to_the_same_bytes(config, tmp_path, format_name):
+    wanted = replace(config, format=format_name, activation_type=("residual", "mlp"))
+    run(wanted)
+    before = committed_files(tmp_path / "out")
+    records = sorted((tmp_path / "out/tpu_0").glob("shard_*.json"))
+    assert len(records) > 3
+    for record in records[1:]:
+        record.unlink()
+    (tmp_path / f"out/tpu_0/mlp/shard_0003.{format_name}").unlink()
+    run(wanted)
+    assert committed_files(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("format_name", [name for name in FORMATS if "bfloat16" not in FORMATS[name].dtypes])
 def test_a_dtype_that_a_format_does_not_have_is_refused_and_named(config, format_name):
     wanted = f"--format {format_name} has no bfloat16: use --dtype float16 or --dtype float32, or --format safetensors"

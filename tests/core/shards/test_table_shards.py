@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import content, selected, written
 
-from core.shards.formats import FORMATS, read_shard
+from core.shards.formats import FORMATS, parquet_footer, read_shard
 from core.shards.formats.arrow_table import shard_batches, shard_schema
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -35,6 +35,11 @@ def test_numpy_alone_reads_an_npz(tmp_path):
         start, stop = file["sample_offsets"][1:3]
         np.testing.assert_array_equal(file["layer_7"][start:stop], shard.rows("activation", 1, 1))
         np.testing.assert_array_equal(file["positions"][start:stop], shard.samples[1].stored_places)
+
+
+def test_an_npz_has_no_time():
+    with zipfile.ZipFile(io.BytesIO(written("npz", content([3, 4])))) as archive:
+        assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 @pytest.mark.parametrize("fmt", TABLES)
@@ -87,7 +92,7 @@ def test_many_samples_are_cut_into_groups_of_a_few(monkeypatch, fmt):
 
 
 @pytest.mark.parametrize("fmt", ["npz", *TABLES])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(place=st.integers(0, 1 << 20), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_changes_values_alone(fmt, place, bit):
     shard = content([3, 4])
@@ -152,6 +157,32 @@ def test_a_parquet_file_that_expands_beyond_measure_is_refused(monkeypatch):
     data = stored(bomb, compression="zstd", use_dictionary=False, write_statistics=False)
     assert len(data) < 8192
     refused("parquet", data, "bytes would expand to 4194")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_footer_that_would_end_the_process_is_refused(place):
+    """Lists of another length than the levels of a column: pyarrow 26 aborts in `RowGroupMetaData.column`."""
+    histogram = {2: [0, 0, 0], 3: [0, 0, 0, 0, 0, 0]}
+    fields = {2: [0, 3], 3: [b"a", b"list", b"element", b"list", b"element"], 5: 1, 6: 1, 7: 1, 16: histogram}
+    assert parquet_footer._chunk(fields).path == "a.list.element.list.element"
+    histogram[2 + place] = [0]
+    with pytest.raises(ValueError, match="has histograms of other levels"):
+        parquet_footer._chunk(fields)
+
+
+def test_the_footer_says_what_pyarrow_says():
+    data = written("parquet", selected([3, 1, 4]))
+    group = parquet.read_metadata(io.BytesIO(data)).row_group(0)
+    chunks = parquet_footer.read_chunks(io.BytesIO(data))
+    assert len(chunks) == group.num_columns
+    for chunk, column in zip(chunks, map(group.column, range(group.num_columns)), strict=True):
+        assert chunk.path == column.path_in_schema
+        assert set(chunk.encodings) == set(column.encodings)
+        assert (chunk.n_values, chunk.compressed, chunk.uncompressed) == (
+            column.num_values,
+            column.total_compressed_size,
+            column.total_uncompressed_size,
+        )
 
 
 def test_an_arrow_file_that_is_compressed_or_shares_its_bytes_is_refused():

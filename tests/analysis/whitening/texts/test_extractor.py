@@ -103,7 +103,7 @@ def test_an_interrupted_pass_goes_on_and_leaves_the_same_bytes(stage, finished, 
             calm.setattr(extractor_module, "padded_batches", batches)
             extractor(model, tmp_path).compute_whitening_statistics(texts)
     for _ in range(5):
-        with pytest.raises(RunError, match="texts from .* the power is cut"):
+        with pytest.raises(RunError, match=r"texts from .* the power is cut"):
             run_stage(found, stage, texts, finished[1])
         # The next call gets over the chunk that failed, and fails at the one after it.
     run_stage(found, stage, texts, finished[1])
