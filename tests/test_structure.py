@@ -17,6 +17,7 @@ ORDER = (
     ("fleet",),
     ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table"),
     ("analysis.commands",),
+    ("analysis.text_whitening",),
     ("analysis.exporting", "analysis.importing"),
     ("analysis.verification",),
     ("analysis.whitened",),

@@ -4,7 +4,7 @@ What runs a model is imported at its first use.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis.whitening.folding import CoderWeights, fold_whitening
 from analysis.whitening.incremental import IncrementalWhitener
@@ -12,10 +12,6 @@ from analysis.whitening.quantized import QuantizedRows, quantize_rows
 from analysis.whitening.settings import BELOW_FLOOR, METHODS, SHRINKAGES, WhiteningSettings
 from analysis.whitening.stored_whitening import load_whitening, save_projection, save_whitening
 from analysis.whitening.whitening import Whitening, WhiteningCheck
-
-if TYPE_CHECKING:
-    from analysis.whitening.texts.dataset import DatasetCreator, WhitenedDataset
-    from analysis.whitening.texts.extractor import ChunkedActivationExtractor
 
 _OF_TEXTS = {
     "ChunkedActivationExtractor": "extractor",
@@ -47,4 +43,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _OF_TEXTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.texts.{_OF_TEXTS[name]}"), name)
+    return getattr(importlib.import_module(f"analysis.text_whitening.{_OF_TEXTS[name]}"), name)

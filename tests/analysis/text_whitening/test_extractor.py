@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_run import D_MODEL, write_model
 
+from analysis.text_whitening import extractor as extractor_module
 from analysis.whitening import ChunkedActivationExtractor, DatasetCreator, WhiteningSettings
-from analysis.whitening.texts import extractor as extractor_module
 from core.base.errors import RunError, UsageError
 from core.in_memory import capture
 

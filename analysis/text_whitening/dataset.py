@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.exporting.targets.saved_dataset import dataset_files, stream_name, write_stream
+from analysis.text_whitening.chunk_files import ChunkFile, ChunkRecord, read_chunk
+from analysis.text_whitening.settings import read_json
+from analysis.text_whitening.summary import METADATA_FILE, WHITENING_FILE
 from analysis.whitening.stored_whitening import load_whitening
-from analysis.whitening.texts.chunk_files import ChunkFile, ChunkRecord, read_chunk
-from analysis.whitening.texts.settings import read_json
-from analysis.whitening.texts.summary import METADATA_FILE, WHITENING_FILE
 from core.base.errors import RunError, UsageError
 from core.object_store import LocalStore, file_info, open_store
 from core.object_store.local import disk_errors

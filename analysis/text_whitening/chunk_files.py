@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64
 
-from analysis.whitening.texts.settings import read_json
+from analysis.text_whitening.settings import read_json
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError
 from core.base.json_types import Kinds, mistyped

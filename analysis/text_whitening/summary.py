@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from analysis.text_whitening.chunk_files import ChunkRecord
+from analysis.text_whitening.settings import TextSettings
 from analysis.whitening.stored_whitening import metadata_of as whitening_metadata
-from analysis.whitening.texts.chunk_files import ChunkRecord
-from analysis.whitening.texts.settings import TextSettings
 from analysis.whitening.whitening import Whitening
 
 METADATA_FILE = "metadata.json"

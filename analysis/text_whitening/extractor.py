@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from analysis.text_whitening.chunk_files import ChunkFile, ChunkRecord, store_chunk, stored_record
+from analysis.text_whitening.dataset import DatasetCreator, WhitenedDataset
+from analysis.text_whitening.padded_batches import PaddedBatch, padded_batches
+from analysis.text_whitening.settings import TextSettings, claim_folder
+from analysis.text_whitening.statistics_state import StatisticsState, load_state, save_state
+from analysis.text_whitening.summary import METADATA_FILE, WHITENING_FILE, StoredTexts, metadata_of
+from analysis.text_whitening.text_chunks import TextChunk, text_chunks
 from analysis.whitening.incremental import IncrementalWhitener
 from analysis.whitening.settings import WhiteningSettings
 from analysis.whitening.stored_whitening import save_whitening
-from analysis.whitening.texts.chunk_files import ChunkFile, ChunkRecord, store_chunk, stored_record
-from analysis.whitening.texts.dataset import DatasetCreator, WhitenedDataset
-from analysis.whitening.texts.padded_batches import PaddedBatch, padded_batches
-from analysis.whitening.texts.settings import TextSettings, claim_folder
-from analysis.whitening.texts.statistics_state import StatisticsState, load_state, save_state
-from analysis.whitening.texts.summary import METADATA_FILE, WHITENING_FILE, StoredTexts, metadata_of
-from analysis.whitening.texts.text_chunks import TextChunk, text_chunks
 from analysis.whitening.whitening import Whitening
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError, UsageError

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from analysis.text_whitening.settings import read_json
 from analysis.whitening.incremental import IncrementalWhitener
-from analysis.whitening.texts.settings import read_json
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError
 from core.object_store import ObjectStore
