@@ -1,6 +1,7 @@
 """Verifies and certifies committed shards, and shows the status of a run and the sites of a model. See README.md.
 
-In Python: `verify(dir)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`, `list_hooks(model_path)`.
+In Python: `verify(dir)`, `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`, `list_hooks(model_path)`,
+`mean(data, model_path, output)`, `mean_compare(folder)`, `mean_export(folder, to, output)`.
 """
 
 import argparse
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 
 from absl import logging
 
+from analysis.mean_vectors.commands import mean, mean_compare, mean_export
+from analysis.mean_vectors.parser import add_mean
 from core.backends import BACKENDS, choose_backend
 from core.base.arguments import path_text
 from core.base.command_line import CommandParser, run_command
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from analysis.fleet_status.report import FleetStatus
     from analysis.hook_table import HookTable
     from analysis.verification.verify import VerificationReport
+
+__all__ = ["certify", "list_hooks", "mean", "mean_compare", "mean_export", "retry", "status", "verify"]
 
 
 def build_parser() -> CommandParser:
@@ -38,7 +43,7 @@ def build_parser() -> CommandParser:
     retrying.add_argument("dir", help="the output folder, local or gs://")
     retrying.add_argument("shard", nargs="+", help="such as shard_007; status lists them")
     retrying.set_defaults(run=retry_command)
-    for command in (check, certificate, hooks, fleet, retrying):
+    for command in (check, certificate, hooks, fleet, retrying, *add_mean(commands)):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--verbose", action="store_true", help="debug messages, and stack traces of errors")
     return parser
