@@ -4,20 +4,23 @@ import hashlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from analysis.mean_vectors.filling import FilledBatch, fill
 from analysis.mean_vectors.job import MeanJob, prepare
+from analysis.mean_vectors.modes import modes_of
 from analysis.mean_vectors.moments import VectorMoments
 from analysis.mean_vectors.options import MeanOptions
 from analysis.mean_vectors.stored.batches import VectorBatch, read_batch, stored_numbers
 from analysis.mean_vectors.stored.means import MeanVector, encode_mean
 from analysis.mean_vectors.stored.metadata import MeanMetadata
 from analysis.mean_vectors.stored.names import METADATA, batch_name, mean_name
+from analysis.mean_vectors.texts import expected_count
 from core.base.errors import RunError, UsageError
 from core.object_store import ObjectStore
 
@@ -70,7 +73,10 @@ def compute(
     job = prepare(options)
     batches = _fill_all(job, quiet, on_batch)
     _check_count(job, len(batches))
-    results = finish(job)
+    n_texts = sum(batch.n_texts for batch in batches)
+    if options.num_samples is not None and n_texts < options.num_samples:
+        logging.warning("there are %d texts, fewer than --num_samples %d", n_texts, options.num_samples)
+    results = finish(job.store, job.metadata())
     means = results["means"]
     computed = sum(batch.n_texts for batch in batches if batch.is_new)
     computing_s = sum(batch.seconds for batch in batches)
@@ -91,7 +97,7 @@ def compute(
 def _fill_all(job: MeanJob, quiet: bool, on_batch: Callable[[int], object] | None) -> list[FilledBatch]:
     batches: list[FilledBatch] = []
     failed = 0
-    with _progress(job.options.num_samples, quiet) as bar:
+    with _progress(None if quiet else expected_count(job.options), quiet) as bar:
         for batch in fill(job):
             batches.append(batch)
             failed += len(batch.failed)
@@ -102,11 +108,12 @@ def _fill_all(job: MeanJob, quiet: bool, on_batch: Callable[[int], object] | Non
     return batches
 
 
-def finish(job: MeanJob) -> dict[str, Any]:
+def finish(store: ObjectStore, metadata: MeanMetadata) -> dict[str, Any]:
     """Writes the mean of every mode from the stored batches, and the metadata; returns the latter's results."""
     facts: dict[str, Any] = {}
-    for mode in job.modes:
-        mean = merge_mean(job.store, job.metadata(), mode)
+    modes = modes_of(metadata.identity["mode"])
+    for mode in modes:
+        mean = merge_mean(store, metadata, mode)
         data = encode_mean(mean)
         facts[mode] = {
             "file": mean_name(mode),
@@ -115,8 +122,8 @@ def finish(job: MeanJob) -> dict[str, Any]:
             "width": len(mean.mean),
             "norm": mean.norm,
         }
-    results = _counts(job) | {"means": facts}
-    job.store.replace_bytes(METADATA, job.metadata(results).encode())
+    results = _counts(store, modes[0]) | {"means": facts}
+    store.replace_bytes(METADATA, replace(metadata, results=results).encode())
     return results
 
 
@@ -153,10 +160,10 @@ def _batches(store: ObjectStore, mode: str) -> Iterator[VectorBatch]:
         yield batch
 
 
-def _counts(job: MeanJob) -> dict[str, Any]:
+def _counts(store: ObjectStore, mode: str) -> dict[str, Any]:
     """Of one mode: the texts of all modes are the same."""
     counts: dict[str, Any] = {"batches": 0, "texts": 0, "vectors": 0, "truncated": 0, "failed": []}
-    for batch in _batches(job.store, job.modes[0]):
+    for batch in _batches(store, mode):
         counts["batches"] += 1
         counts["texts"] += batch.n_texts
         counts["vectors"] += len(batch.vectors)

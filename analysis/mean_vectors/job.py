@@ -12,7 +12,7 @@ from analysis.mean_vectors.stored.names import METADATA, is_ours
 from core.backends import choose_backend
 from core.base.errors import UsageError
 from core.base.redaction import redact
-from core.object_store import ObjectStore, open_store
+from core.object_store import LocalStore, ObjectStore, open_store
 from core.step.backend import Backend
 from core.step.model_shape import ModelShape, check_sample_length
 from qwen2_jax import tokenizer_digest
@@ -51,9 +51,9 @@ class MeanJob:
             rows_per_step=options.rows_per_step,
         )
 
-    def metadata(self, results: dict[str, Any] | None = None) -> MeanMetadata:
-        """The content of `metadata.json`."""
-        return MeanMetadata(self.identity, redact(self.options.model_path), self.options.revision, results)
+    def metadata(self) -> MeanMetadata:
+        """The content of `metadata.json` before there are results."""
+        return MeanMetadata(self.identity, redact(self.options.model_path), self.options.revision)
 
 
 def prepare(options: MeanOptions) -> MeanJob:
@@ -69,6 +69,8 @@ def prepare(options: MeanOptions) -> MeanJob:
     shape = backend.model_shape(options.model_path, options.revision)
     job = MeanJob(options, open_store(options.output), _identity(options, backend, shape))
     store = job.store
+    if isinstance(store, LocalStore):
+        store.remove_stale_temporaries()
     if options.overwrite:
         clear(store)
     stored = read_metadata(store)

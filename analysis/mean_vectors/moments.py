@@ -39,7 +39,7 @@ class VectorMoments:
         return VectorMoments(count, mean, squares)
 
     def standard_error(self) -> Float64[np.ndarray, "W"]:
-        """Of the mean, by dimension: sqrt(squares / (count - 1) / count); NaN for one vector, of which it is unknown."""
+        """Of the mean, by dimension: sqrt(squares / (count - 1) / count); NaN for one vector, which says nothing."""
         if self.count < 2:
             return np.full_like(self.mean, np.nan)
         return np.sqrt(self.squares / (self.count - 1) / self.count)

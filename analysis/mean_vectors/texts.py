@@ -11,7 +11,7 @@ from analysis.mean_vectors.options import MeanOptions
 from analysis.mean_vectors.stored.batches import TextId
 from analysis.mean_vectors.stored.plain_pickle import MOST_BYTES, load_plain
 from core.base.errors import RunError
-from core.object_store.stored_files import filesystem, storage_errors
+from core.object_store.stored_files import filesystem, is_file, storage_errors
 from core.streams.sources import SourceRow, read_source
 
 _PICKLES = (".pkl", ".pickle")
@@ -57,6 +57,13 @@ def all_texts(options: MeanOptions) -> Iterator[SourceText]:
     for place, row in enumerate(rows):
         if not row.is_blank:
             yield SourceText(place, _text_of(row, options.column), row.where)
+
+
+def expected_count(options: MeanOptions) -> int | None:
+    """How many texts there will be at most, for the time that is left; None where only reading a dataset would tell."""
+    if options.num_samples is not None:
+        return options.num_samples
+    return sum(1 for _ in all_texts(options)) if all(map(is_file, options.data)) else None
 
 
 def _draw(seed: int | None, text: SourceText) -> tuple[bytes, int]:

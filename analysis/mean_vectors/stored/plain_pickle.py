@@ -8,7 +8,7 @@ Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 
 import io
 import pickletools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,11 @@ class _Name:
 
 @dataclass(frozen=True)
 class _Call:
-    """What numpy would make of a call; its state follows."""
+    """What numpy would make of a call; its state follows. `places`: where the memo has it."""
 
     name: str
     arguments: tuple[Any, ...]
+    places: list[int] = field(default_factory=list)
 
 
 def load_plain(data: bytes) -> Any:
@@ -105,7 +106,10 @@ class _Machine:
     def _remembers(self, name: str, argument: Any) -> bool:
         """Runs an instruction of the memo; False for any other."""
         if name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[len(self.memo) if name == "MEMOIZE" else int(argument)] = self._top(object)
+            place, value = len(self.memo) if name == "MEMOIZE" else int(argument), self._top(object)
+            self.memo[place] = value
+            if isinstance(value, _Call):
+                value.places.append(place)
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             if int(argument) not in self.memo:
                 raise ValueError("it refers to a value that it does not hold")
@@ -121,7 +125,9 @@ class _Machine:
         if name == "REDUCE" and isinstance(first, _Name) and isinstance(second, tuple):
             self.stack.append(_Call(first.name, second))
         elif name == "BUILD" and isinstance(first, _Call) and isinstance(second, tuple):
-            self.stack.append(_built(first, second))
+            built = _built(first, second)
+            self.stack.append(built)
+            self.memo.update(dict.fromkeys(first.places, built))
         else:
             raise ValueError(f"its instruction {name} makes no array")
 
