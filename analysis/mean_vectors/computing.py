@@ -3,7 +3,7 @@
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -62,47 +62,43 @@ class MeanSummary:
         return [f"{self.vectors} vectors of {self.texts} texts{notes} in {self.seconds:.1f} s ({rate})", *means]
 
 
-def compute(
-    options: MeanOptions, *, quiet: bool = False, on_batch: Callable[[int], object] | None = None
-) -> MeanSummary:
+def compute(options: MeanOptions, *, quiet: bool = False) -> MeanSummary:
     """Stores the batches that are missing, then the means. Raises UsageError, RunError, ModelError.
 
-    quiet: shows no progress. on_batch: called with the number of each batch that was computed, once it is stored.
+    quiet: shows no progress.
     """
     start = time.monotonic()
     job = prepare(options)
-    batches = _fill_all(job, quiet, on_batch)
-    _check_count(job, len(batches))
-    n_texts = sum(batch.n_texts for batch in batches)
-    if options.num_samples is not None and n_texts < options.num_samples:
-        logging.warning("there are %d texts, fewer than --num_samples %d", n_texts, options.num_samples)
+    batches = _fill_all(job, quiet)
+    _check_count(job, batches)
     results = finish(job.store, job.metadata())
-    means = results["means"]
+    return _summary(job.store.url, batches, results, time.monotonic() - start)
+
+
+def _summary(output: str, batches: Sequence[FilledBatch], results: dict[str, Any], seconds: float) -> MeanSummary:
     computed = sum(batch.n_texts for batch in batches if batch.is_new)
     computing_s = sum(batch.seconds for batch in batches)
     return MeanSummary(
-        output=job.store.url,
+        output=output,
         texts=results["texts"],
         vectors=results["vectors"],
         failed=len(results["failed"]),
         truncated=results["truncated"],
         computed=computed,
-        norms={mode: mean["norm"] for mode, mean in means.items()},
-        widths={mode: mean["width"] for mode, mean in means.items()},
-        seconds=round(time.monotonic() - start, 3),
+        norms={mode: mean["norm"] for mode, mean in results["means"].items()},
+        widths={mode: mean["width"] for mode, mean in results["means"].items()},
+        seconds=round(seconds, 3),
         samples_per_hour=round(computed / computing_s * 3600, 1) if computed else None,
     )
 
 
-def _fill_all(job: MeanJob, quiet: bool, on_batch: Callable[[int], object] | None) -> list[FilledBatch]:
+def _fill_all(job: MeanJob, quiet: bool) -> list[FilledBatch]:
     batches: list[FilledBatch] = []
     failed = 0
     with _progress(None if quiet else expected_count(job.options), quiet) as bar:
         for batch in fill(job):
             batches.append(batch)
             failed += len(batch.failed)
-            if on_batch is not None and batch.is_new:
-                on_batch(batch.number)
             bar.update(batch.n_texts)
             _check_failures(failed, batch, job.options)
     return batches
@@ -179,14 +175,17 @@ def _check_failures(failed: int, batch: FilledBatch, options: MeanOptions) -> No
         raise RunError(f"{failed} texts have failed, more than --max_failed {options.max_failed}; {more}")
 
 
-def _check_count(job: MeanJob, n_batches: int) -> None:
-    """Raises UsageError where the folder holds more than this run."""
-    if n_batches == 0:
+def _check_count(job: MeanJob, batches: Sequence[FilledBatch]) -> None:
+    """Raises UsageError where the folder holds more than this run; says so where there are fewer texts than wanted."""
+    wanted, n_texts = job.options.num_samples, sum(batch.n_texts for batch in batches)
+    if not batches:
         raise UsageError(f"{', '.join(job.options.data)}: there are no texts")
+    if wanted is not None and n_texts < wanted:
+        logging.warning("there are %d texts, fewer than --num_samples %d", n_texts, wanted)
     for mode in job.modes:
         stored = stored_numbers(job.store, mode)
-        if stored and stored[-1] >= n_batches:
-            reason = f"it holds {len(stored)} batches of {mode}, and this run has {n_batches}"
+        if stored and stored[-1] >= len(batches):
+            reason = f"it holds {len(stored)} batches of {mode}, and this run has {len(batches)}"
             raise UsageError(f"{job.store.url}: {reason}: use the same data, another --output, or --overwrite")
 
 
