@@ -16,6 +16,7 @@ from analysis.mean_vectors import job
 from analysis.mean_vectors.commands import FORMATS
 from analysis.mean_vectors.exporting import WRITERS
 from analysis.mean_vectors.moments import VectorMoments
+from analysis.mean_vectors.stored.batches import FailedText, TextId, VectorBatch, decode_batch, encode_batch
 from analyze_activations import mean, mean_compare, mean_export
 from core.base.errors import UsageError
 
@@ -50,6 +51,25 @@ def test_moments_of_batches_are_those_of_all_vectors(sizes, center, seed):
         np.testing.assert_allclose(merged.mean, wide.mean(axis=0), rtol=1e-12)
         error = wide.std(axis=0, ddof=1) / np.sqrt(len(rows))
         np.testing.assert_allclose(merged.standard_error(), error, rtol=1e-7)
+
+
+def test_the_bytes_of_a_batch_depend_on_its_values_alone():
+    """Not on which of its texts are one object, and they are read back as they were."""
+    shared, copied = "a" * 64, "".join(["a"] * 64)
+    rows = np.arange(8, dtype=np.float32).reshape(2, 4)
+
+    def batch(other, vectors):
+        return VectorBatch(
+            "short", 0, (TextId(0, shared), TextId(1, other)), vectors, (FailedText(TextId(2, "b"), "x"),)
+        )
+
+    data = encode_batch(batch(shared, rows))
+    assert encode_batch(batch(copied, np.asfortranarray(rows))) == data
+    found = decode_batch(data)
+    assert (found.texts, found.failed) == (batch(copied, rows).texts, batch(copied, rows).failed)
+    np.testing.assert_array_equal(found.vectors, rows)
+    with pytest.raises(ValueError, match="not finite rows of float32"):
+        decode_batch(encode_batch(batch(shared, rows * np.float32(np.nan))))
 
 
 def cosine(one, other):
