@@ -59,9 +59,8 @@ def test_the_bytes_of_a_batch_depend_on_its_values_alone():
     rows = np.arange(8, dtype=np.float32).reshape(2, 4)
 
     def batch(other, vectors):
-        return VectorBatch(
-            "short", 0, (TextId(0, shared), TextId(1, other)), vectors, (FailedText(TextId(2, "b"), "x"),)
-        )
+        texts, failed = (TextId(0, shared), TextId(1, other)), (FailedText(TextId(2, "b"), "x"),)
+        return VectorBatch("short", 0, texts, vectors, failed)
 
     data = encode_batch(batch(shared, rows))
     assert encode_batch(batch(copied, np.asfortranarray(rows))) == data
