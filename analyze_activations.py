@@ -2,6 +2,7 @@
 
 In Python: `verify(dir)`, `stats(dir)`, `whiten_fit(dir, layer)`, `whiten_apply(dir, whitening, output, layer)`,
 `whiten_check(dir, whitening, layer)`, `export(dir, to, output=…)`, `import_activations(source, kind, output=…)`,
+`mean(data, model_path, output)`, `mean_compare(folder)`, `mean_export(folder, to, output)`,
 `certify(dir, model_path)`, `status(dir)`, `retry(dir, shards)`, `list_hooks(model_path)`.
 """
 
@@ -19,6 +20,8 @@ from analysis.commands.pass_flags import print_report
 from analysis.commands.stats_command import add_stats
 from analysis.commands.verify_command import add_verify
 from analysis.commands.whiten_commands import add_whiten
+from analysis.mean_vectors.commands import mean, mean_compare, mean_export
+from analysis.mean_vectors.parser import add_mean
 from core.backends import BACKENDS, choose_backend
 from core.base.arguments import path_text
 from core.base.command_line import CommandParser, not_negative, positive, run_command
@@ -41,6 +44,9 @@ __all__ = [
     "export",
     "import_activations",
     "list_hooks",
+    "mean",
+    "mean_compare",
+    "mean_export",
     "retry",
     "stats",
     "status",
@@ -66,7 +72,7 @@ def build_parser() -> CommandParser:
     retrying.set_defaults(run=retry_command)
     exporting = _add_export(commands)
     importing = _add_import(commands)
-    for command in (*on_shards, certificate, hooks, fleet, retrying, exporting, importing):
+    for command in (*on_shards, certificate, hooks, fleet, retrying, exporting, importing, *add_mean(commands)):
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--verbose", action="store_true", help="debug messages, and stack traces of errors")
     return parser

@@ -15,7 +15,7 @@ ORDER = (
     ("benchmarks",),
     ("extract_activations", "create_dataset_streams", "analyze_activations"),
     ("fleet",),
-    ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table"),
+    ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table", "analysis.mean_vectors"),
     ("analysis.commands",),
     ("analysis.text_whitening",),
     ("analysis.exporting", "analysis.importing"),

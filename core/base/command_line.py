@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from absl import app, logging
@@ -23,7 +23,20 @@ Number = TypeVar("Number", int, float)
 
 
 class CommandParser(argparse_flags.ArgumentParser):
-    """Reports usage errors in one line, like all other errors; its subcommands do, too."""
+    """Reports usage errors in one line, like all other errors; its subcommands do, too.
+
+    Attributes:
+      longer_commands: parsers of the commands that begin with the words of this one, by their next word.
+    """
+
+    longer_commands: Mapping[str, "CommandParser"] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, or as a longer command does that the first argument names."""
+        longer = self.longer_commands.get(args[0]) if args else None
+        if longer is not None:
+            return longer.parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Prints the error and exits."""

@@ -132,6 +132,26 @@ def test_modal_finds_its_function_and_entry_point(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@needs("modal")
+def test_modal_finds_the_mean_with_its_flags(tmp_path):
+    done = run([sys.executable, "-m", "modal", "run", "-m", "launchers.modal_mean", "--help"], tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(flag in done.stdout for flag in ("--num-samples", "--batch-size", "--mode", "--overwrite"))
+
+
+def test_the_functions_of_the_mean_ask_modal_for_what_is_described(tmp_path, monkeypatch):
+    pytest.importorskip("modal", reason="modal is not installed: make test-launchers")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(str(ROOT))
+    from launchers import modal_mean
+
+    for function in (modal_mean.extract_single_vector, modal_mean.extract_batch):
+        spec = function._spec_  # Modal has no public name for it; its version is pinned
+        assert (spec.gpus, spec.memory) == ("A100-80GB", 65536)
+        assert spec.volumes[modal_mean.STORED.as_posix()].name == "activation-vectors-cache"
+    assert modal_mean.compute_mean_from_batches._spec_.gpus is None
+
+
 @pytest.fixture
 def modal_app(tmp_path, monkeypatch):
     """The module, with the extraction replaced by a few lines that look at what they were given."""
