@@ -53,9 +53,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     add("--tokenizer_path", help="path of the tokenizer, if it is not with the model")
     add("--layers", type=int, nargs="+", metavar="LAYER", help="block numbers from 0 (default all)")
     add("--with_embedding", action="store_true", help="store what the first block reads as one more layer, the first")
-    add(
-        "--n_pos", type=natural, help="most tokens of a text; longer ones are truncated (default: what the model knows)"
-    )
+    add("--n_pos", type=natural, help="most tokens of a text; longer ones are truncated (default: all positions)")
     add("--batch_size", type=natural, help=f"texts a batch (default {DEFAULT_BATCH_SIZE}); with the next flag the most")
     add("--auto_find_batch_size", action="store_true", help="by the compiler's memory analysis, then by trying")
     add("--device", choices=("auto", "cpu", "cuda", "tpu"), help="refused where there is none (default auto)")
@@ -71,9 +69,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     add("--batches_per_shard", type=natural, help="batches of a shard (default 50)")
     add("--max_shards_created", type=natural, metavar="N", help="stop after so many shards (default: all rows)")
     add("--log_file", default=None, help="also write the log to this file")
-    add(
-        "--log_level", type=str.lower, choices=_LEVELS, default="info", help="least level that is logged (default info)"
-    )
+    add("--log_level", type=str.lower, choices=_LEVELS, default="info", help="least level to log (default info)")
     add("--json", action="store_true", default=False, help="print one JSON object with the result on stdout")
     add("--verbose", action="store_true", default=False, help="debug messages, and stack traces of errors")
 

@@ -319,6 +319,7 @@ class ExtractionStep:
         program = self._program
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=program.rows)
         needed = program.forward.lower(program.state, tokens, tokens, tokens).compile().memory_analysis()
+        assert needed is not None, "this compiler tells what it needs"
         return int(needed.temp_size_in_bytes + needed.output_size_in_bytes)
 
     def take_weights(self, model: Decoder) -> None:

@@ -1,7 +1,7 @@
 """`--auto_find_batch_size`: the compiler's memory analysis first, then a trial, halved until it fits."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -41,7 +41,7 @@ def find_batch_size(capturer: Capturer, lengths: Int32[np.ndarray, "rows"], long
     ceiling = min(most or _MOST_TEXTS, _MOST_TEXTS, _power_of_two(2 * len(lengths) - 1), max(1, _MOST_TOKENS // length))
     ceiling = min(ceiling, max(1, _host_limit(capturer, length)))
     size = _by_analysis(capturer, length, ceiling)
-    while not _fits(lambda n=size: _try(capturer, longest, n)):
+    while not _fits(capturer, longest, size):
         if size == 1:
             raise RunError(f"--auto_find_batch_size: one text of {length} tokens does not fit in memory: lower --n_pos")
         logging.info("a batch of %d texts does not fit in memory: trying %d", size, size // 2)
@@ -103,14 +103,10 @@ def _host_limit(capturer: Capturer, length: int) -> int:
     return int(host_free_bytes() * _USED_SHARE) // of_text
 
 
-def _try(capturer: Capturer, longest: Texts, n_texts: int) -> None:
+def _fits(capturer: Capturer, longest: Texts, n_texts: int) -> bool:
     texts = [longest[i % len(longest)] for i in range(n_texts)]
-    with_batch_size(capturer, n_texts)(texts)
-
-
-def _fits(compute: Callable[[], None]) -> bool:
     try:
-        compute()
+        with_batch_size(capturer, n_texts)(texts)
     except (MemoryError, RuntimeError) as error:
         # XLA's and torch's own errors are RuntimeErrors; torch may not be installed.
         is_torchs = type(error).__name__ == "OutOfMemoryError"

@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 from tqdm import tqdm
 
 from core.base.canonical_json import canonical_json, content_hash
@@ -65,9 +66,14 @@ class Rows:
     order: Int64[np.ndarray, "rows"]
     reader: RowReader
 
+    @cached_property
+    def lengths(self) -> Int32[np.ndarray, "rows"]:
+        """Tokens of each row, in the order of the output."""
+        return self.spool.lengths[self.order]
+
     def tokens_of(self, part: slice) -> int:
         """The tokens of some of the rows."""
-        return int(self.spool.lengths[self.order[part]].sum())
+        return int(self.lengths[part].sum(dtype=np.int64))
 
 
 def shard_name(index: int) -> str:
@@ -123,15 +129,13 @@ def _read_rows(options: PrepareOptions, facts: ModelFacts, spool: RowSpool) -> R
     return rows
 
 
+@dataclass(frozen=True)
 class _Export:
-    def __init__(
-        self, options: PrepareOptions, facts: ModelFacts, store: ObjectStore, rows: Rows, folder: Path
-    ) -> None:
-        self._options = options
-        self._facts = facts
-        self._store = store
-        self._rows = rows
-        self._folder = folder
+    _options: PrepareOptions
+    _facts: ModelFacts
+    _store: ObjectStore
+    _rows: Rows
+    _folder: Path
 
     def finish(self, started: float) -> PrepareSummary:
         """Writes the shards that are not there."""
@@ -198,10 +202,10 @@ class _Export:
         }
 
     def _load(self) -> StateReader:
-        return load_states(self._options, self._facts, int(self._rows.spool.lengths.max()))
+        return load_states(self._options, self._facts, int(self._rows.lengths.max()))
 
     def _found(self, model: StateReader) -> int:
-        lengths = self._rows.spool.lengths[self._rows.order]
+        lengths = self._rows.lengths
         longest = self._rows.order[np.argsort(-lengths, kind="stable")[:64]]
         texts = [self._rows.spool.read(int(index)).token_ids for index in longest]
         return find_batch_size(model.blocks, lengths, texts, self._options.batch_size)
@@ -237,7 +241,7 @@ class _Export:
         path = store.temporary_path(name) if isinstance(store, LocalStore) else self._folder / name
         try:
             with disk_errors(store.root / name if isinstance(store, LocalStore) else path):
-                with open(path, "wb", buffering=0) as file:
+                with open(path, "wb", buffering=1 << 20) as file:
                     writer = ShardWriter(file, self._schema)
                     self._write_batches(writer, part, model, batch_size, bar)
                     size = writer.finish()

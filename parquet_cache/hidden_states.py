@@ -29,11 +29,6 @@ class ModelFacts:
     layers: tuple[int, ...]
     n_pos: int
 
-    @property
-    def digest_arguments(self) -> str:
-        """The family, for messages and the arguments file."""
-        return self.shape.family
-
 
 def model_facts(options: PrepareOptions) -> ModelFacts:
     """Raises UsageError for layers or a length that the model does not have, ModelError for the model."""

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -30,7 +30,7 @@ class RowSpool:
     They lie in a file without a name that this process alone can open: unpickling it reads what this process wrote.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._offsets = array("q", [0])
         self._lengths = array("i")

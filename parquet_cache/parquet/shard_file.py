@@ -89,7 +89,7 @@ class ShardWriter:
         group.labels.append(labels)
 
     def finish(self) -> int:
-        """Writes the labels and the footer; returns the bytes of the file. Raises RunError for labels of another type."""
+        """Writes the labels and the footer; returns the bytes of the file. Raises RunError for a label of another type."""
         template = self._template()
         footer = _footer(template)
         for group, described in zip(self._groups, footer[_ROW_GROUPS].value.members, strict=True):
@@ -107,10 +107,8 @@ class ShardWriter:
         schema, out = self._schema.arrow, io.BytesIO()
         with parquet.ParquetWriter(out, schema, compression="zstd") as writer:
             for group in self._groups:
-                columns = [
-                    pa.nulls(len(group.labels), schema.field(0).type),
-                    pa.array(group.token_ids, schema.field(1).type),
-                ]
+                states, tokens = schema.field(0).type, schema.field(1).type
+                columns = [pa.nulls(len(group.labels), states), pa.array(group.token_ids, tokens)]
                 for place, label in enumerate(self._schema.labels):
                     columns.append(_label_array([row[place] for row in group.labels], label))
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(group.labels))

@@ -48,10 +48,8 @@ def _page(layers: Sequence[State], *, starts_row: bool) -> list[bytes | memoryvi
     levels = _sized(_repetition(len(layers), n_tokens, width, starts_row)) + _sized(_run(count, _DEFINED))
     size = len(levels) + sum(layer.nbytes for layer in layers)
     if size > _LARGEST_PAGE:
-        raise RunError(
-            f"{n_tokens} tokens of {width} values in one layer are too many for a Parquet page: lower --n_pos"
-        )
-    return [_header(count, size), levels, *(memoryview(layer).cast("B") for layer in layers)]
+        raise RunError(f"{n_tokens} tokens of {width} values are too many for a page of Parquet: lower --n_pos")
+    return [_header(count, size), levels, *(layer.reshape(-1).view(np.uint8).data for layer in layers)]
 
 
 def _repetition(n_layers: int, n_tokens: int, width: int, starts_row: bool) -> bytes:
