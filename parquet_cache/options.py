@@ -64,6 +64,8 @@ class PrepareOptions:
                 raise UsageError(f"--{name} {value}: must be 0 or more")
         if self.sort_ds_reversed and not self.sort_ds_by_len:
             raise UsageError("--sort_ds_reversed reverses the order of --sort_ds_by_len: pass both")
+        for name in {"hidden_states", "input_ids"}.intersection(self.ds_label_columns):
+            raise UsageError(f"--ds_label_columns {name}: the output has a column of that name of its own")
         twice = {name for name in self.ds_label_columns if self.ds_label_columns.count(name) > 1}
         if twice:
             raise UsageError(f"--ds_label_columns: {', '.join(sorted(twice))} is given twice")

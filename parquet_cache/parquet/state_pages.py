@@ -23,7 +23,7 @@ _DATA_PAGE, PLAIN, RLE = 0, 0, 3
 _LARGEST_PAGE = (1 << 31) - 1
 _WANTED_PAGE = 64 << 20
 
-State = Shaped[np.ndarray, "T D"]
+State = Shaped[np.ndarray, "_ D"]
 
 
 def state_pages(layers: Sequence[State]) -> Iterator[list[bytes | memoryview]]:

@@ -29,11 +29,10 @@ def rows(n: int) -> list[dict]:
     """Games with labels of every kind: texts, whole numbers, nulls, and lists with nulls."""
     made = []
     for i in range(n):
-        text = game(i)
         scores = [None if k % 5 == 4 else round(k * 0.25 - 1, 2) for k in range(i % 7)]
         made.append(
             {
-                "Transcript": text,
+                "Transcript": game(i),
                 "Site": f"https://lichess.org/{i:08x}",
                 "WhiteElo": None if i % 6 == 5 else 1500 + 37 * (i * 7 % 20),
                 "BlackElo": 1400 + i,
