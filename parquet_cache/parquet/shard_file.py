@@ -89,7 +89,7 @@ class ShardWriter:
         group.labels.append(labels)
 
     def finish(self) -> int:
-        """Writes the labels and the footer, and returns the file's bytes. Raises RunError for a label of another type."""
+        """Writes labels and footer, and returns the file's bytes. Raises RunError for a label of another type."""
         template = self._template()
         footer = _footer(template)
         for group, described in zip(self._groups, footer[_ROW_GROUPS].value.members, strict=True):

@@ -1,6 +1,8 @@
 """`prepare.py` against transformers on the same weights, read back with datasets."""
 
+import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +13,15 @@ torch = pytest.importorskip("torch")
 import datasets
 from chess_games import D_MODEL, N_LAYERS, VOCAB, rows, write_gpt2, write_rows
 from tiny_run import cache_dir
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 import prepare as command
 from core.base.errors import RunError, UsageError
 from parquet_cache import export
 from parquet_cache.hidden_states import StateReader
 from prepare import prepare
+from qwen2_jax.checkpoints.gguf import open_gguf
+from qwen2_jax.checkpoints.locate import find_gguf
 
 LABELS = ("Site", "WhiteElo", "BlackElo", "Scores")
 GAMES = rows(23)
@@ -129,18 +133,50 @@ def test_layers_are_blocks_and_the_embedding_comes_first(run, expected, tmp_path
         np.testing.assert_allclose(of_text["hidden_states"], theirs, rtol=1e-4, atol=1e-4)
 
 
+# In this order: names of transformers, names of the file.
+GGUF_NAMES = (
+    (r"^norm", "output_norm"),
+    (r"layers", "blk"),
+    (r"embed_tokens", "token_embd"),
+    (r"input_layernorm", "attn_norm"),
+    (r"post_attention_layernorm", "ffn_norm"),
+    (r"self_attn\.o_proj", "attn_output"),
+    (r"self_attn\.(\w)_proj", r"attn_\1"),
+    (r"mlp\.(\w+)_proj", r"ffn_\1"),
+)
+
+
+def first_blocks_in_transformers(smollm2: Path, n_layers: int) -> LlamaModel:
+    """The file's weights in transformers, by our reader: tests/qwen2_jax compares it with transformers' own."""
+    file = open_gguf(find_gguf(str(smollm2)))
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=n_layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+    )
+    model = LlamaModel(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            stored = functools.reduce(lambda text, pair: re.sub(*pair, text), GGUF_NAMES, name)
+            weight.copy_(torch.from_numpy(file.read(stored, 0, len(weight)).astype(np.float32)))
+    return model
+
+
 def test_the_real_smollm2(smollm2, tmp_path):
     texts = ["The capital of France is", "Two plus two"]
     source = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
-    prepare(smollm2, source, "text", tmp_path / "out", dtype="float32", layers=[0, 2], with_embedding=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2.parent, gguf_file=smollm2.name, num_hidden_layers=4, dtype=torch.float32
-    )
+    prepare(smollm2, source, "text", tmp_path / "out", dtype="float32", layers=[0, 1])
+    model = first_blocks_in_transformers(smollm2, 3)
     arrays = load(tmp_path / "out", tmp_path / "cache").with_format("numpy")
     for row in arrays:
         with torch.no_grad():
             states = model(torch.tensor(row["input_ids"])[None], output_hidden_states=True).hidden_states
-        theirs = np.stack([states[layer][0].numpy() for layer in (0, 1, 3)])
+        theirs = np.stack([states[layer][0].numpy() for layer in (1, 2)])
         np.testing.assert_allclose(row["hidden_states"], theirs, rtol=1e-3, atol=1e-3)
 
 
@@ -321,5 +357,5 @@ def test_values_that_do_not_fit_float16_name_the_row(gpt2, games, tmp_path):
     model.transformer.wte.weight.data *= 1e6
     model.save_pretrained(tmp_path / "loud")
     options = {"tokenizer_path": gpt2, "n_pos": N_POS, "layers": [0]}
-    with pytest.raises(RunError, match=r"games\.jsonl:1, residual of layer 0, token 0: magnitude .* float16"):
+    with pytest.raises(RunError, match=r"games\.jsonl:\d+, residual of layer 0, token 0: magnitude .* float16"):
         prepare(tmp_path / "loud", games, "Transcript", tmp_path / "out", **options)
