@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from core.base.arguments import checked_arguments, with_fields_of
-from core.base.command_line import CommandParser, log_to_file, not_negative, positive, run_command
+from core.base.command_line import CommandParser, log_to_file, run_command
 from parquet_cache.options import DEFAULT_BATCH_SIZE, PrepareOptions
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def build_parser() -> CommandParser:
 
 
 def _add_dataset_flags(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
+    add = group.add_argument
     add("--ds_repo", required=True, help="hub id, file (.jsonl, .parquet, .txt), saved dataset or folder of data files")
     add("--ds_config", help="configuration of the dataset; ignored, with a warning, for a file or a saved dataset")
     add("--ds_split", help="split of the dataset (default train)")
@@ -39,22 +39,22 @@ def _add_dataset_flags(group: argparse._ArgumentGroup) -> None:
     add("--ds_label_columns", nargs="+", metavar="COLUMN", help="columns that are stored beside the hidden states")
     add("--ds_filter", metavar="CONDITION", help="first: keep these rows alone, such as 'WhiteElo > 1800 and not Bot'")
     add("--deduplicate", action="store_true", help="then: keep the first row of each text")
-    add("--ds_shuffle_seed", type=not_negative(int), metavar="SEED", help="then: shuffle the rows; 0 is a seed too")
-    add("--ds_sample", type=natural, metavar="N", help="then: keep N of the rows, drawn at random")
+    add("--ds_shuffle_seed", type=int, metavar="SEED", help="then: shuffle the rows; 0 is a seed too")
+    add("--ds_sample", type=int, metavar="N", help="then: keep N of the rows, drawn at random")
     add("--sort_ds_by_len", action="store_true", help="last: sort by tokens, the shortest text first")
     add("--sort_ds_reversed", action="store_true", help="with --sort_ds_by_len: the longest text first")
-    add("--max_bad_records", type=not_negative(int), metavar="N", help="rows without a text to set aside (default 0)")
+    add("--max_bad_records", type=int, metavar="N", help="rows without a text to set aside (default 0)")
 
 
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
+    add = group.add_argument
     add("--model_checkpoint", required=True, help="hub id, Hugging Face folder or .gguf file")
     add("--revision", help="hub revision: a branch, tag or commit")
     add("--tokenizer_path", help="path of the tokenizer, if it is not with the model")
     add("--layers", type=int, nargs="+", metavar="LAYER", help="block numbers from 0 (default all)")
     add("--with_embedding", action="store_true", help="store what the first block reads as one more layer, the first")
-    add("--n_pos", type=natural, help="most tokens of a text; longer ones are truncated (default: all positions)")
-    add("--batch_size", type=natural, help=f"texts a batch (default {DEFAULT_BATCH_SIZE}); with the next flag the most")
+    add("--n_pos", type=int, help="most tokens of a text; longer ones are truncated (default: all positions)")
+    add("--batch_size", type=int, help=f"texts a batch (default {DEFAULT_BATCH_SIZE}); with the next flag the most")
     add("--auto_find_batch_size", action="store_true", help="by the compiler's memory analysis, then by trying")
     add("--device", choices=("auto", "cpu", "cuda", "tpu"), help="refused where there is none (default auto)")
     add("--backend", choices=("auto", "jax", "torch"), help="auto: JAX for the families it has, torch for any other")
@@ -63,11 +63,11 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output_flags(group: argparse._ArgumentGroup) -> None:
-    add, natural = group.add_argument, positive(int)
+    add = group.add_argument
     add("--output_dir", required=True, help="folder or URL of the shards")
     add("--dtype", choices=("float16", "float32"), help="of the hidden states (default float16)")
-    add("--batches_per_shard", type=natural, help="batches of a shard (default 50)")
-    add("--max_shards_created", type=natural, metavar="N", help="stop after so many shards (default: all rows)")
+    add("--batches_per_shard", type=int, help="batches of a shard (default 50)")
+    add("--max_shards_created", type=int, metavar="N", help="stop after so many shards (default: all rows)")
     add("--log_file", default=None, help="also write the log to this file")
     add("--log_level", type=str.lower, choices=_LEVELS, default="info", help="least level to log (default info)")
     add("--json", action="store_true", default=False, help="print one JSON object with the result on stdout")

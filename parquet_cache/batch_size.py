@@ -15,10 +15,10 @@ from core.jax_utils import ExtractionStep
 from core.run.progress import format_bytes
 from core.step.device_mesh import device_bytes
 from core.step.layout import default_row_lengths
+from parquet_cache.options import MOST_TEXTS
 
 # A larger batch is not faster: a step of so many tokens fills every device.
 _MOST_TOKENS = 1 << 15
-_MOST_TEXTS = 1 << 10
 # Of the memory that is free: the rest is for what the analysis does not see.
 _USED_SHARE = 0.8
 # A batch is held twice on the host, since one is written while the next is computed.
@@ -38,7 +38,7 @@ def find_batch_size(capturer: Capturer, lengths: Int32[np.ndarray, "rows"], long
     Raises RunError where not even one text fits.
     """
     length = int(lengths.max())
-    ceiling = min(most or _MOST_TEXTS, _MOST_TEXTS, _power_of_two(2 * len(lengths) - 1), max(1, _MOST_TOKENS // length))
+    ceiling = min(most or MOST_TEXTS, MOST_TEXTS, _power_of_two(2 * len(lengths) - 1), max(1, _MOST_TOKENS // length))
     ceiling = min(ceiling, max(1, _host_limit(capturer, length)))
     size = _by_analysis(capturer, length, ceiling)
     while not _fits(capturer, longest, size):

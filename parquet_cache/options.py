@@ -6,6 +6,8 @@ from typing import Literal
 from core.base.errors import UsageError
 
 DEFAULT_BATCH_SIZE = 8
+MOST_TEXTS = 1 << 10
+"""The largest batch that `auto_find_batch_size` tries."""
 Device = Literal["auto", "cpu", "cuda", "tpu"]
 Backend = Literal["auto", "jax", "torch"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from core.base.errors import RunError, UsageError
 from core.streams.sources import SourceRow
@@ -65,7 +66,7 @@ class RowReader:
             self._add(chunk, spool)
 
     def _good_rows(self, rows: Iterator[SourceRow]) -> Iterator[SourceRow]:
-        for row in rows:
+        for row in tqdm(rows, desc="reading", unit="row", unit_scale=True, disable=None):
             if self.n_read == 0:
                 self._check_columns(row)
             self.n_read += 1

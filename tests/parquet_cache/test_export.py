@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, PreTrain
 
 import prepare as command
 from core.base.errors import RunError, UsageError
-from parquet_cache import export
+from parquet_cache import shard_writing
 from parquet_cache.hidden_states import StateReader
 from prepare import prepare
 from qwen2_jax.checkpoints.gguf import open_gguf
@@ -191,7 +191,7 @@ def test_one_batch_a_shard_fills_the_first_shard(run, tmp_path):
     """In the described system it is empty."""
     summary = run(batches_per_shard=1)
     assert summary.shards == 6
-    counts = [load_one(tmp_path / "out" / export.shard_name(i), tmp_path / "cache") for i in range(6)]
+    counts = [load_one(tmp_path / "out" / shard_writing.shard_name(i), tmp_path / "cache") for i in range(6)]
     assert counts == [4, 4, 4, 4, 4, 3]
 
 
@@ -261,7 +261,7 @@ def test_an_interrupted_export_finishes_with_the_same_bytes(run, tmp_path, monke
     monkeypatch.setattr(StateReader, "__call__", fail_at_the_fourth_batch)
     with pytest.raises(KeyboardInterrupt):
         run("broken", **options)
-    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"arguments.json", export.shard_name(0)}
+    assert {path.name for path in (tmp_path / "broken").iterdir()} == {"arguments.json", shard_writing.shard_name(0)}
     calls.extend([[]] * 4)
     assert run("broken", **options).written == 2
     assert bytes_of(tmp_path / "broken") == bytes_of(tmp_path / "whole")
@@ -271,7 +271,7 @@ def test_an_interrupted_export_finishes_with_the_same_bytes(run, tmp_path, monke
 def test_an_automatic_batch_size_is_that_of_the_shards_that_are_there(run, tmp_path):
     run(batch_size=8, auto_find_batch_size=True, batches_per_shard=1, max_shards_created=2, layers=[0])
     before = bytes_of(tmp_path / "out")
-    (tmp_path / "out" / export.shard_name(0)).unlink()
+    (tmp_path / "out" / shard_writing.shard_name(0)).unlink()
     again = run(auto_find_batch_size=True, batches_per_shard=1, max_shards_created=2, layers=[0])
     assert (again.batch_size, again.written) == (8, 1)
     assert bytes_of(tmp_path / "out") == before
