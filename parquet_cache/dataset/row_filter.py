@@ -75,7 +75,7 @@ class Literal:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RowComparison:
     """Two operands and what is asked of them."""
 
     left: Column | Literal
@@ -211,7 +211,7 @@ class _Parser:
         if is_negated or sign.kind != "symbol" or sign.text not in ("==", "=", "!=", *_COMPARISONS):
             self._refuse("a comparison such as > or in")
         self._next += 1
-        return Comparison(left, sign.text, self._operand())
+        return RowComparison(left, sign.text, self._operand())
 
     def _members(self) -> tuple[Any, ...]:
         closing = {"(": ")", "[": "]"}.get(self._peek().text)

@@ -22,6 +22,7 @@ import pytest
         "start --prompts 0",
         "start --repeats 0",
         "quantization --prompts -1",
+        "parquet --rows 0",
         "generation --new_tokens 16 0",
         "utilisation --windows 0",
         "utilisation --batch_size 0",

@@ -289,6 +289,8 @@ def test_a_batch_that_does_not_fit_is_halved(run, monkeypatch, caplog):
 
     monkeypatch.setattr(Capturer, "__call__", small_device)
     assert run(batch_size=16, auto_find_batch_size=True, layers=[0]).batch_size == 4
+    tried = [record.getMessage() for record in caplog.records if "does not fit in memory" in record.getMessage()]
+    assert tried == [f"a batch of {n} texts does not fit in memory: trying {n // 2}" for n in (16, 8)]
 
 
 def test_other_arguments_in_the_same_folder_are_refused_by_name(run, games, tmp_path):
