@@ -314,6 +314,14 @@ class ExtractionStep:
         self._ahead[rows, length] = thread.submit(lowered.compile)
         thread.shutdown(wait=False)
 
+    def memory_bytes(self, rows: int, length: int) -> int:
+        """By the compiler, the bytes that a step of this shape needs on each device, besides the weights."""
+        program = self._program
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=program.rows)
+        needed = program.forward.lower(program.state, tokens, tokens, tokens).compile().memory_analysis()
+        assert needed is not None, "this compiler tells what it needs"
+        return int(needed.temp_size_in_bytes + needed.output_size_in_bytes)
+
     def take_weights(self, model: Decoder) -> None:
         """Replaces the shapes by the arrays of `model`."""
         self._program = replace(self._program, state=nnx.state(model))

@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from the parsers of the three commands: `python scripts/flags_page.py`."""
+"""Writes docs/flags.md from the parsers of the four commands: `python scripts/flags_page.py`."""
 
 import argparse
 import sys
@@ -11,19 +11,20 @@ sys.path.insert(0, str(ROOT))
 import analyze_activations  # noqa: E402
 import create_dataset_streams  # noqa: E402
 import extract_activations  # noqa: E402
+import prepare  # noqa: E402
 
 PAGE = ROOT / "docs/flags.md"
 _INTRODUCTION = """\
 # Flags
 
-Every flag of the three commands. This page is written by `python scripts/flags_page.py` from the parsers.
+Every flag of the four commands. This page is written by `python scripts/flags_page.py` from the parsers.
 """
 
 
 def page() -> str:
     """The page: a section for each command, a table for each group of its flags."""
     sections = [_INTRODUCTION]
-    for module in (extract_activations, create_dataset_streams, analyze_activations):
+    for module in (extract_activations, create_dataset_streams, analyze_activations, prepare):
         sections.append(f"## {module.__name__}.py\n")
         sections += _sections(module.build_parser())
     return "\n".join(sections)

@@ -8,7 +8,7 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 
-PACKAGES = ("qwen2_jax", "core", "torch_models", "analysis", "arc24")
+PACKAGES = ("qwen2_jax", "core", "torch_models", "analysis", "arc24", "parquet_cache")
 _PLAIN = {"None", "bool", "bytes", "float", "int", "str"}
 # Whether a function's signature speaks of arrays, by its code: one that is defined inside another is met many times.
 _SPEAKS_OF_ARRAYS: dict[CodeType, bool] = {}

@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 NEED_TORCH = {
     f"analysis.certificate.certification.{name}" for name in ("_activations", "_require_alike", "_next_tokens")
 }
-PACKAGES = ("analysis", "arc24", "core", "qwen2_jax", "torch_models")
+PACKAGES = ("analysis", "arc24", "core", "parquet_cache", "qwen2_jax", "torch_models")
 
 
 def functions_of(module):

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("launchers",),
     ("benchmarks",),
-    ("extract_activations", "create_dataset_streams", "analyze_activations"),
+    ("extract_activations", "create_dataset_streams", "analyze_activations", "prepare"),
+    ("parquet_cache",),
     ("fleet",),
     ("analysis.fleet_status", "analysis.certificate", "analysis.hook_table", "analysis.mean_vectors"),
     ("analysis.commands",),

@@ -24,6 +24,7 @@ import pytest
         "quantization --prompts -1",
         "moments --tokens 0",
         "moments --widths 576 -1",
+        "parquet --rows 0",
         "generation --new_tokens 16 0",
         "utilisation --windows 0",
         "utilisation --batch_size 0",

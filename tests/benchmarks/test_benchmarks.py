@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_run import D_MODEL, arc_lines, write_jsonl, write_model
 
-from benchmarks import generation, quantization, start, utilisation
+from benchmarks import generation, parquet, quantization, start, utilisation
 from benchmarks.common import engine as common_engine
 from benchmarks.common.engine import Engine
 from benchmarks.common.measuring import Ratio, Timings, alternate
@@ -335,3 +335,11 @@ def test_the_forward_passes_alone_have_two_steps_under_way_as_a_run_has(monkeypa
     events.clear()
     engine.run_steps(["a"])
     assert events == ["start a", "wait a"]
+
+
+@pytest.mark.benchmark
+def test_every_writer_of_parquet_is_measured(capsys):
+    parquet.run(parquet.build_parser().parse_args(["--rows", "4", "--layers", "2", "--d_model", "8", "--json"]))
+    found = json.loads(capsys.readouterr().out)["speeds"]
+    assert [one["writer"] for one in found][::3] == ["ours", "datasets, to_parquet"]
+    assert all(one["mb_per_s"] >= 0 for one in found)

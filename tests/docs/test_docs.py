@@ -13,6 +13,7 @@ import pytest
 import analyze_activations
 import create_dataset_streams
 import extract_activations
+import prepare
 from benchmarks.fleet import limits as fleet_limits
 from benchmarks.fleet import simulation as fleet_simulation
 from fleet import command_line
@@ -26,9 +27,9 @@ PAGES = {
 }
 COMMANDS = {
     module.__name__: module.build_parser()
-    for module in (extract_activations, create_dataset_streams, analyze_activations)
+    for module in (extract_activations, create_dataset_streams, analyze_activations, prepare)
 }
-FOLDERS = "analysis|arc24|benchmarks|core|docs|fleet|launchers|qwen2_jax|scripts|tests|torch_models"
+FOLDERS = "analysis|arc24|benchmarks|core|docs|fleet|launchers|parquet_cache|qwen2_jax|scripts|tests|torch_models"
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:

@@ -7,9 +7,11 @@ import pytest
 
 import create_dataset_streams
 import extract_activations
+import prepare
 from core import in_memory
 from core.run.config import RunConfig
 from core.streams.options import StreamOptions
+from parquet_cache.options import PrepareOptions
 
 FUNCTIONS = [
     (extract_activations.extract, RunConfig, {"plan", "tpu_topology"}),
@@ -17,6 +19,7 @@ FUNCTIONS = [
     (extract_activations.run_config, RunConfig, set()),
     (create_dataset_streams.create_streams, StreamOptions, {"num_shards", "chunk_size_mb"}),
     (create_dataset_streams.create_sharded_dataset, StreamOptions, {"num_streams"}),
+    (prepare.prepare, PrepareOptions, set()),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Rows of a dataset: filtered, tokenized, kept on the disk, and put in order."""

@@ -1,0 +1,1 @@
+"""The Parquet files: labels by pyarrow, hidden states by pages of our own."""
