@@ -19,7 +19,7 @@ from analysis.certificate.certification import (
 from analysis.certificate.fidelity import CertifiedSample, FidelityReport, FinalValues
 from analysis.verification.stored_identity import read_object, read_run
 from analysis.verification.verify import listed_root, worker_folders
-from analysis.verification.window_checks import TableRow, read_table
+from analysis.verification.window_checks import CheckedRow, read_table
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError, UsageError
 from core.base.json_types import Kinds, mistyped
@@ -148,7 +148,7 @@ def _samples_of_part(
 ) -> list[CertifiedSample]:
     """The chosen samples of a part; one without a stored token is replaced by the next, or last, that has one."""
     values: dict[str, list[np.ndarray]] = {}
-    table: list[TableRow] = []
+    table: list[CheckedRow] = []
     slots: list[int] = []
     for file in files:
         name = f"{folder}/{file.name}"
@@ -174,10 +174,10 @@ def _samples_of_part(
     ]
 
 
-def _stored_places(row: TableRow) -> np.ndarray:
+def _stored_places(row: CheckedRow) -> np.ndarray:
     return np.arange(len(row.token_ids)) if row.positions is None else row.positions
 
 
-def _with_tokens(table: Sequence[TableRow], wanted: Sequence[int]) -> list[int]:
+def _with_tokens(table: Sequence[CheckedRow], wanted: Sequence[int]) -> list[int]:
     usable = [slot for slot, row in enumerate(table) if len(_stored_places(row))]
     return sorted({min((slot for slot in usable if slot >= first), default=usable[-1]) for first in wanted})

@@ -29,7 +29,7 @@ _ROW: Kinds = {"sample_idx": (int,), "n_tokens": (int,), "token_ids": (list,)}
 
 
 @dataclass(frozen=True)
-class TableRow:
+class CheckedRow:
     """The fields of a sample's line in the table that are checked.
 
     Attributes:
@@ -73,13 +73,13 @@ def check_window(store: ObjectStore, folder: str, record: CommitRecord, format_n
 
 def _check_part(
     store: ObjectStore, folder: str, record: CommitRecord, files: Sequence[StoredFile], format_name: str
-) -> tuple[list[TableRow] | None, list[str]]:
+) -> tuple[list[CheckedRow] | None, list[str]]:
     """The sample table of a part of the window, None if it cannot be read, and the problems of its files.
 
     files: of the part, the table first; a part without samples has none.
     """
     problems: list[str] = []
-    table: list[TableRow] | None = None if files else []
+    table: list[CheckedRow] | None = None if files else []
     for file in files:
         try:
             with _fetched(store, f"{folder}/{file.name}") as (stream, digest):
@@ -130,13 +130,13 @@ def _digest_mismatch(digest: FileDigest, file: StoredFile) -> str | None:
     return None
 
 
-def read_table(stream: BinaryIO) -> list[TableRow]:
+def read_table(stream: BinaryIO) -> list[CheckedRow]:
     """A sample table. Raises ValueError naming the invalid line."""
     with igzip.open(stream, "rb") as lines:
         return [_table_row(line, line_number) for line_number, line in enumerate(lines, 1)]
 
 
-def _table_row(line: bytes, line_number: int) -> TableRow:
+def _table_row(line: bytes, line_number: int) -> CheckedRow:
     row = json.loads(line)
     try:
         require_types(row, _ROW)
@@ -145,10 +145,10 @@ def _table_row(line: bytes, line_number: int) -> TableRow:
         reasons = reasons_from_ranges(row["dropped"], len(token_ids)) if "dropped" in row else None
     except (ValueError, OverflowError) as error:
         raise ValueError(f"line {line_number}: {error}") from error
-    return TableRow(row["sample_idx"], row["n_tokens"], token_ids, reasons)
+    return CheckedRow(row["sample_idx"], row["n_tokens"], token_ids, reasons)
 
 
-def _table_problems(table: Sequence[TableRow], counts: PartCounts) -> Iterator[str]:
+def _table_problems(table: Sequence[CheckedRow], counts: PartCounts) -> Iterator[str]:
     if len(table) != counts.n_samples:
         yield f"it has {len(table)} samples, the record {counts.n_samples}"
     n_tokens = sum(row.n_tokens for row in table)
@@ -164,7 +164,7 @@ def _table_problems(table: Sequence[TableRow], counts: PartCounts) -> Iterator[s
             yield f"sample {row.sample_idx} has {n_stored} token ids for {row.n_tokens} tokens"
 
 
-def _count_problems(rows: Sequence[TableRow], record: CommitRecord) -> Iterator[str]:
+def _count_problems(rows: Sequence[CheckedRow], record: CommitRecord) -> Iterator[str]:
     """Compares the record's counts of the whole window with the sample table."""
     n_empty = sum(row.n_tokens == 0 for row in rows)
     if n_empty != record.n_empty:
@@ -175,14 +175,14 @@ def _count_problems(rows: Sequence[TableRow], record: CommitRecord) -> Iterator[
 
 
 def _site_problems(
-    stream: BinaryIO, file: StoredFile, site: str, table: Sequence[TableRow], record: CommitRecord, format_name: str
+    stream: BinaryIO, file: StoredFile, site: str, table: Sequence[CheckedRow], record: CommitRecord, format_name: str
 ) -> list[str]:
     """The problems of one shard; a function of its own, so that the shard is freed before the next one is read."""
     shard = read_shard(stream, format_name, gzipped=file.name.endswith(".gz"))
     return list(_shard_problems(shard, site, table, record))
 
 
-def _shard_problems(shard: StoredShard, site: str, table: Sequence[TableRow], record: CommitRecord) -> Iterator[str]:
+def _shard_problems(shard: StoredShard, site: str, table: Sequence[CheckedRow], record: CommitRecord) -> Iterator[str]:
     layers, width = record.sites[site].layers, record.sites[site].width
     if tuple(shard.layers) != layers:
         yield f"it has layers {list(shard.layers)}, the record {list(layers)}"
@@ -211,7 +211,7 @@ def _wanted_arrays(record: CommitRecord, site: StoredSite) -> dict[str, tuple[in
     return {name: (array["width"], ARRAY_DTYPES[array["dtype"]]) for name, array in site.arrays.items()}
 
 
-def _n_rows(record: CommitRecord, row: TableRow) -> int:
+def _n_rows(record: CommitRecord, row: CheckedRow) -> int:
     return min(1, row.n_tokens) * len(record.pools) if record.pools else row.n_tokens
 
 
@@ -232,7 +232,7 @@ def _array_problem(name: str, array: np.ndarray, shape: tuple[int, int], dtype: 
     return None
 
 
-def _token_problems(shard: StoredShard, table: Sequence[TableRow]) -> Iterator[str]:
+def _token_problems(shard: StoredShard, table: Sequence[CheckedRow]) -> Iterator[str]:
     """Compares the shard's token positions and ids with the sample table."""
     for slot, row in enumerate(table):
         wanted = row.positions

@@ -30,8 +30,8 @@ _MOMENTS = "moments/"
 class IncrementalWhitener:
     """Collects moments batch by batch, then whitens: `update` for each batch, `finalize`, `transform`.
 
-    In place of Welford's update of one row, each batch is centred on its own mean and merged by Chan's formula, which is
-    the same for blocks. It may be saved after any batch: loaded again, it goes on with the same bits.
+    In place of Welford's update of one row, each batch is centred on its own mean and merged by Chan's formula, which
+    is the same for blocks. It may be saved after any batch: loaded again, it goes on with the same bits.
 
     Batches are (N, T, D), or rows (N, D) that were selected before, of any float dtype; masks and ids (N, T) or (N,).
 

@@ -11,7 +11,6 @@ from analysis.exporting.items.part_items import ItemBlock
 from analysis.exporting.items.request import ExportRequest
 from analysis.exporting.targets.base import FileContent
 from core.reading import ShardPart
-from core.reading.sample_table import TableRow
 from core.shards.formats.arrow_columns import ArrayColumn, nested_lists, number_lists, table_schema
 
 _PLAIN = {
@@ -62,5 +61,5 @@ def described(block: ItemBlock) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def _table(part: ShardPart) -> tuple[TableRow, ...]:
+def _table(part: ShardPart) -> tuple[Any, ...]:
     return part.table()
