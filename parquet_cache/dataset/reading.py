@@ -28,7 +28,7 @@ class SetAside:
 
 
 @dataclass
-class RowReader:
+class DatasetReader:
     """Reads the rows of a source into a spool.
 
     Attributes:

@@ -9,7 +9,7 @@ from absl import logging
 from jaxtyping import Int32, Int64
 
 from core.base.errors import RunError
-from parquet_cache.dataset.reading import RowReader
+from parquet_cache.dataset.reading import DatasetReader
 from parquet_cache.dataset.row_order import order_rows
 from parquet_cache.dataset.row_spool import RowSpool, SpooledRow
 from parquet_cache.dataset.source import source_rows
@@ -22,7 +22,7 @@ class SelectedRows:
 
     spool: RowSpool
     order: Int64[np.ndarray, "rows"]
-    reader: RowReader
+    reader: DatasetReader
 
     def __len__(self) -> int:
         return len(self.order)
@@ -52,7 +52,7 @@ def select_rows(options: PrepareOptions, tokenizer: Any, n_pos: int, spool: RowS
     Raises UsageError for flags that do not fit the dataset, RunError for data that cannot be read or exported, and
     where no row is left.
     """
-    reader = RowReader(options, tokenizer, n_pos)
+    reader = DatasetReader(options, tokenizer, n_pos)
     reader.read(source_rows(options), spool, _most_rows(options))
     rows = SelectedRows(spool, order_rows(spool, options), reader)
     logging.info(
