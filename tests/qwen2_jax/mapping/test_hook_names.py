@@ -142,11 +142,12 @@ def test_every_module_that_is_shown_is_one_of_the_model_in_transformers(family):
     torch = pytest.importorskip("torch")
     import transformers
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    # GPT-2 and GPT-NeoX know no kv heads.
-    if family in ("gpt2", "gpt_neox"):
-        del sizes["num_key_value_heads"]
-    config = CONFIG_MAPPING[family](**{"text_config": sizes} if family == "gemma3" else sizes)
+    default = CONFIG_MAPPING[family]()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if hasattr(default.get_text_config(), "num_key_value_heads"):
+        sizes["num_key_value_heads"] = 2
+    is_multimodal = default.get_text_config() is not default
+    config = CONFIG_MAPPING[family](**{"text_config": sizes} if is_multimodal else sizes)
     with torch.device("meta"):
         modules = {name for name, _ in transformers.AutoModelForCausalLM.from_config(config).named_modules()}
     sites = sites_of(config.to_dict())
