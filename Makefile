@@ -1,4 +1,4 @@
-# make demo and make test work on a machine with Python 3.11 or 3.12 and nothing else.
+# make demo and make test work on a machine with Python 3.11 or 3.12, make and access to PyPI.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt

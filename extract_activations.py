@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from core.run.sharded_run import BeforeExtraction
     from qwen2_jax import Decoder
 
+_COMPRESSIBLE = " or ".join(name for name, shard_format in FORMATS.items() if shard_format.compressible)
+
 
 def build_parser() -> CommandParser:
     """All flags, in groups; their defaults are those of `core.run.config.RunConfig`."""
@@ -128,8 +130,8 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     add("--output_dir", help="local folder or gs:// URL (default ./activations)")
     add("--format", choices=tuple(FORMATS), help="of the shards (default pickle)")
     add("--shard_size_gb", type=float, help="a shard ends where its uncompressed size reaches this (default 1.0)")
-    add("--compress_shards", action="store_true", help="gzip pickle shards (default)")
-    add("--no_compress_shards", dest="compress_shards", action="store_false", help="leave pickle shards uncompressed")
+    add("--compress_shards", action="store_true", help=f"gzip the shards if --format is {_COMPRESSIBLE} (default)")
+    add("--no_compress_shards", dest="compress_shards", action="store_false", help="do not gzip the shards")
     add("--upload_to_gcs", action="store_true", help="upload during the run; a shard is committed once it is uploaded")
     add("--gcs_bucket", help="bucket to upload to; with --use_sharded_dataset it implies --upload_to_gcs")
     add("--gcs_prefix", help="folder in the bucket (default activations)")

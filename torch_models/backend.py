@@ -121,7 +121,7 @@ def missing_reason(taps: Taps, site: str) -> str:
         return "attention and MLP run in parallel, so there is nothing between them"
     if site in ("attn_proj", "mlp_proj"):
         return f"no norm follows the projection, so it is the same as {site.removesuffix('_proj')}"
-    return f"the model has no {SITES[site].meaning}"
+    return f"no module was found with these values: {SITES[site].meaning}"
 
 
 def depends_on_length(loaded: LoadedModel) -> bool:

@@ -264,7 +264,7 @@ def _coverage_problems(
 
 def _uncommitted_files(folder: str, records: Sequence[CommitRecord], names: Sequence[str]) -> Iterator[str]:
     named = {f"{folder}/{file.name}" for record in records for file in record.files}
-    suffixes = (".gz", *(shard_format.suffix() for shard_format in FORMATS.values()))
+    suffixes = (".gz", *(shard_format.suffix for shard_format in FORMATS.values()))
     data = [name for name in names if name.startswith(f"{folder}/") and name.endswith(suffixes)]
     stray = [name for name in data if name not in named]
     if stray:

@@ -107,6 +107,8 @@ def _refuse_plaintext_hub(environment: Mapping[str, str] = os.environ) -> None:
 def configure_logging(*, verbose: bool = False) -> None:
     """Sends log messages to stderr, as time and text."""
     logging.use_absl_handler()
+    # A notebook has no flags of absl to parse: absl's warning about that would be its first line.
+    logging._warn_preinit_stderr = False  # type: ignore[attr-defined]
     logging.set_verbosity(logging.DEBUG if verbose else logging.INFO)
     logging.get_absl_handler().setFormatter(_FORMAT)
     # At INFO, JAX logs every accelerator that this machine does not have.

@@ -246,6 +246,5 @@ def time_step(job: Job, model: LoadedStep, window: Window, layout: StepLayout) -
 
 def _measured_ratio(job: Job, values: Shaped[np.ndarray, "n"]) -> float:
     """Stored over raw bytes."""
-    if job.config.gzipped:
-        return len(deflate_block([values.view(np.uint8).data])) / values.nbytes
-    return FORMATS[job.config.format].stored_bytes(values) / values.nbytes
+    ratio = FORMATS[job.config.format].stored_bytes(values) / values.nbytes
+    return ratio * len(deflate_block([values.view(np.uint8).data])) / values.nbytes if job.config.gzipped else ratio

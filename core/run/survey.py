@@ -13,7 +13,7 @@ from core.samples.windows import TokenizedSample
 from core.shards.formats import FORMATS
 
 _SURVEYED_RECORDS = 32
-# Stored over raw bytes of gzipped activations, measured on real models; assumed until a step has been computed.
+# What gzip leaves of activations, measured on pickle shards of real models; assumed until a step has been computed.
 _GZIP_RATIO = {"float16": 0.93, "bfloat16": 0.79, "float32": 0.93, "int8": 0.9, "float8_e4m3fn": 0.85}
 # A token in the sample table: its id and its share of preview and labels, compressed.
 TABLE_BYTES_PER_TOKEN = 4
@@ -57,8 +57,9 @@ def stored_bytes(job: Job, tokens: int, rows: int, ratio: float | None = None) -
 
 
 def typical_ratio(config: RunConfig, dtype: str) -> float:
-    """Stored over raw bytes of values in `dtype`, measured on real models."""
-    return (_GZIP_RATIO if config.gzipped else FORMATS[config.format].expected_ratio)[dtype]
+    """Stored over raw bytes of values in `dtype`: what the format leaves of them, and gzip of that."""
+    ratio = FORMATS[config.format].expected_ratio[dtype]
+    return ratio * _GZIP_RATIO[dtype] if config.gzipped else ratio
 
 
 def disk_needed(job: Job, tokens: int, rows: int, ratio: float | None = None) -> int:

@@ -55,7 +55,7 @@ class ShardEncoder:
     @property
     def suffix(self) -> str:
         """The ending of a shard file's name."""
-        return self.shard_format.suffix() + (".gz" if self.gzipped else "")
+        return self.shard_format.suffix + (".gz" if self.gzipped else "")
 
     def encode(self, activations: WindowActivations) -> list[SpooledFile]:
         """Writes one file a site and the sample table; what was written is removed again when one of them fails.

@@ -163,8 +163,22 @@ def _fetch(path: str, revision: str | None, files: tuple[str, ...]) -> Path:
     try:
         return _download(path, branch_commit(path, revision), files)
     except Exception as error:  # the hub client raises its own, the HTTP library's and the system's errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{path}: no such local folder, and the model hub did not give it: {reason}") from error
+        raise ModelError(f"{path}: no such local folder, {_hub_failure(error)}") from error
+
+
+def _hub_failure(error: Exception) -> str:
+    """Why the hub's client gave no files, to end a sentence."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if not isinstance(error, LocalEntryNotFoundError):
+        return f"and the model hub did not give it: {_first_line(error)}"
+    if error.__cause__ is None or isinstance(error.__cause__, OfflineModeIsEnabled):
+        return "not in the hub's cache, and HF_HUB_OFFLINE forbids downloads"
+    return f"not in the hub's cache, and the request to the model hub failed: {_first_line(error.__cause__)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @cache

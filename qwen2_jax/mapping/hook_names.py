@@ -91,6 +91,7 @@ _LLAMA = Layout(
     _FUSED.prefixes,
     (*_FUSED.points, *(HookPoint(f"layers.{{i}}.self_attn.{site}_proj", site) for site in ("q", "k", "v"))),
 )
+_MULTIMODAL = Layout(("model.language_model.",), _LLAMA.points)
 _GPT_NEOX = Layout(
     ("gpt_neox.", ""),
     (
@@ -117,7 +118,7 @@ _GPT2 = Layout(
         HookPoint("ln_f", "final_norm"),
     ),
 )
-_LAYOUTS = {"gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "phi3": _FUSED}
+_LAYOUTS = {"gemma3": _MULTIMODAL, "gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "phi3": _FUSED}
 
 
 def parse_hook_name(name: str, sites: Collection[str]) -> HookName:

@@ -42,7 +42,7 @@ from core.base.errors import RunError, UsageError
 from core.run.config import RunConfig
 from core.run.runner import run
 from core.streams.sharded_dataset import write_dataset
-from qwen2_jax.taps import SITES
+from qwen2_jax import load_config
 from torch_models.loading import ModelSource
 
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -133,11 +133,7 @@ def test_every_site_of_a_family_passes_and_is_compared(name, tmp_path):
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name or "ln_" in parameter_name else 0.0, 0.15)
     model.save_pretrained(tmp_path / "model")
-    sites = tuple(SITES)
-    if name not in ("gemma2", "olmo2"):
-        sites = tuple(site for site in sites if site not in ("attn_proj", "mlp_proj"))
-    if name == "gpt_neox":
-        sites = tuple(site for site in sites if site != "resid_mid")
+    sites = tuple(load_config(str(tmp_path / "model")).site_widths)
     run(config(tmp_path, tmp_path / "model", activation_type=sites, dtype="float32"), certify_run)
     report = certificate(tmp_path / "out/tpu_0")
     assert report["not_compared"] == {}

@@ -18,6 +18,8 @@ from benchmarks.fleet import limits as fleet_limits
 from benchmarks.fleet import simulation as fleet_simulation
 from fleet import command_line
 from launchers import ray_job
+from qwen2_jax.families import FAMILIES
+from qwen2_jax.taps import SITES
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS_PAGE = "benchmarks/README.md"
@@ -118,6 +120,13 @@ def test_the_page_of_the_benchmarks_shows_every_one_of_them():
 
 def test_the_readme_shows_every_command():
     assert {command[1].removesuffix(".py") for command in shown_commands("README.md")} == set(COMMANDS)
+
+
+def test_the_table_of_models_has_every_family_and_that_of_sites_every_site():
+    for page, header, names in (("docs/models.md", "| `model_type` |", FAMILIES), ("docs/sites.md", "| site |", SITES)):
+        table = PAGES[page].partition(header)[2].partition("\n\n")[0]
+        first_cells = re.findall(r"^\| (.*?) \|", table, re.MULTILINE)
+        assert sorted(name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)) == sorted(names)
 
 
 def test_every_dependency_has_its_reason():

@@ -182,11 +182,12 @@ def test_the_final_norm_can_be_had_without_the_head(folder, decoder, all_layers)
 
 def test_sites_and_parameters_follow_the_block(tmp_path):
     olmo2 = load_config(str(save(tiny_model(Olmo2Config(**SIZES, hidden_size=48, num_attention_heads=6)), tmp_path)))
-    assert list(olmo2.site_widths) == list(SITES)  # in their order
-    parallel = replace(olmo2, post_norm=False, pre_norm=True, parallel=True, norm="layer")
+    sandwich = replace(olmo2, pre_norm=True)
+    assert list(sandwich.site_widths) == list(SITES)  # in their order
+    parallel = replace(sandwich, post_norm=False, parallel=True, norm="layer")
     assert set(SITES) - set(parallel.site_widths) == {"attn_proj", "mlp_proj", "resid_mid"}
     assert olmo2.site_widths["q"] == 48
-    assert replace(olmo2, n_heads=3, n_kv_heads=1, head_dim=10).site_widths | {} == dict.fromkeys(SITES, 48) | {
+    assert replace(sandwich, n_heads=3, n_kv_heads=1, head_dim=10).site_widths == dict.fromkeys(SITES, 48) | {
         "q": 30,
         "k": 10,
         "v": 10,

@@ -190,6 +190,15 @@ def test_the_cases_cover_every_registered_family():
     assert {config.model_type for config in CASES.values()} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_that_was_saved_without_its_head_is_read(family, load, tmp_path):
+    model, whole, _ = load(next(case for case, config in CASES.items() if config.model_type == family))
+    headless = load_model(str(save(model.base_model, tmp_path)), with_head=False)
+    expected = dict(nnx.to_flat_state(nnx.state(whole)))
+    for name, parameter in nnx.to_flat_state(nnx.state(headless)):
+        np.testing.assert_array_equal(parameter[...], expected[name][...])
+
+
 # What a case sets, and what the block would be without it.
 MATTERS = {
     "qwen2 windows on the last layers": {"windows": (None,) * 4},

@@ -17,8 +17,9 @@ from core.step.backend import StepRequest
 from core.step.gathering import gather
 from core.step.host_copies import begin_copies, on_host
 from core.step.layout import StepArrays
-from qwen2_jax.taps import Capture
-from torch_models.backend import TorchBackend
+from qwen2_jax.taps import SITES, Capture
+from torch_models.backend import TorchBackend, missing_reason
+from torch_models.probing import Taps
 
 LENGTHS = (9, 1, 14)
 LENGTH = 16
@@ -202,6 +203,11 @@ def test_nan_is_an_infinite_peak(tmp_path):
 def test_a_site_whose_numbers_do_not_bear_it_out_is_refused_by_name(name, site, why, tmp_path):
     with pytest.raises(ModelError, match=f"{site} cannot be captured: .*{re.escape(why)}"):
         load(save_tiny(name, tmp_path), site)
+
+
+def test_a_site_that_was_not_found_for_no_known_reason_is_said_by_its_meaning():
+    reason = missing_reason(Taps({}, {}, {}, rows_alone=False), "mlp")
+    assert reason == f"no module was found with these values: {SITES['mlp'].meaning}"
 
 
 @pytest.mark.parametrize("name", ["opt_350m", "granite", "mamba", "mixtral"])

@@ -28,14 +28,11 @@ class ArrowFormat:
     """See the module."""
 
     name = "arrow"
+    suffix = ".arrow"
     dtypes = frozenset(DTYPES | CODE_DTYPES) - {"bfloat16", "float8_e4m3fn"}
     needs = "pyarrow"
     compressible = False
     expected_ratio = UNCOMPRESSED
-
-    def suffix(self) -> str:
-        """The file name's ending."""
-        return ".arrow"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams one record batch after the other."""

@@ -136,7 +136,8 @@ class ShardFormat(Protocol):
     """A file format of shards. The same content gives the same bytes: no timestamps, nothing from the environment.
 
     Attributes:
-      compressible: whether gzip may be put around it.
+      suffix: the file name's ending without compression, such as `.pkl`.
+      compressible: whether gzip may be put around it; unless --no_compress_shards is given, it is.
       dtypes: names of the dtypes of values and codes that it can hold.
       needs: a package that is not installed with this project, without which it is neither written nor read.
       expected_ratio: by dtype, stored over raw bytes without gzip, before anything is measured.
@@ -144,6 +145,9 @@ class ShardFormat(Protocol):
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def suffix(self) -> str: ...
 
     @property
     def compressible(self) -> bool: ...
@@ -156,10 +160,6 @@ class ShardFormat(Protocol):
 
     @property
     def expected_ratio(self) -> Mapping[str, float]: ...
-
-    def suffix(self) -> str:
-        """The file name's ending without compression, such as `.pkl`."""
-        ...
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Writes `content`; a format that compresses by itself does so in the threads of `executor`."""

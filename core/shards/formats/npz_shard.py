@@ -38,14 +38,11 @@ class NpzFormat:
     """See the module."""
 
     name = "npz"
+    suffix = ".npz"
     dtypes = frozenset(DTYPES | CODE_DTYPES) - {"bfloat16", "float8_e4m3fn"}
     needs = None
     compressible = False
     expected_ratio = UNCOMPRESSED
-
-    def suffix(self) -> str:
-        """The file name's ending."""
-        return ".npz"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams the members, without a copy of the values. Raises ValueError for a dtype that numpy alone lacks."""

@@ -38,16 +38,13 @@ class ParquetFormat:
     """See the module."""
 
     name = "parquet"
+    suffix = ".parquet"
     dtypes = frozenset(DTYPES | CODE_DTYPES) - {"bfloat16", "float8_e4m3fn"}
     needs = "pyarrow"
     compressible = False
     expected_ratio: Mapping[str, float] = MappingProxyType(
         {"float16": 0.88, "bfloat16": 1.0, "float32": 0.86, "int8": 0.95, "float8_e4m3fn": 1.0}
     )
-
-    def suffix(self) -> str:
-        """The file name's ending."""
-        return ".parquet"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams one row group after the other."""

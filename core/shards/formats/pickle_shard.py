@@ -48,14 +48,11 @@ class PickleFormat:
     """See the module."""
 
     name = "pickle"
+    suffix = ".pkl"
     dtypes = frozenset(UNCOMPRESSED)
     needs = None
     compressible = True
     expected_ratio = UNCOMPRESSED
-
-    def suffix(self) -> str:
-        """The file name's ending without compression."""
-        return ".pkl"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams the pickle: at most one array is copied at a time."""

@@ -117,6 +117,7 @@ class PlanesFormat:
     """See the module."""
 
     name = "planes"
+    suffix = ".planes"
     dtypes = frozenset(DTYPES | CODE_DTYPES)
     needs = None
     compressible = False
@@ -124,10 +125,6 @@ class PlanesFormat:
     expected_ratio: Mapping[str, float] = MappingProxyType(
         {"float16": 0.87, "bfloat16": 0.69, "float32": 0.85, "int8": 0.9, "float8_e4m3fn": 0.85}
     )
-
-    def suffix(self) -> str:
-        """The file name's ending."""
-        return ".planes"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams the members; blocks are compressed by `executor`, at most a few at a time."""

@@ -27,14 +27,11 @@ class SafetensorsFormat:
     """See the module."""
 
     name = "safetensors"
+    suffix = ".safetensors"
     dtypes = frozenset(UNCOMPRESSED)
     needs = None
     compressible = False
     expected_ratio = UNCOMPRESSED
-
-    def suffix(self) -> str:
-        """The file name's ending."""
-        return ".safetensors"
 
     def write(self, content: ShardContent, sink: Sink, executor: Executor | None = None) -> None:
         """Streams header and tensors."""

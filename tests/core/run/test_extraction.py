@@ -21,7 +21,7 @@ from core.pricing.plan import price_run
 from core.run.config import RunConfig
 from core.run.extraction import WINDOWS_IN_MEMORY
 from core.run.runner import run
-from core.shards.formats import FORMATS, require_format
+from core.shards.formats import FORMATS, read_shard, require_format
 from core.shards.window_activations import WindowActivations
 
 SITES = (
@@ -324,9 +324,9 @@ def test_shards_of_other_formats_hold_the_same_activations_as_pickle_ones(config
     run(replace(config, dtype=dtype, format=format_name, output_dir=str(tmp_path / "st")))
     arrays = shard_arrays(tmp_path / "out" / "tpu_0")
     seen = 0
-    for path in sorted((tmp_path / "st" / "tpu_0").glob(f"shard_*{FORMATS[format_name].suffix()}")):
+    for path in sorted((tmp_path / "st" / "tpu_0").glob(f"shard_*{FORMATS[format_name].suffix}*")):
         with path.open("rb") as stream:
-            stored = FORMATS[format_name].read(stream)
+            stored = read_shard(stream, format_name, gzipped=path.suffix == ".gz")
         for layer, items in stored.layers.items():
             for index, array in zip(stored.sample_idx, items, strict=True):
                 np.testing.assert_array_equal(array, arrays[layer, index])

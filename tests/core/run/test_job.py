@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import cache_dir, token_lines, write_jsonl, write_model
 
+from core.base.dtypes import DTYPES
 from core.base.errors import ModelError, RunError, UsageError
 from core.dataset_utils import BadRecord
 from core.pricing.plan import format_duration
@@ -15,6 +16,14 @@ from core.run.checks import prepare_job
 from core.run.config import RunConfig
 from core.run.job import Job
 from core.run.survey import check_disk_space, disk_needed, stored_bytes, survey_stream
+from core.shards.formats import FORMATS
+from core.shards.formats.pickle_shard import PickleFormat
+
+
+class Halving(PickleFormat):
+    """A format that may be gzipped and stores half of the bytes."""
+
+    expected_ratio = dict.fromkeys(DTYPES, 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +98,13 @@ def test_bytes_on_disk_are_those_of_stored_tokens_and_of_all_token_ids(config):
     assert disk_needed(job, 1000, 100) == stored_bytes(job, 1000, 100)
     remote = replace(job, config=replace(job.config, output_dir="gs://bucket/x", shard_size_gb=600 / 2**30))
     assert disk_needed(remote, 10**6, 10**6) == 2 * 3 * 600 * 48 // 32
+
+
+def test_gzip_is_expected_to_act_on_what_the_format_leaves(config, monkeypatch):
+    plain, gzipped = (stored_bytes(job_of(config, compress_shards=on), 0, 10**6) for on in (False, True))
+    monkeypatch.setitem(FORMATS, "pickle", Halving())
+    assert plain > gzipped
+    assert [2 * stored_bytes(job_of(config, compress_shards=on), 0, 10**6) for on in (False, True)] == [plain, gzipped]
 
 
 def test_a_selection_that_fits_is_not_refused_for_what_it_leaves_out(config):

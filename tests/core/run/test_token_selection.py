@@ -192,7 +192,7 @@ def test_a_sample_of_which_nothing_is_kept_is_stored_with_no_token(full, tmp_pat
         activation_type=("residual",),
     )
     assert run(config).empty_samples == 2
-    (path,) = (tmp_path / "out/tpu_0").glob(f"shard_0001{FORMATS[format_name].suffix()}*")
+    (path,) = (tmp_path / "out/tpu_0").glob(f"shard_0001{FORMATS[format_name].suffix}*")
     data = path.read_bytes()
     (tmp_path / "shard").write_bytes(gzip.decompress(data) if path.suffix == ".gz" else data)
     with (tmp_path / "shard").open("rb") as stream:

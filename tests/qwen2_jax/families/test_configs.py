@@ -354,6 +354,7 @@ def test_a_published_config_is_read_as_its_authors_mean_it(name):
 
 def test_there_is_a_published_config_of_every_registered_family():
     assert {fields["model_type"] for fields in PUBLISHED.values()} == set(FAMILIES)
+    assert EXPECTED.keys() == PUBLISHED.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,19 +1,25 @@
 """Names of three kinds for one place. The oracles are the libraries' own module trees."""
 
 import pytest
+from transformers import CONFIG_MAPPING
 
 from core.base.errors import ModelError
+from qwen2_jax.families import FAMILIES, decoder_config
 from qwen2_jax.mapping.hook_names import HookName, hugging_face_name, parse_hook_name, transformer_lens_name
 from qwen2_jax.taps import SITES
 
-PLAIN = tuple(site for site in SITES if site not in ("attn_proj", "mlp_proj"))
-SANDWICH = tuple(SITES)
-PARALLEL = tuple(site for site in PLAIN if site != "resid_mid")
+
+def sites_of(fields: dict) -> tuple[str, ...]:
+    """The sites of the model that a config.json describes."""
+    return tuple(decoder_config(fields).site_widths)
+
+
+PLAIN, SANDWICH, PARALLEL = (sites_of(CONFIG_MAPPING[family]().to_dict()) for family in ("llama", "gemma2", "gpt_neox"))
 
 
 @pytest.mark.parametrize("site", SITES)
 def test_our_own_names_stand_for_themselves(site):
-    assert parse_hook_name(site, SANDWICH) == HookName(site, None)
+    assert parse_hook_name(site, tuple(SITES)) == HookName(site, None)
 
 
 @pytest.mark.parametrize(
@@ -123,24 +129,12 @@ def test_a_site_that_the_model_lacks_is_refused_with_those_it_has():
         parse_hook_name("hook_resid_mid", PARALLEL)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2", "phi3"])
-@pytest.mark.parametrize("sites", [PLAIN, SANDWICH])
-def test_the_names_that_are_shown_are_understood_as_what_they_stand_for(family, sites):
-    if sites is SANDWICH and family in ("gpt_neox", "gpt2"):
-        return
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_names_that_are_shown_are_understood_as_what_they_stand_for(family):
+    sites = sites_of(CONFIG_MAPPING[family]().to_dict())
     for site in sites:
         for name in (transformer_lens_name(site), hugging_face_name(site, family, sites)):
             assert name is None or parse_hook_name(name, sites) == HookName(site, None)
-
-
-FAMILIES = {
-    "llama": ("LlamaConfig", {"num_key_value_heads": 2}),
-    "gemma2": ("Gemma2Config", {"num_key_value_heads": 2, "head_dim": 4}),
-    "olmo2": ("Olmo2Config", {"num_key_value_heads": 2}),
-    "phi3": ("Phi3Config", {"num_key_value_heads": 2, "pad_token_id": 0}),
-    "gpt_neox": ("GPTNeoXConfig", {}),
-    "gpt2": ("GPT2Config", {}),
-}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,12 +142,15 @@ def test_every_module_that_is_shown_is_one_of_the_model_in_transformers(family):
     torch = pytest.importorskip("torch")
     import transformers
 
-    name, extra = FAMILIES[family]
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = getattr(transformers, name)(vocab_size=16, **sizes, **extra)
+    default = CONFIG_MAPPING[family]()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if hasattr(default.get_text_config(), "num_key_value_heads"):
+        sizes["num_key_value_heads"] = 2
+    is_multimodal = default.get_text_config() is not default
+    config = CONFIG_MAPPING[family](**{"text_config": sizes} if is_multimodal else sizes)
     with torch.device("meta"):
         modules = {name for name, _ in transformers.AutoModelForCausalLM.from_config(config).named_modules()}
-    sites = SANDWICH if family in ("gemma2", "olmo2") else PLAIN
+    sites = sites_of(config.to_dict())
     shown = {site: hugging_face_name(site, family, sites) for site in sites}
     assert {path.replace("{i}", "0") for path in shown.values() if path is not None} <= modules
     assert {"embedding", "attn", "mlp", "residual", "final_norm"} <= {site for site, path in shown.items() if path}
