@@ -5,8 +5,6 @@ stored row, D values of a restored one. A row is a stored token, or one of the v
 pooled to.
 """
 
-import functools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from jaxtyping import Float32, Int32, Int64, Shaped
 
 from core.base.errors import UsageError
 from core.commit.record import StoredFile, StoredSite
-from core.object_store import ObjectStore, open_store
+from core.object_store.shared import shared_store
 from core.reading.damage import damage
 from core.reading.files import ExpectedRows, RowFile, open_ranges, open_rows
 from core.reading.restoring import StoredForm
@@ -82,14 +80,14 @@ class ShardPart:
             site, stored.layers, form.arrays, self.n_samples, n_rows, gzipped=file.name.endswith(".gz")
         )
         with damage(self.root, f"{self.folder}/{file.name}"):
-            ranges = open_ranges(_store(self.root), f"{self.folder}/{file.name}", file.bytes)
+            ranges = open_ranges(shared_store(self.root), f"{self.folder}/{file.name}", file.bytes)
             return PartRows(self, site, wanted, form, open_rows(self.format, ranges, expected))
 
     def table(self) -> tuple[SampleRow, ...]:
         """The rows of its sample table, in the order of the samples. Raises RunError if it is damaged or missing."""
         file = self._file(None)
         with damage(self.root, f"{self.folder}/{file.name}"):
-            with _store(self.root).open(f"{self.folder}/{file.name}") as stream:
+            with shared_store(self.root).open(f"{self.folder}/{file.name}") as stream:
                 rows = read_sample_table(stream)
             if len(rows) != self.n_samples:
                 raise ValueError(f"it has {len(rows)} samples, its record says {self.n_samples}")
@@ -273,13 +271,3 @@ def rows_within(part: ShardPart, form: StoredForm, max_bytes: int) -> int:
 def _block_rows(form: StoredForm) -> int:
     """The rows of a block of a planes file."""
     return max(1, BLOCK_BYTES // form.arrays["activation"].row_bytes)
-
-
-def _store(root: str) -> ObjectStore:
-    # A connection of a parent process must not be used after a fork.
-    return _store_of_process(root, os.getpid())
-
-
-@functools.lru_cache(maxsize=16)
-def _store_of_process(root: str, process: int) -> ObjectStore:
-    return open_store(root)
