@@ -49,6 +49,7 @@ test-benchmarks: .venv/.installed-dev
 # A selection of these is a part of `make test`.
 test-faults: .venv/.installed-dev
 	FAULTS=all $(PYTEST) tests/faults tests/runs/test_pod_slice.py tests/runs/test_kill_resume.py \
+		tests/qwen2_jax/test_real_model.py \
 		tests/analysis/passes/test_partials.py tests/analysis/stats/test_killed_stats.py
 
 # In an environment of their own: these tools pin packages that the project uses too.

@@ -6,7 +6,7 @@ In Python: `extract(model_path, dataset_path, …)`, `price(…)`, and `capture(
 import argparse
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,18 @@ def _add_worker_flags(group: argparse._ArgumentGroup) -> None:
     add("--host_timeout_s", type=float, help="a host without a heartbeat for this long ends all others (default 60)")
 
 
-@with_fields_of(RunConfig, "plan", "tpu_topology")
+# They decide how the command reports, and nothing of the run.
+_OF_THE_COMMAND = ("json", "log_file", "verbose")
+
+
+def _refuse_flags_of_the_command(flags: Mapping[str, Any]) -> None:
+    from core.base.errors import UsageError
+
+    if given := [name for name in _OF_THE_COMMAND if name in flags]:
+        raise UsageError(f"{', '.join(given)}: flags of the command alone: use the returned value, and logging")
+
+
+@with_fields_of(RunConfig, "plan", "tpu_topology", *_OF_THE_COMMAND)
 def extract(
     model_path: str,
     dataset_path: str | None = None,
@@ -196,6 +207,7 @@ def extract(
 
     if flags.keys() & {"plan", "tpu_topology"}:
         raise UsageError("plan, tpu_topology: call `price` to price a run")
+    _refuse_flags_of_the_command(flags)
     if not quiet:
         configure_logging()
     named = {"layers_to_extract": layers_to_extract, "activation_type": activation_type, "output_dir": output_dir}
@@ -247,12 +259,13 @@ def capture(
     )
 
 
-@with_fields_of(RunConfig, "plan")
+@with_fields_of(RunConfig, "plan", *_OF_THE_COMMAND)
 def price(model_path: str, dataset_path: str | None = None, **flags: Any) -> "PlanReport | StepEstimate | HostExit":
     """The price of `extract` with these arguments, as `--plan` prints it; nothing is written. Raises as `extract` does.
 
     With `tpu_topology="v5e:8x8"`: the price of a step on these TPUs, by their compiler.
     """
+    _refuse_flags_of_the_command(flags)
     return _price(run_config(**{"model_path": model_path, "dataset_path": dataset_path} | flags | {"plan": True}))
 
 

@@ -39,7 +39,7 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def resolve_compute_dtype(name: str) -> str:
-    """`auto` is bfloat16 on devices with matrix units and float32 on the CPU, where it is more exact and faster."""
+    """`auto` is bfloat16 on devices with matrix units and float32 on the CPU, where either may be the faster."""
     if name not in ("auto", *COMPUTE_DTYPES):
         raise UsageError(f"--compute_dtype {name}: must be one of auto, {', '.join(COMPUTE_DTYPES)}")
     if name != "auto":

@@ -108,7 +108,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A layer of the decoder. The parameters of all layers are stacked in one, which `layers.scan_layers` runs."""
+    """A layer of the decoder. The parameters of all layers are stacked in one, which `layers.run_layers` runs."""
 
     def __init__(self, config: DecoderConfig, parameters: Parameters) -> None:
         def norm(name: str, *, exists: bool) -> Norm | None:

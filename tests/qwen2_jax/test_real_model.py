@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pickle
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,8 @@ from core.run.runner import run
 from core.streams.writing import StreamOptions, create_streams
 from qwen2_jax import Decoder, load_model, load_tokenizer
 
-N_PROMPTS = 2
+# Twenty with FAULTS=all, which is `make test-faults`.
+N_PROMPTS = 20 if os.environ.get("FAULTS") == "all" else 2
 
 
 @pytest.fixture(scope="module")

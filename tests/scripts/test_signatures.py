@@ -14,8 +14,8 @@ from core.streams.options import StreamOptions
 from parquet_cache.options import PrepareOptions
 
 FUNCTIONS = [
-    (extract_activations.extract, RunConfig, {"plan", "tpu_topology"}),
-    (extract_activations.price, RunConfig, {"plan"}),
+    (extract_activations.extract, RunConfig, {"plan", "tpu_topology", "json", "log_file", "verbose"}),
+    (extract_activations.price, RunConfig, {"plan", "json", "log_file", "verbose"}),
     (extract_activations.run_config, RunConfig, set()),
     (create_dataset_streams.create_streams, StreamOptions, {"num_shards", "chunk_size_mb"}),
     (create_dataset_streams.create_sharded_dataset, StreamOptions, {"num_streams"}),

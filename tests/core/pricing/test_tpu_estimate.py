@@ -20,7 +20,7 @@ from core.step.layout import default_row_lengths
 
 ROOT = Path(__file__).parents[3]
 BASELINES = json.loads(Path(__file__).with_name("tpu_baselines.json").read_text())
-FALL = 0.05
+FALL = 0.01
 has_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed: pip install -e '.[lab]'"
 )

@@ -220,7 +220,7 @@ def test_the_bundle_is_a_function_of_the_code_and_holds_nothing_else(tmp_path):
     for name in ("setup.cfg", "constraints.txt", "pyproject.toml", "README.md", "LICENSE", "launchers/Dockerfile"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for module in ("extract_activations", "create_dataset_streams", "analyze_activations"):
+    for module in ("extract_activations", "create_dataset_streams", "analyze_activations", "prepare"):
         (tmp_path / f"{module}.py").write_text("")
     (tmp_path / "core/run").mkdir(parents=True)
     (tmp_path / "core/run/runner.py").write_text("x = 1\n")
