@@ -209,8 +209,12 @@ def test_leases_by_the_wall_clock_are_stolen_early(nursery, calm, place):
         def start(worker: Worker) -> Fork:
             return start(Worker(**vars(worker) | {"change": "leases_expire_by_the_wall_clock"}))
 
+    # A shard that is done before its neighbour's clock is read cannot be stolen: some schedules give no chance to.
     with must_fail():
-        check(0, Changed, calm, place, not_counted)
+        for schedule in range(4):
+            home = place / str(schedule)
+            home.mkdir()
+            check(schedule, Changed, calm, home, not_counted)
 
 
 @pytest.mark.parametrize("change", ["leases_expire_at_once", "zombies_give_signs_of_life"])
