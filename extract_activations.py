@@ -16,6 +16,7 @@ from core.backends import BACKENDS
 from core.base.arguments import checked_arguments, with_fields_of
 from core.base.command_line import CommandParser, configure_logging, log_to_file, run_command
 from core.base.dtypes import DTYPES
+from core.in_memory.options import CaptureOptions
 from core.reduce.reductions import QUANTIZATIONS, pool_spellings
 from core.run.config import RunConfig, default_worker_id
 from core.samples.selection import TOKEN_CHOICES, TOKEN_KINDS
@@ -23,7 +24,8 @@ from core.shards.formats import FORMATS
 from qwen2_jax.taps import SITES
 
 if TYPE_CHECKING:
-    from core.in_memory import Activations, Sample
+    from core.in_memory.capturer import Activations
+    from core.in_memory.given_samples import Sample
     from core.pricing.plan import PlanReport
     from core.pricing.tpu_estimate import StepEstimate
     from core.run.progress import HostExit, Summary
@@ -214,49 +216,29 @@ def extract(
     return _extract(run_config(model_path=model_path, dataset_path=dataset_path, **named, **flags))
 
 
+@with_fields_of(CaptureOptions)
 def capture(
-    model: "str | Decoder",
-    samples: "Sample | Sequence[Sample]",
-    *,
-    layers: int | Sequence[int] | None = None,
-    sites: str | Sequence[str] = "residual",
-    pool: str | Sequence[str] = (),
-    dtype: str = "float32",
-    tokenizer: Any = None,
-    revision: str | None = None,
-    backend: str = "auto",
-    compute_dtype: str = "auto",
-    mesh: str = "auto",
-    trust_remote_code: bool = False,
-    max_seq_length: int | None = None,
-    batch_size: int = RunConfig.batch_size,
-    pack: bool = True,
-    progress: bool = False,
+    model: "str | Decoder", samples: "Sample | Sequence[Sample]", *, progress: bool = False, **options: Any
 ) -> "Activations":
     """The activations of texts or token ids in memory: site -> layer -> one (T, D) array a sample; nothing is written.
 
-    See `core.in_memory.capture`, whose arguments and errors these are.
-    """
-    from core.in_memory import capture as capture_in_memory
+    T is the number of tokens of the sample, D the width of the site; with `pool` the arrays are (P, D), in the order of
+    the pools. Samples are packed into rows and split over the devices of this process as in a run. The whole result is
+    held in this host's memory.
 
-    return capture_in_memory(
-        model,
-        samples,
-        layers=layers,
-        sites=sites,
-        pool=pool,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        revision=revision,
-        backend=backend,
-        compute_dtype=compute_dtype,
-        mesh=mesh,
-        trust_remote_code=trust_remote_code,
-        max_seq_length=max_seq_length,
-        batch_size=batch_size,
-        pack=pack,
-        progress=progress,
-    )
+    Args:
+      model: a Hugging Face folder, hub id or .gguf file, of which only the needed layers are loaded; or a model from
+        `qwen2_jax.load_model`, which runs in its own dtype on its own devices.
+      samples: one or several texts or lists of token ids. Texts are tokenized with the tokenizer's defaults.
+      progress: shows a bar on stderr.
+      options: `layers`, `sites`, `pool`, `dtype` and the other fields of `core.in_memory.options.CaptureOptions`.
+
+    Raises UsageError for invalid arguments, ModelError for the model, RunError for values that are not finite or do
+    not fit `dtype`.
+    """
+    from core.in_memory.capturer import load_capturer
+
+    return load_capturer(model, **options)(samples, progress=progress)
 
 
 @with_fields_of(RunConfig, "plan", *_OF_THE_COMMAND)

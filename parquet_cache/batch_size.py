@@ -10,7 +10,7 @@ from absl import logging
 from jaxtyping import Int32
 
 from core.base.errors import RunError
-from core.in_memory import Capturer
+from core.in_memory.capturer import Capturer
 from core.jax_utils import ExtractionStep
 from core.run.progress import format_bytes
 from core.step.device_mesh import device_bytes
@@ -53,7 +53,7 @@ def find_batch_size(capturer: Capturer, lengths: Int32[np.ndarray, "rows"], long
 def with_batch_size(capturer: Capturer, n_texts: int) -> Capturer:
     """The same model, computing `n_texts` texts in a step over all devices."""
     multiple = capturer.engine.row_multiple(capturer.shape, capturer.request)
-    return replace(capturer, batch_size=-(-n_texts // multiple))
+    return replace(capturer, options=replace(capturer.options, batch_size=-(-n_texts // multiple)))
 
 
 def _by_analysis(capturer: Capturer, length: int, ceiling: int) -> int:
@@ -99,7 +99,7 @@ def host_free_bytes() -> int:
 def _host_limit(capturer: Capturer, length: int) -> int:
     """Texts whose stored arrays fit on the host."""
     values = sum(len(layers) * capturer.shape.site_widths[site] for site, layers in capturer.layers.items())
-    of_text = _HOST_COPIES * length * values * np.dtype(capturer.dtype).itemsize
+    of_text = _HOST_COPIES * length * values * np.dtype(capturer.options.dtype).itemsize
     return int(host_free_bytes() * _USED_SHARE) // of_text
 
 

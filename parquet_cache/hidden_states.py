@@ -8,7 +8,7 @@ from jaxtyping import Int32
 
 from core.backends import choose_backend
 from core.base.errors import RunError, UsageError
-from core.in_memory import Capturer, load_capturer
+from core.in_memory.capturer import Capturer, load_capturer
 from core.step.backend import Backend
 from core.step.model_shape import ModelShape, check_sample_length
 from parquet_cache.batch_size import with_batch_size

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from analysis.mean_vectors.modes import pools_of, vectors_of
 from core.base.errors import RunError
-from core.in_memory import Capturer, load_capturer
+from core.in_memory.capturer import Capturer, load_capturer
 
 _SITE = "residual"
 

@@ -26,7 +26,7 @@ from analysis.whitening.stored_whitening import save_whitening
 from analysis.whitening.whitening import Whitening
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError, UsageError
-from core.in_memory import load_capturer
+from core.in_memory.capturer import load_capturer
 from core.object_store import open_store
 from core.run.progress import format_bytes
 

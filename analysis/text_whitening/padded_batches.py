@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from core.in_memory import Capturer
+from core.in_memory.capturer import Capturer
 
 _BATCH_BYTES = 256 << 20
 NO_TOKEN = -1

@@ -15,10 +15,11 @@ from jaxtyping import Int32, Shaped
 from tqdm import tqdm
 
 from core.backends import choose_backend
-from core.base.arguments import path_text
+from core.base.arguments import path_text, with_fields_of
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.in_memory.given_samples import Sample, as_many, check_token_ids, token_ids_of
+from core.in_memory.options import CaptureOptions
 from core.jax_utils import LoadedBackend, enable_compilation_cache
 from core.reduce.pooling import fetch_rows
 from core.reduce.reducer import Reducer
@@ -40,66 +41,56 @@ from qwen2_jax import Capture, Decoder, load_tokenizer
 Activations = dict[str, dict[int, list[Shaped[np.ndarray, "_ _"]]]]
 
 
-def load_capturer(
-    model: str | Decoder,
-    *,
-    layers: int | Sequence[int] | None = None,
-    sites: str | Sequence[str] = "residual",
-    pool: str | Sequence[str] = (),
-    dtype: str = "float32",
-    tokenizer: Any = None,
-    revision: str | None = None,
-    backend: str = "auto",
-    compute_dtype: str = "auto",
-    mesh: str = "auto",
-    trust_remote_code: bool = False,
-    max_seq_length: int | None = None,
-    batch_size: int = RunConfig.batch_size,
-    pack: bool = True,
-) -> "Capturer":
-    """The model with its weights on the devices, ready for any number of calls. Arguments and errors of `capture`."""
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    engine, name = _engine(model, revision, backend, mesh, trust_remote_code)
+@with_fields_of(CaptureOptions)
+def load_capturer(model: str | Decoder, **options: Any) -> "Capturer":
+    """The model with its weights on the devices, ready for any number of calls.
+
+    Args:
+      model: a Hugging Face folder, hub id or .gguf file, of which only the needed layers are loaded; or a model from
+        `qwen2_jax.load_model`, which runs in its own dtype on its own devices.
+      options: the fields of `CaptureOptions`.
+
+    Raises UsageError for invalid options, ModelError for the model.
+    """
+    chosen = CaptureOptions(**options)
+    if chosen.dtype not in DTYPES:
+        raise UsageError(f"dtype {chosen.dtype!r}: must be one of {', '.join(DTYPES)}")
+    engine, name = _engine(model, chosen)
     if engine.name == "jax" and jax.config.values["jax_compilation_cache_dir"] is None:
         enable_compilation_cache(RunConfig.compilation_cache_dir)
-    shape = engine.model_shape(name, revision)
-    captured = _resolved(sites, layers, shape, name)
-    reduction = Reduction(pools=tuple(parse_pool(text) for text in _as_list(pool)))
-    computed = engine.compute_dtype(compute_dtype)
+    shape = engine.model_shape(name, chosen.revision)
+    reduction = Reduction(pools=tuple(parse_pool(text) for text in _as_list(chosen.pool)))
+    compute_dtype = engine.compute_dtype(chosen.compute_dtype)
     # Rounding to the dtype of the result comes after a reduction.
-    request = StepRequest(captured, computed if reduction.pools else dtype, computed)
+    stored_dtype = compute_dtype if reduction.pools else chosen.dtype
+    request = StepRequest(_resolved(chosen, shape, name), stored_dtype, compute_dtype)
     return Capturer(
         name=name,
+        options=chosen,
         engine=engine,
-        step=engine.load(name, revision, request),
+        step=engine.load(name, chosen.revision, request),
         request=request,
         reduction=reduction,
-        dtype=dtype,
         shape=shape,
-        max_seq_length=max_seq_length,
-        batch_size=batch_size,
-        pack=pack,
-        given_tokenizer=tokenizer,
-        tokenizer_source=None if isinstance(model, Decoder) else (name, revision),
+        has_tokenizer=not isinstance(model, Decoder),
     )
 
 
-def _engine(
-    model: str | Decoder, revision: str | None, backend: str, mesh: str, trust_remote_code: bool
-) -> tuple[Backend, str]:
+def _engine(model: str | Decoder, options: CaptureOptions) -> tuple[Backend, str]:
     """The backend, and the model's path or what messages call it."""
+    decided = options.revision, options.trust_remote_code, options.backend, options.mesh
     if not isinstance(model, Decoder):
-        name = path_text(model, "model")
-        return choose_backend(backend, name, revision, mesh=mesh, trust_remote_code=trust_remote_code), name
-    if (revision, trust_remote_code, backend, mesh) != (None, False, "auto", "auto"):
+        name, (revision, trusted, backend, mesh) = path_text(model, "model"), decided
+        return choose_backend(backend, name, revision, mesh=mesh, trust_remote_code=trusted), name
+    if decided != (None, False, "auto", "auto"):
         raise UsageError("revision, trust_remote_code, backend, mesh: `load_model` has decided these of a loaded model")
     return LoadedBackend(model), f"this {model.config.family} model"
 
 
-def _resolved(sites: str | Sequence[str], layers: int | Sequence[int] | None, shape: ModelShape, name: str) -> Capture:
+def _resolved(options: CaptureOptions, shape: ModelShape, name: str) -> Capture:
+    layers = None if options.layers is None else _as_list(options.layers)
     try:
-        return resolve_capture(_as_list(sites), None if layers is None else _as_list(layers), shape, name)
+        return resolve_capture(_as_list(options.sites), layers, shape, name)
     except UsageError as error:
         # The messages name flags of the command; here they are arguments.
         text = str(error).replace("--layers_to_extract", "layers").replace("--activation_type", "sites")
@@ -119,23 +110,17 @@ class Capturer:
     Attributes:
       name: the model's path, or what messages call a model that was given loaded.
       request: of the step. reduction: the pools of each sample, if any.
-      dtype: of the arrays.
-      max_seq_length: the least length that rows are laid out for.
-      tokenizer_source: path and revision of the tokenizer, if none was given.
+      has_tokenizer: whether `name` is a path, which has one.
     """
 
     name: str
+    options: CaptureOptions
     engine: Backend
     step: Step
     request: StepRequest
     reduction: Reduction
-    dtype: str
     shape: ModelShape
-    max_seq_length: int | None
-    batch_size: int
-    pack: bool
-    given_tokenizer: Any
-    tokenizer_source: tuple[str, str | None] | None
+    has_tokenizer: bool
 
     def __call__(self, samples: Sample | Sequence[Sample], *, progress: bool = False) -> Activations:
         """site -> layer -> one (T, D) array a sample, or (P, D) with P pools, in the order of `samples`.
@@ -156,11 +141,11 @@ class Capturer:
     @cached_property
     def tokenizer(self) -> Any:
         """A transformers tokenizer: the one that was given, or the model's. Raises UsageError, ModelError."""
-        if self.given_tokenizer is not None:
-            return self.given_tokenizer
-        if self.tokenizer_source is None:
+        if self.options.tokenizer is not None:
+            return self.options.tokenizer
+        if not self.has_tokenizer:
             raise UsageError("tokenizer: a loaded model takes token ids; for texts give its tokenizer too")
-        return load_tokenizer(*self.tokenizer_source)
+        return load_tokenizer(self.name, self.options.revision)
 
     @cached_property
     def layers(self) -> dict[str, tuple[int, ...]]:
@@ -170,14 +155,13 @@ class Capturer:
 
     @cached_property
     def _reduce(self) -> Reducer | None:
-        return Reducer(self.reduction, DTYPES[self.dtype]) if self.reduction.pools else None
+        return Reducer(self.reduction, DTYPES[self.options.dtype]) if self.reduction.pools else None
 
     def _run(self, token_ids: Sequence[Int32[np.ndarray, "_"]], *, show_bar: bool) -> Activations:
         """Runs the samples as one window whose activations stay in memory."""
-        longest = max([self.max_seq_length or 1, *map(len, token_ids)])
-        rows = batch_shape(
-            self.engine, self.shape, self.request, batch_size=self.batch_size, pack=self.pack, longest=longest
-        )
+        longest = max([self.options.max_seq_length or 1, *map(len, token_ids)])
+        size, pack = self.options.batch_size, self.options.pack
+        rows = batch_shape(self.engine, self.shape, self.request, batch_size=size, pack=pack, longest=longest)
         pools = self.reduction.pools
         samples = tuple(
             TokenizedSample(i, i, 1, ids, len(ids), "", n_pools=len(pools)) for i, ids in enumerate(token_ids)
@@ -200,7 +184,7 @@ class Capturer:
         return _by_sample(activations)
 
     def _allocate(self, window: Window, n_steps: int) -> WindowActivations:
-        widths, dtype = self.shape.site_widths, DTYPES[self.dtype]
+        widths, dtype = self.shape.site_widths, DTYPES[self.options.dtype]
         stored = {site: self.reduction.arrays(widths[site], dtype) for site in self.layers}
         return WindowActivations.allocate(window, self.layers, stored, n_steps)
 

@@ -278,7 +278,7 @@ def test_an_automatic_batch_size_is_that_of_the_shards_that_are_there(run, tmp_p
 
 
 def test_a_batch_that_does_not_fit_is_halved(run, monkeypatch, caplog):
-    from core.in_memory import Capturer
+    from core.in_memory.capturer import Capturer
 
     capture = Capturer.__call__
 
@@ -288,6 +288,7 @@ def test_a_batch_that_does_not_fit_is_halved(run, monkeypatch, caplog):
         return capture(self, samples, **options)
 
     monkeypatch.setattr(Capturer, "__call__", small_device)
+    caplog.set_level("INFO", logger="absl")
     assert run(batch_size=16, auto_find_batch_size=True, layers=[0]).batch_size == 4
     tried = [record.getMessage() for record in caplog.records if "does not fit in memory" in record.getMessage()]
     assert tried == [f"a batch of {n} texts does not fit in memory: trying {n // 2}" for n in (16, 8)]

@@ -9,7 +9,7 @@ from tiny_run import D_MODEL, write_model
 from analysis.text_whitening import extractor as extractor_module
 from analysis.whitening import ChunkedActivationExtractor, DatasetCreator, WhiteningSettings
 from core.base.errors import RunError, UsageError
-from core.in_memory import capture
+from extract_activations import capture
 
 SEQ_LEN, LAYER = 12, 1
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]

@@ -9,7 +9,7 @@ from tiny_run import D_MODEL, N_LAYERS, token_lines, write_jsonl, write_model
 
 from analyze_activations import verify
 from core.base.errors import RunError, UsageError
-from core.in_memory import load_capturer
+from core.in_memory.capturer import load_capturer
 from create_dataset_streams import create_streams
 from extract_activations import capture, extract, price
 from qwen2_jax import load_model, load_tokenizer
