@@ -12,9 +12,10 @@ from typing import Any
 
 from analysis.exporting.files import ExportedFile
 from core.base.canonical_json import canonical_json
-from core.base.errors import RunError, UsageError
+from core.base.errors import UsageError
 from core.commit.identity import differing_fields
 from core.object_store import ObjectStore
+from core.object_store.single_file import read_json_object
 
 _BEGUN, _FINISHED = ".export.json", "export.json"
 _FILE = re.compile(r"\.export-[0-9]{5,}\.json")
@@ -32,11 +33,11 @@ def begin(store: ObjectStore, identity: dict[str, Any]) -> dict[int, ExportedFil
     if known is None:
         store.create_bytes(_BEGUN, canonical_json({"identity": identity}))
         return {}
-    stored = _read(store, known)
+    stored = read_json_object(store, known)
     differences = differing_fields(stored.get("identity", {}), json.loads(canonical_json(identity)))
     if differences:
         raise UsageError(f"{store.url} holds another export ({'; '.join(differences[:8])}): use another --output")
-    written = (_read(store, name) for name in sizes if _FILE.fullmatch(name))
+    written = (read_json_object(store, name) for name in sizes if _FILE.fullmatch(name))
     files = [ExportedFile(**record) for record in (stored["files"] if known == _FINISHED else written)]
     return {file.number: file for file in files if sizes.get(file.name) == file.bytes}
 
@@ -59,13 +60,3 @@ def finish(store: ObjectStore, identity: dict[str, Any], files: Sequence[Exporte
 def is_finished(store: ObjectStore) -> bool:
     """Whether the export was finished before."""
     return bool(store.info(_FINISHED))
-
-
-def _read(store: ObjectStore, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads(store.read_bytes(name))
-    except ValueError as error:
-        raise RunError(f"{store.url}/{name} is not JSON ({error}): use another --output") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{store.url}/{name} is not a JSON object: use another --output")
-    return value

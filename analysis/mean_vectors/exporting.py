@@ -13,7 +13,8 @@ from analysis.mean_vectors.stored.metadata import read_metadata
 from analysis.mean_vectors.stored.names import ARRAYS
 from core.base.errors import RunError, UsageError
 from core.base.safetensors_file import safetensors_header
-from core.object_store import Created, open_store
+from core.object_store import open_store
+from core.object_store.single_file import create_result
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -35,22 +36,13 @@ def export_means(folder: str, to: str, output: str, mode: str | None, array: str
     means = [read_mean(store, name) for name in modes]
     wanted = (array,) if to == "npy" else ARRAYS
     arrays = {f"{name}_{mean.mode}": mean.array(name) for mean in means for name in wanted}
-    _write(output, WRITERS[to](arrays, _facts(means)))
+    create_result(output, WRITERS[to](arrays, _facts(means)))
     return tuple(arrays)
 
 
 def _facts(means: list[MeanVector]) -> dict[str, Any]:
     counts = {f"count_{mean.mode}": mean.count for mean in means}
     return counts | {"layers": list(means[0].layers), "model_digest": means[0].model_digest}
-
-
-def _write(output: str, data: bytes) -> None:
-    folder, _, name = output.rpartition("/")
-    if not name:
-        raise UsageError(f"--output {output}: name a file")
-    root = folder or ("/" if output.startswith("/") else ".")
-    if open_store(root).create_bytes(name, data) is Created.ALREADY_DIFFERENT:
-        raise UsageError(f"--output {output}: exists with other content: delete it or name another file")
 
 
 def _safetensors(arrays: Arrays, facts: dict[str, Any]) -> bytes:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from analysis.moments import Moments
-from analysis.stats.results import MissingResultError, commit_result, read_result
 from core.base.errors import RunError, UsageError
+from core.object_store.single_file import MissingFileError, create_result, read_file
 
 ABOUT = "about.json"
 _DDOF = 1
@@ -53,14 +53,14 @@ def stats_writer(url: str, about: Mapping[str, Any]) -> Iterator[StatsWriter]:
             yield StatsWriter(archive)
             with archive.open(f"{ABOUT}.npy", "w") as file:
                 np.lib.format.write_array(file, np.array(json.dumps(about, sort_keys=True)), allow_pickle=False)
-        commit_result(url, path)
+        create_result(url, path)
 
 
 def require_own(url: str, about: Mapping[str, Any]) -> None:
     """Raises UsageError when a file at `url` is of something else: at the start, not after hours."""
     try:
         stored = json.loads(str(_opened(url)[f"{ABOUT}"]))
-    except MissingResultError:
+    except MissingFileError:
         return
     except _UNREADABLE:
         stored = None
@@ -98,7 +98,7 @@ def as_stored(moments: Moments) -> Moments:
 
 def _opened(url: str) -> Any:
     """Numpy's reader of an archive; reads arrays when they are asked for."""
-    file = np.load(io.BytesIO(read_result(url)), allow_pickle=False)
+    file = np.load(io.BytesIO(read_file(url)), allow_pickle=False)
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise ValueError("it is one array")
     return file

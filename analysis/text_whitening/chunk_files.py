@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64
 
-from analysis.text_whitening.settings import read_json
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError
 from core.base.json_types import Kinds, mistyped
 from core.object_store import Created, ObjectStore, bytes_info
+from core.object_store.single_file import read_json_object
 
 _RECORD: Kinds = {"number": (int,), "texts": (str,), "n_samples": (int,), "n_tokens": (int,), "bytes": (int,)}
 _LEVEL = 1
@@ -92,7 +92,7 @@ def store_chunk(
 def stored_record(store: ObjectStore, number: int) -> ChunkRecord | None:
     """The record of a chunk whose file is whole; None if there is none: then what is left of the chunk is removed."""
     try:
-        found = read_json(store, _record_name(number))
+        found = read_json_object(store, _record_name(number))
     except FileNotFoundError:
         store.delete(chunk_name(number))
         return None

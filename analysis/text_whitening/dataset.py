@@ -14,12 +14,12 @@ import numpy as np
 
 from analysis.exporting.targets.saved_dataset import dataset_files, stream_name, write_stream
 from analysis.text_whitening.chunk_files import ChunkFile, ChunkRecord, read_chunk
-from analysis.text_whitening.settings import read_json
 from analysis.text_whitening.summary import METADATA_FILE, WHITENING_FILE
 from analysis.whitening.stored_whitening import load_whitening
 from core.base.errors import RunError, UsageError
 from core.object_store import LocalStore, file_info, open_store
 from core.object_store.local import disk_errors
+from core.object_store.single_file import read_json_object
 from core.shards.formats.arrow_columns import ArrayColumn, nested_lists, table_schema
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class DatasetCreator:
         Raises RunError for an unfinished folder or a damaged chunk.
         """
         try:
-            metadata = read_json(self._store, METADATA_FILE)
+            metadata = read_json_object(self._store, METADATA_FILE)
         except FileNotFoundError as error:
             raise RunError(f"{self._store.url}: it is not finished: call process_and_store_whitened first") from error
         records = [_record_of(entry) for entry in metadata["chunks"]]
@@ -144,7 +144,7 @@ class WhitenedDataset:
 
     def __init__(self, output_dir: str, dataset: Dataset) -> None:
         self.dataset, self._output_dir = dataset, output_dir
-        self._metadata = read_json(open_store(output_dir), METADATA_FILE)
+        self._metadata = read_json_object(open_store(output_dir), METADATA_FILE)
 
     @classmethod
     def open(cls, output_dir: str) -> WhitenedDataset:

@@ -1,14 +1,13 @@
 """What decides the stored chunks besides the texts, and what a folder says of it."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from analysis.whitening.token_filter import TokenFilter
 from core.base.canonical_json import canonical_json
-from core.base.errors import RunError, UsageError
+from core.base.errors import UsageError
 from core.object_store import Created, ObjectStore
+from core.object_store.single_file import read_json_object
 
 SETTINGS_FILE = "processing_config.json"
 DTYPES = ("float16", "float32")
@@ -52,18 +51,7 @@ def claim_folder(store: ObjectStore, settings: TextSettings) -> None:
     data = canonical_json(settings.to_json())
     if store.create_bytes(SETTINGS_FILE, data) is not Created.ALREADY_DIFFERENT:
         return
-    there = read_json(store, SETTINGS_FILE)
+    there = read_json_object(store, SETTINGS_FILE)
     differing = [name for name, value in settings.to_json().items() if there.get(name) != value]
     was = ", ".join(f"{name} was {there.get(name)!r}, is {getattr(settings, name)!r}" for name in differing)
     raise UsageError(f"{store.url} holds chunks of other settings: {was}: use another output_dir")
-
-
-def read_json(store: ObjectStore, name: str) -> Mapping[str, Any]:
-    """A JSON object of the folder. Raises RunError naming the file unless it is one, FileNotFoundError if absent."""
-    try:
-        found = json.loads(store.read_bytes(name))
-    except ValueError as error:
-        raise RunError(f"{store.url}/{name}: it is not JSON: delete it to have it made again") from error
-    if not isinstance(found, dict):
-        raise RunError(f"{store.url}/{name}: it is not a JSON object: delete it to have it made again")
-    return found

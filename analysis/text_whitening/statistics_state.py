@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from analysis.text_whitening.settings import read_json
 from analysis.whitening.incremental import IncrementalWhitener
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError
 from core.object_store import ObjectStore
+from core.object_store.single_file import read_json_object
 
 _STATE = "statistics/state.json"
 
@@ -23,7 +23,7 @@ class StatisticsState:
 def load_state(store: ObjectStore, new: IncrementalWhitener) -> tuple[StatisticsState, IncrementalWhitener]:
     """What was saved last; nothing, and `new`, in a folder without it. Raises RunError for a damaged file."""
     try:
-        found = read_json(store, _STATE)
+        found = read_json_object(store, _STATE)
     except FileNotFoundError:
         return StatisticsState(), new
     try:

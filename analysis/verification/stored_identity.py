@@ -1,6 +1,5 @@
 """Reads and checks the identity files of an output; their contents are untrusted."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from core.base.json_types import NONE, Kinds, mistyped
 from core.commit.identity import StreamIdentity
 from core.commit.output_identity import DATASET_FILE, RUN_FILE, STREAM_FILE
 from core.object_store import ObjectStore
+from core.object_store.single_file import read_json_object
 from core.shards.formats import FORMATS
 from core.streams.sharded_dataset import SHARD_NAME
 
@@ -40,18 +40,10 @@ class StoredStream:
 
 def read_object(store: ObjectStore, name: str) -> dict[str, Any]:
     """The JSON object stored under `name`; raises RunError naming the file when it is missing or unreadable."""
-    where = f"{store.url}/{name}"
     try:
-        value = json.loads(store.read_bytes(name))
+        return read_json_object(store, name)
     except FileNotFoundError as error:
-        raise RunError(f"{where} is missing") from error
-    except OSError as error:
-        raise RunError(f"{where} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{where} is not a JSON object")
-    return value
+        raise RunError(f"{store.url}/{name} is missing") from error
 
 
 def _read_written(store: ObjectStore, name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from analysis.passes import PartialStore, run_pass
 from analysis.stats import PassOptions, about_of
-from analysis.stats.results import read_result
 from analysis.whitened.apply_pass import ApplyPass
 from analysis.whitened.chunks import CHUNK_WRITERS, chunks_of
 from analysis.whitened.fit import LayerRequest
@@ -15,6 +14,7 @@ from analysis.whitening import load_whitening
 from core.base.canonical_json import canonical_json
 from core.base.errors import UsageError
 from core.object_store import Created, open_store
+from core.object_store.single_file import read_file
 from core.reading import Activations, open_activations
 
 METADATA = "metadata.json"
@@ -90,7 +90,7 @@ def _pass_of(acts: Activations, request: ApplyRequest) -> ApplyPass:
     site, layer = request.layer.of(acts)
     if acts.parts[0].pools:
         raise UsageError(f"{acts.url}: its rows are pools ({', '.join(acts.parts[0].pools)}), which have no positions")
-    whitening, digest = load_whitening(request.whitening), hashlib.sha256(read_result(request.whitening)).hexdigest()
+    whitening, digest = load_whitening(request.whitening), hashlib.sha256(read_file(request.whitening)).hexdigest()
     if whitening.width != acts.width(site):
         raise UsageError(
             f"{request.whitening} whitens rows of {whitening.width} values: those of {site} have {acts.width(site)}"

@@ -7,9 +7,9 @@ from typing import Any
 
 from analysis.moments import Moments
 from analysis.stats import PassOptions, StatsRequest, as_stored, layer_moments, read_stats, remove_partials
-from analysis.stats.results import commit_result
 from analysis.whitening import IncrementalWhitener, Whitening, WhiteningCheck, WhiteningSettings, save_whitening
 from core.base.errors import UsageError
+from core.object_store.single_file import create_result
 from core.reading import Activations, open_activations
 from core.reading.dropping import Dropping
 
@@ -83,7 +83,7 @@ def whiten_fit(
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "whitening.safetensors")
             save_whitening(whitening, str(path))
-            commit_result(output, path)
+            create_result(output, path)
     if request.stats is None:
         acts = open_activations(request.url)
         remove_partials(acts, request.stats_request(acts), options)

@@ -13,7 +13,6 @@ from analysis.moments.largest import UNKNOWN
 from analysis.whitening.settings import WhiteningSettings
 from analysis.whitening.stored_whitening import (
     metadata_of,
-    read_file,
     reading_whitening,
     tensors_of,
     whitening_of,
@@ -23,6 +22,7 @@ from analysis.whitening.token_filter import TokenFilter
 from analysis.whitening.whitening import Whitening
 from core.base.errors import UsageError
 from core.base.safetensors_file import read_metadata, read_tensors
+from core.object_store.single_file import read_file
 
 _MOMENTS = "moments/"
 

@@ -14,6 +14,7 @@ from analysis.whitening.whitening import Whitening
 from core.base.errors import UsageError
 from core.base.safetensors_file import read_metadata, read_tensors, safetensors_header
 from core.object_store import open_store
+from core.object_store.single_file import folder_and_name, read_file
 
 _TENSORS = ("mean", "transform", "inverse")
 
@@ -73,22 +74,6 @@ def reading_whitening(url: str) -> Iterator[None]:
 def write_tensors(url: str, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, or replaces it in one step. Tensors of 8 bytes first keep all of them aligned."""
     ordered = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    folder, name = _folder_and_name(url)
+    folder, name = folder_and_name(url)
     data = b"".join([safetensors_header(ordered, metadata), *(tensor.tobytes() for tensor in ordered.values())])
     open_store(folder).replace_bytes(name, data)
-
-
-def read_file(url: str) -> bytes:
-    """The bytes of a file, local or in a bucket. Raises UsageError in one line."""
-    folder, name = _folder_and_name(url)
-    try:
-        return open_store(folder).read_bytes(name)
-    except FileNotFoundError as error:
-        raise UsageError(f"{url}: there is no such file") from error
-    except OSError as error:
-        raise UsageError(f"{url}: {error.strerror or error}") from error
-
-
-def _folder_and_name(url: str) -> tuple[str, str]:
-    folder, _, name = str(url).rpartition("/")
-    return folder or ("/" if str(url).startswith("/") else "."), name

@@ -1,11 +1,27 @@
 """The errors that users see: one line each, saying what is wrong, where, and what to do."""
 
+import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from gzip import BadGzipFile
 from pathlib import Path
 
 _STORAGE_PACKAGES = {"aiohttp", "gcsfs", "google", "requests", "urllib3"}
+UNREADABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What readers of json, pickle, gzip, numpy and zip raise for damaged files; some formats add errors of their own."""
 
 
 class RunError(Exception):

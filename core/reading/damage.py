@@ -1,30 +1,13 @@
 """What a reader says of damaged files: one line that names the file and the command that inspects all of them."""
 
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import zstandard
 
-from core.base.errors import RunError
+from core.base.errors import UNREADABLE, RunError
 
-# What json, gzip, pickle, numpy, zipfile, zstandard and struct raise for damaged files.
-_UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SystemError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-    zstandard.ZstdError,
-)
+_UNREADABLE = (*UNREADABLE, SystemError, zstandard.ZstdError)
 
 
 @contextmanager

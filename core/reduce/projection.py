@@ -6,10 +6,8 @@ Axis letters: D width of the site, E width after the projection, L stored layers
 import hashlib
 import io
 import lzma
-import struct
 import tokenize
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,32 +16,15 @@ import numpy as np
 from jaxtyping import Float32
 
 from core.base.dtypes import CODE_DTYPES, DTYPES
-from core.base.errors import UsageError
+from core.base.errors import UNREADABLE, UsageError
 from core.base.safetensors_file import read_tensors
-from core.object_store import open_store
+from core.object_store.single_file import read_file
 
 _MATRIX, _MEAN = "matrix", "mean"
 _BFLOAT16 = DTYPES["bfloat16"]
 # The floats of ml_dtypes, which do not have numpy's kind "f".
 _FLOATS_BESIDE_NUMPY = (_BFLOAT16, CODE_DTYPES["float8_e4m3fn"])
-# What numpy, zipfile, its decompressors and the reader of safetensors raise for damaged files.
-_UNREADABLE = (
-    ArithmeticError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    lzma.LZMAError,
-    struct.error,
-    tokenize.TokenError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_UNREADABLE = (*UNREADABLE, SyntaxError, lzma.LZMAError, tokenize.TokenError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +70,10 @@ def read_projection(url: str) -> Projection:
     matrix: (D, E), or (L, D, E) with one for each stored layer; mean: (D,) or (L, D), also of one matrix.
     Raises UsageError in one line.
     """
-    folder, _, name = url.rpartition("/")
     try:
-        with open_store(folder or ("/" if url.startswith("/") else ".")).open(name) as stream:
-            data = stream.read()
-    except FileNotFoundError as error:
-        raise UsageError(f"--project {url}: there is no such file") from error
-    except OSError as error:
-        raise UsageError(f"--project {url}: {error.strerror or error}") from error
+        data = read_file(url)
+    except UsageError as error:
+        raise UsageError(f"--project {error}") from error
     try:
         arrays = _arrays(data, url)
     except _UNREADABLE as error:

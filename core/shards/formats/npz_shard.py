@@ -21,7 +21,7 @@ from core.object_store.sinks import Sink
 from core.reduce.reductions import array_name
 from core.shards.formats.base import UNCOMPRESSED, ShardContent, StoredShard
 from core.shards.formats.stored_zip import (
-    UNREADABLE,
+    DAMAGED_ZIP,
     add_array,
     cut_by_sample,
     member_bytes,
@@ -68,7 +68,7 @@ class NpzFormat:
         try:
             with open_archive(stream) as archive:
                 return _read_archive(archive)
-        except UNREADABLE as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"not a readable npz shard: {error!r}") from error
 
 

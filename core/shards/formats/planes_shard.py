@@ -31,7 +31,7 @@ from core.base.json_types import Kinds, require_all, require_types
 from core.object_store.sinks import Sink
 from core.shards.formats.base import ShardContent, StoredShard
 from core.shards.formats.stored_zip import (
-    UNREADABLE,
+    DAMAGED_ZIP,
     add_array,
     add_member,
     cut_by_sample,
@@ -150,7 +150,7 @@ class PlanesFormat:
         try:
             with open_archive(stream) as archive:
                 return _read_archive(archive)
-        except UNREADABLE as error:
+        except DAMAGED_ZIP as error:
             raise ValueError(f"not a readable planes shard: {error!r}") from error
 
 

@@ -7,7 +7,6 @@ A zip has its table of contents at the end, so it is written in one go. Formats:
 import io
 import itertools
 import math
-import struct
 import zipfile
 from typing import BinaryIO
 
@@ -16,25 +15,13 @@ import zstandard
 from jaxtyping import Int64, Shaped
 
 from core.base.dtypes import ARRAY_DTYPES
+from core.base.errors import UNREADABLE
 from core.object_store.sinks import Sink
 
 # zip stores a time for every member; this is the earliest that it can represent.
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
 _UNIX = 3
-UNREADABLE = (
-    ArithmeticError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    NotImplementedError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-    zstandard.ZstdError,
-)
+DAMAGED_ZIP = (*UNREADABLE, zipfile.BadZipFile, zstandard.ZstdError)
 """What zipfile, numpy and zstandard raise for damaged files."""
 
 
