@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.flags import argparse_flags
 
-from analysis.moments import Moments, device_moments
+from analysis.moments import Moments
+from analysis.moments.device import device_moments
 from benchmarks.common.measuring import Timings, alternate, machine, table
 from core.base.command_line import CommandParser, positive, run_command
 from core.base.dtypes import DTYPES

@@ -1,4 +1,4 @@
-"""The functions behind the commands, with plain arguments: what a notebook calls as `analyze_activations.stats(...)`.
+"""The commands as functions with plain arguments, such as `analyze_activations.stats(...)` in a notebook.
 
 `**passes` are the fields of `analysis.stats.PassOptions`: runner, workers, ray_address, partials, keep_partials.
 """

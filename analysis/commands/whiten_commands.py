@@ -5,13 +5,10 @@ from collections.abc import Iterator
 
 from analysis.commands.functions import whiten_apply, whiten_check, whiten_fit
 from analysis.commands.pass_flags import add_pass_flags, add_token_flags, options_of, print_report
+from analysis.whitening.settings import BELOW_FLOOR, METHODS, SHRINKAGES
 from core.base.command_line import not_negative, positive
 
 _TOKENS = ("site", "drop", "tokenizer")
-# As in analysis.whitening, which imports JAX; a test compares them.
-METHODS = ("pca", "zca", "pca-cor", "zca-cor", "cholesky")
-SHRINKAGES = ("none", "ledoit-wolf", "oas")
-BELOW_FLOOR = ("drop", "floor")
 
 
 def add_whiten(commands: argparse._SubParsersAction) -> Iterator[argparse.ArgumentParser]:

@@ -3,7 +3,7 @@
 import importlib.util
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from absl import logging
@@ -41,6 +41,10 @@ class ExportReport:
     n_short: int
     n_left_over: int
     context_size: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
 
     def lines(self) -> list[str]:
         """As text: what was written, and what was left out."""

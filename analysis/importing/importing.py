@@ -4,8 +4,9 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -42,6 +43,10 @@ class ImportReport:
     samples: int
     tokens: int
     n_new: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
 
     def lines(self) -> list[str]:
         """As text."""

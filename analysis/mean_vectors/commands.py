@@ -1,4 +1,4 @@
-"""The functions behind `analyze_activations.py mean …`, which a notebook calls."""
+"""`analyze_activations.py mean …` as functions with plain arguments, for notebooks."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,8 @@
-"""Mean, covariance, norms and extremes of rows of activations: exact to merge, in any order."""
+"""Mean, covariance, norms and extremes of rows of activations: exact to merge, in any order.
 
-from analysis.moments.device import DeviceSums, StepMoments, device_moments, moments_of_device
+What runs on a device is in `analysis.moments.device`, which imports JAX; nothing here does.
+"""
+
 from analysis.moments.extremes import Extremes, OutlierDimension
 from analysis.moments.largest import LargestTokens, TokenOrigins
 from analysis.moments.moments import Moments, merge
@@ -8,16 +10,12 @@ from analysis.moments.norms import Norms
 from analysis.moments.statistics import Statistics
 
 __all__ = [
-    "DeviceSums",
     "Extremes",
     "LargestTokens",
     "Moments",
     "Norms",
     "OutlierDimension",
     "Statistics",
-    "StepMoments",
     "TokenOrigins",
-    "device_moments",
     "merge",
-    "moments_of_device",
 ]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Int64
 
+from analysis.whitened.chunks import npz_bytes
 from core.base.canonical_json import canonical_json
 from core.base.errors import RunError
 from core.base.json_types import Kinds, mistyped
@@ -17,7 +18,6 @@ from core.object_store import Created, ObjectStore, bytes_info
 from core.object_store.single_file import read_json_object
 
 _RECORD: Kinds = {"number": (int,), "texts": (str,), "n_samples": (int,), "n_tokens": (int,), "bytes": (int,)}
-_LEVEL = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def store_chunk(
 ) -> ChunkRecord:
     """Writes a chunk and its record. Raises RunError if another file has its name."""
     chunk.check()
-    data = _npz(chunk, compression)
+    arrays = vars(chunk) | {"attention_mask": chunk.attention_mask.astype(np.uint8)}
+    data = npz_bytes(arrays, compression=compression)
     info = bytes_info(data)
     record = ChunkRecord(
         number, texts, whitening, len(chunk.sample_ids), int(chunk.attention_mask.sum()), info.size, info.crc32c
@@ -115,15 +116,3 @@ def read_chunk(store: ObjectStore, record: ChunkRecord) -> ChunkFile:
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError) as error:
         raise RunError(f"{store.url}/{record.name}: cannot be read ({error}): process the texts again") from error
     return chunk
-
-
-def _npz(chunk: ChunkFile, compression: bool) -> bytes:
-    """What `numpy.load` opens; equal chunks have equal bytes."""
-    file = io.BytesIO()
-    arrays = vars(chunk) | {"attention_mask": chunk.attention_mask.astype(np.uint8)}
-    method = zipfile.ZIP_DEFLATED if compression else zipfile.ZIP_STORED
-    with zipfile.ZipFile(file, "w", method, compresslevel=_LEVEL) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-    return file.getvalue()

@@ -66,7 +66,7 @@ class WindowsPass:
 
 
 def check_windows(windows: Sequence[CommittedWindow], runner: RunnerChoice, partials: PartialStore | None) -> Checked:
-    """Each window checked, in order. Partials are removed at the end: what they say holds for now."""
+    """Checks each window, in order. Partials are removed at the end, because files may change afterwards."""
     if not windows:
         return ()
     checked = run_pass(WindowsPass(), windows, runner=runner, partials=partials)

@@ -4,7 +4,8 @@ Axis letters: N samples of a chunk, T tokens of the longest, K values of a white
 """
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,15 +33,22 @@ class WhitenedChunk:
     lengths: Int32[np.ndarray, "N"]
 
 
-def npz_bytes(chunk: WhitenedChunk) -> bytes:
-    """A compressed file for `numpy.load`; equal chunks have equal bytes."""
+def npz_bytes(arrays: Mapping[str, np.ndarray], *, compression: bool = True) -> bytes:
+    """A file for `numpy.load`; equal arrays have equal bytes. compression: deflate, at its fastest level."""
     file = io.BytesIO()
-    arrays = {name: getattr(chunk, name) for name in ("activations", "token_ids", "sample_idx", "lengths")}
-    np.savez_compressed(file, attention_mask=chunk.attention_mask.astype(np.uint8), **arrays)
+    method = zipfile.ZIP_DEFLATED if compression else zipfile.ZIP_STORED
+    with zipfile.ZipFile(file, "w", method, compresslevel=1) as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
     return file.getvalue()
 
 
-CHUNK_WRITERS: dict[str, Callable[[WhitenedChunk], bytes]] = {"npz": npz_bytes}
+def _as_npz(chunk: WhitenedChunk) -> bytes:
+    return npz_bytes(vars(chunk) | {"attention_mask": chunk.attention_mask.astype(np.uint8)})
+
+
+CHUNK_WRITERS: dict[str, Callable[[WhitenedChunk], bytes]] = {"npz": _as_npz}
 """By the suffix of their files: what makes the bytes of a chunk. Another format of chunks is a line here."""
 
 

@@ -1,6 +1,6 @@
 """Whitening of activations: from their moments, incrementally from batches, or of a dataset of texts.
 
-What runs a model is imported at its first use.
+What imports JAX is imported at its first use.
 """
 
 import importlib
@@ -8,15 +8,16 @@ from typing import Any
 
 from analysis.whitening.folding import CoderWeights, fold_whitening
 from analysis.whitening.incremental import IncrementalWhitener
-from analysis.whitening.quantized import QuantizedRows, quantize_rows
 from analysis.whitening.settings import BELOW_FLOOR, METHODS, SHRINKAGES, WhiteningSettings
 from analysis.whitening.stored_whitening import load_whitening, save_projection, save_whitening
 from analysis.whitening.whitening import Whitening, WhiteningCheck
 
-_OF_TEXTS = {
-    "ChunkedActivationExtractor": "extractor",
-    "DatasetCreator": "dataset",
-    "WhitenedDataset": "dataset",
+_LATER = {
+    "ChunkedActivationExtractor": "analysis.text_whitening.extractor",
+    "DatasetCreator": "analysis.text_whitening.dataset",
+    "QuantizedRows": "analysis.whitening.quantized",
+    "WhitenedDataset": "analysis.text_whitening.dataset",
+    "quantize_rows": "analysis.whitening.quantized",
 }
 
 __all__ = [
@@ -41,6 +42,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _OF_TEXTS:
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"analysis.text_whitening.{_OF_TEXTS[name]}"), name)
+    return getattr(importlib.import_module(_LATER[name]), name)

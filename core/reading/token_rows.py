@@ -118,7 +118,7 @@ class RowReader:
         return FillRows(arrays, *index)
 
     def _copy(self, rows: PartRows, chunks: Sequence[Chunk], room: FillRows, stop: int) -> int:
-        """Copies the rows of a part behind the first `stop` ones of the room; returns the new number of rows."""
+        """Appends the rows of a part after the first `stop` rows of `room`; returns the new number of rows."""
         spans = _joined(chunks, rows.n_rows)
         index, kept = self._index(rows, spans)
         start, first = stop, 0

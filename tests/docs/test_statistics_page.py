@@ -6,7 +6,7 @@ import numpy as np
 from doc_snippets import snippet
 
 import extract_activations
-from analysis.moments import device_moments, moments_of_device
+from analysis.moments.device import device_moments, moments_of_device
 from analysis.whitening import IncrementalWhitener, WhiteningSettings, load_whitening
 
 

@@ -9,8 +9,6 @@ import pytest
 from tiny_run import D_MODEL, run, stream_config, token_lines, write_model
 
 import analyze_activations
-from analysis import whitening
-from analysis.commands import whiten_commands
 from core.base.errors import UsageError
 from core.run import runner
 
@@ -131,8 +129,3 @@ def test_the_functions_take_plain_arguments(home):
     assert analyze_activations.verify(home / "out", runner="local").ok
     with pytest.raises(UsageError, match="worker: no such argument: did you mean workers"):
         analyze_activations.stats(home / "out", worker=2)
-
-
-def test_the_choices_of_the_flags_are_those_of_the_package():
-    for name in ("METHODS", "SHRINKAGES", "BELOW_FLOOR"):
-        assert getattr(whiten_commands, name) == getattr(whitening, name)

@@ -7,10 +7,9 @@ import pytest
 from exported_run import LAYER, WIDTH, contexts, make_run, rows_as_set, samples_of
 from safetensors.numpy import load_file
 
-import analyze_activations
+from analysis.commands import export_commands
 from analyze_activations import export
 from core.base.errors import RunError, UsageError
-from core.shards.formats import FORMATS
 
 HOOK = f"blocks.{LAYER}.hook_resid_post"
 SMALL = {"file_mb": 0.0002, "site": "residual", "layer": LAYER}
@@ -220,6 +219,5 @@ def test_the_command_names_every_target_and_source():
     from analysis.importing.importing import _SOURCES
 
     assert tuple(TARGETS) == ("npz", "parquet", "arrow", "safetensors", "sae_lens", "llamascopium", "activault")
-    assert set(TARGETS) == set(analyze_activations.EXPORT_FORMATS)
-    assert set(_SOURCES) == set(analyze_activations.IMPORT_KINDS)
-    assert tuple(FORMATS) == analyze_activations.SHARD_FORMATS
+    assert set(TARGETS) == set(export_commands.EXPORT_FORMATS)
+    assert set(_SOURCES) == set(export_commands.IMPORT_KINDS)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from moments_oracle import far_from_zero, scaled_error, two_pass
 
-from analysis.moments import DeviceSums, Moments, TokenOrigins, device_moments, moments_of_device
+from analysis.moments import Moments, TokenOrigins
 from analysis.moments import device as device_module
+from analysis.moments.device import DeviceSums, device_moments, moments_of_device
 from core.base.errors import RunError
 
 WIDTH = 24

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.moments import Moments, TokenOrigins, device_moments, moments_of_device
+from analysis.moments import Moments, TokenOrigins
+from analysis.moments.device import device_moments, moments_of_device
 from analysis.whitening import IncrementalWhitener, Whitening, WhiteningSettings, quantize_rows
 from extract_activations import capture
 from qwen2_jax import load_tokenizer
