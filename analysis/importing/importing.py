@@ -17,7 +17,7 @@ from core.base.canonical_json import canonical_json
 from core.base.dtypes import DTYPES
 from core.base.errors import RunError, UsageError
 from core.commit.identity import RunIdentity, StreamIdentity
-from core.commit.record import CommitRecord, StoredFile, StoredSite
+from core.commit.record import CommitRecord, StoredSite
 from core.object_store import LocalStore, open_store
 from core.samples.windows import StreamPlace, TokenizedSample, Window
 from core.shards.encoding import ShardEncoder
@@ -167,7 +167,9 @@ def _store_rest(
             (site,) = identity.sites
             activations = WindowActivations(window, {site: layers}, {site: array}, list(window.samples), 0)
             files = tuple(storage.store(index, file) for file in encoder.encode(activations))
-            yield storage.commit(_record(storage, identity, window, StoredSite(layers, array.shape[2]), files))
+            sites = {identity.sites[0]: StoredSite(layers, array.shape[2])}
+            hashes = storage.plan_hash, storage.stream_hash
+            yield storage.commit(CommitRecord.of_window(window, hashes, sites, identity.dtype, files))
             index += 1
 
 
@@ -204,25 +206,3 @@ def _cut(samples: Iterator[_Numbered], window_bytes: int) -> Iterator[tuple[list
         size += each.values.nbytes
     if held:
         yield held, None
-
-
-def _record(
-    storage: ActivationStorage, identity: RunIdentity, window: Window, site: StoredSite, files: tuple[StoredFile, ...]
-) -> CommitRecord:
-    return CommitRecord(
-        window=window.index,
-        plan_hash=storage.plan_hash,
-        stream_hash=storage.stream_hash,
-        first_sample_idx=window.samples[0].sample_idx,
-        last_sample_idx=window.samples[-1].sample_idx,
-        next_place=window.next_place,
-        n_samples=len(window.samples),
-        n_tokens=window.n_tokens,
-        n_truncated=0,
-        n_dropped={},
-        n_empty=sum(len(sample.token_ids) == 0 for sample in window.samples),
-        samples_per_record=1,
-        sites={identity.sites[0]: site},
-        dtype=identity.dtype,
-        files=files,
-    )

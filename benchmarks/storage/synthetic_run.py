@@ -130,24 +130,10 @@ def _record(
 ) -> CommitRecord:
     parts = tuple(_counts(own) for own in _cut(window, run.n_parts)) if run.n_parts > 1 else ()
     n_dropped = window.n_tokens - window.n_stored
-    return CommitRecord(
-        window=window.index,
-        plan_hash=storage.plan_hash,
-        stream_hash=storage.stream_hash,
-        first_sample_idx=window.samples[0].sample_idx,
-        last_sample_idx=window.samples[-1].sample_idx,
-        next_place=window.next_place,
-        n_samples=len(window.samples),
-        n_tokens=window.n_stored,
-        n_truncated=0,
-        n_dropped={} if run.dropped is None else {"bos": n_dropped},
-        n_empty=sum(sample.n_stored == 0 for sample in window.samples),
-        samples_per_record=1,
-        sites={site: StoredSite(layers, width) for site, (layers, width) in run.sites.items()},
-        dtype=run.dtype,
-        files=files,
-        parts=parts,
-    )
+    sites = {site: StoredSite(layers, width) for site, (layers, width) in run.sites.items()}
+    dropped = {} if run.dropped is None else {"bos": n_dropped}
+    hashes = storage.plan_hash, storage.stream_hash
+    return CommitRecord.of_window(window, hashes, sites, run.dtype, files, n_dropped=dropped, parts=parts)
 
 
 def _counts(own: Window) -> PartCounts:

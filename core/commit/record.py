@@ -9,7 +9,7 @@ from core.base.canonical_json import read_sealed_json, sealed_json
 from core.base.dtypes import ARRAY_DTYPES, CODE_DTYPES, DTYPES
 from core.base.json_types import NONE, Kinds, require_all, require_types
 from core.reduce.losses import Losses, is_losses
-from core.samples.windows import StreamPlace
+from core.samples.windows import StreamPlace, Window
 
 RECORD_NAME = re.compile(r"shard_([0-9]{4,})\.json")
 # Names in a record are untrusted, and become paths.
@@ -160,6 +160,41 @@ class CommitRecord:
             files=(),
             **zeros,
         )
+
+    @classmethod
+    def of_window(
+        cls,
+        window: Window,
+        hashes: tuple[str, str],
+        sites: dict[str, StoredSite],
+        dtype: str,
+        files: tuple[StoredFile, ...],
+        **more: Any,
+    ) -> "CommitRecord":
+        """The record of a window whose samples are all at hand.
+
+        hashes: of the run's identity and of the stream. more: further fields, and in place of what the samples say.
+        """
+        plan_hash, stream_hash = hashes
+        fields: dict[str, Any] = {
+            "window": window.index,
+            "plan_hash": plan_hash,
+            "stream_hash": stream_hash,
+            "first_sample_idx": window.samples[0].sample_idx,
+            "last_sample_idx": window.samples[-1].sample_idx,
+            "next_place": window.next_place,
+            "n_samples": len(window.samples),
+            "n_tokens": window.n_stored,
+            "n_truncated": sum(sample.full_length > len(sample.token_ids) for sample in window.samples),
+            "n_dropped": {},
+            "n_empty": sum(sample.n_stored == 0 for sample in window.samples),
+            "samples_per_record": window.samples_per_record,
+            "sites": sites,
+            "dtype": dtype,
+            "files": files,
+            "bad_records": tuple(asdict(bad) for bad in window.bad_records),
+        }
+        return cls(**fields | more)
 
     def files_of_parts(self) -> Iterator[tuple[PartCounts, list[StoredFile]]]:
         """The parts of the window in the order of their samples, each with its files, the sample table first."""

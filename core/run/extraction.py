@@ -307,25 +307,17 @@ class Extraction:
         dropped: Counter[str] = Counter()
         for part in parts:
             dropped.update(part.n_dropped)
-        return CommitRecord(
-            window=window.index,
-            plan_hash=self.storage.plan_hash,
-            stream_hash=self.storage.stream_hash,
-            first_sample_idx=window.samples[0].sample_idx,
-            last_sample_idx=window.samples[-1].sample_idx,
-            next_place=window.next_place,
-            n_samples=len(window.samples),
+        return CommitRecord.of_window(
+            window,
+            (self.storage.plan_hash, self.storage.stream_hash),
+            self._stored_sites(),
+            self.job.stored_dtype,
+            tuple(file for part in parts for file in part.files),
             n_tokens=sum(part.counts.n_tokens for part in parts),
-            n_truncated=sum(sample.full_length > len(sample.token_ids) for sample in window.samples),
             n_dropped=dict(dropped),
             n_empty=sum(part.n_empty for part in parts),
-            samples_per_record=window.samples_per_record,
-            sites=self._stored_sites(),
-            dtype=self.job.stored_dtype,
-            files=tuple(file for part in parts for file in part.files),
             pools=tuple(map(str, self.job.pools)),
             losses=total_losses((part.n_rows, part.losses) for part in parts),
-            bad_records=tuple(asdict(bad) for bad in window.bad_records),
             parts=tuple(counts.get(n, nothing) for n in range(n_parts)) if n_parts > 1 else (),
         )
 
